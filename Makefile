@@ -1,0 +1,52 @@
+# One entry for each job. Every target makes its own .venv where there is none; nothing is installed outside it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+
+.PHONY: demo test quick check docs bench clean
+
+demo: $(VENV)/.core  ## the tour, in under two minutes
+	$(BIN)/tandem demo --out out/demo
+
+test: $(VENV)/.test  ## every test but the gpu ones
+	$(BIN)/python -m pytest -m "not gpu" -n 2
+
+quick: $(VENV)/.test  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2
+
+check: $(VENV)/.check  ## formatting, lint, types, import rules
+	$(BIN)/ruff format --check tandem tests benchmarks
+	$(BIN)/ruff check tandem tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs  ## the documentation site, into site/
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.core  ## speed, as ratios to a peer measured in the same run
+	$(BIN)/python benchmarks/planner_speed.py
+
+clean:
+	rm -rf $(VENV) site out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml | $(VENV)/bin/python
+	$(PIP) -e .
+	@touch $@
+
+# torch first and by its exact version: a resolver that chooses for itself may bring gigabytes of CUDA.
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/.check: pyproject.toml | $(VENV)/bin/python
+	$(PIP) -e ".[check]"
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(PIP) -e ".[docs]"
+	@touch $@

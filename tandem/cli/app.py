@@ -1,0 +1,258 @@
+"""The command `tandem`: parse, call one function, print. Exit 0 on success, 2 on bad input with one line that helps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Never
+
+import click
+import typer
+
+from tandem.spec.errors import SpecError, TandemError
+
+app = typer.Typer(
+    name="tandem",
+    help="Which model, deployed how, serves this traffic best within this budget?",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (SI units) on stdout.")]
+ModelName = Annotated[str, typer.Option("--model", "-m", help="Hub id, short name, config.json or checkpoint folder.")]
+HardwareName = Annotated[str, typer.Option("--hardware", help="GPU name (`tandem hardware` lists them) or a YAML file.")]
+Backend = Annotated[str, typer.Option(help="vllm, sglang, trtllm or tandem.")]
+PrecisionText = Annotated[str | None, typer.Option("--precision", help="bf16, fp8, fp8_block, fp4, mxfp4, int4 or weights/activations/kv; default: the published weights' format.")]  # fmt: skip  # noqa: E501
+
+
+def emit(data: dict[str, Any]) -> None:
+    """Print one JSON object; infinities and NaN are a bug, so they raise."""
+    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+
+
+def main() -> Never:
+    """Entry point of the console script."""
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as help_wanted:
+        print(help_wanted.format_message())
+    except click.ClickException as wrong:
+        _fail(wrong.format_message())
+    except (TandemError, OSError) as wrong:
+        _fail(str(wrong))
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(message: str) -> Never:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tandem._version import __version__
+
+        print(f"tandem {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Plan, simulate, train, compress and serve hybrid language models."""
+
+
+@app.command()
+def models(json_out: Json = False) -> None:
+    """List the models of the catalogue."""
+    from tandem.report import text
+    from tandem.spec.catalog import load_spec, model_names
+
+    specs, refused = [], []
+    for name in model_names():
+        try:
+            specs.append(load_spec(name))
+        except SpecError as why:
+            refused.append({"name": name, "refused": str(why)})
+    if json_out:
+        items: list[dict[str, Any]] = [
+            {
+                "name": s.name,
+                "family": s.family,
+                "layers": len(s.layers),
+                "parameters": s.parameters,
+                "active_parameters": s.active_parameters,
+                "kv_bytes_per_token": s.kv_bytes_per_token(),
+                "state_bytes_per_sequence": s.state_bytes_per_sequence(),
+                "max_context": s.max_context,
+                "native_precision": s.native_precision,
+                "omitted": list(s.omitted),
+            }
+            for s in specs
+        ]
+        return emit({"items": items, "refused": refused})
+    out = text.console()
+    out.print(text.models_table(specs))
+    for item in refused:
+        out.print(f"refused: {item['refused']}")
+
+
+@app.command()
+def hardware(json_out: Json = False) -> None:
+    """List the GPUs of the catalogue."""
+    from tandem.report import text
+    from tandem.spec.catalog import hardware_names, load_hardware
+
+    specs = [load_hardware(name) for name in hardware_names()]
+    if json_out:
+        return emit({"items": [s.to_json() for s in specs]})
+    text.console().print(text.hardware_table(specs))
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id, short name, config.json or checkpoint folder.")],
+    context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 131072,
+    batch: Annotated[int, typer.Option(help="Sequences held at once.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Format of weights and cache, as --precision elsewhere.")] = "bf16",
+    json_out: Json = False,
+) -> None:
+    """Show what a model is made of and what it needs in memory."""
+    from tandem.perf.memory import inspect_model
+    from tandem.report import text
+    from tandem.spec.catalog import load_spec
+
+    spec = load_spec(model)
+    data = inspect_model(spec, context=context, batch=batch, dtype=dtype)
+    if json_out:
+        return emit(data)
+    text.console().print(text.inspect_table(spec, data))
+
+
+@app.command()
+def estimate(
+    model: ModelName = "",
+    hardware: HardwareName = "",
+    isl: Annotated[int | None, typer.Option(help="Prompt tokens.")] = None,
+    osl: Annotated[int | None, typer.Option(help="Output tokens.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Requests in flight in one instance.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests in flight in the whole deployment.")] = None,
+    tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallelism.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert parallelism.")] = 1,
+    dp: Annotated[int, typer.Option(help="Attention data parallelism.")] = 1,
+    cpp: Annotated[int, typer.Option(help="Chunked pipeline parallelism (prefill).")] = 1,
+    precision: PrecisionText = None,
+    backend: Backend = "vllm",
+    mode: Annotated[str, typer.Option(help="colocated or piggybacked.")] = "colocated",
+    cases: Annotated[Path | None, typer.Option(help="A CSV of cases instead of one.")] = None,
+    json_out: Json = False,
+) -> None:
+    """Predict TTFT, TPOT and throughput of one deployment, or of every row of a CSV."""
+    from tandem.cli import estimating
+
+    if cases is not None:
+        return estimating.run_cases(cases, json_out)
+    from tandem.spec.design import Parallelism
+
+    for name, value in (("--model", model), ("--hardware", hardware), ("--isl", isl), ("--osl", osl)):
+        if not value and value != 0:
+            raise SpecError(f"{name}: must be given (or --cases FILE)")
+    layout = Parallelism(tp=tp, pp=pp, ep=ep, dp=dp, cpp=cpp)
+    estimating.run_one(
+        json_out,
+        model=model,
+        hardware=hardware,
+        isl=isl,
+        osl=osl,
+        batch=batch,
+        concurrency=concurrency,
+        parallelism=layout,
+        precision=precision,
+        backend=backend,
+        mode=mode,
+    )
+
+
+@app.command()
+def plan(
+    model: ModelName,
+    hardware: HardwareName,
+    gpus: Annotated[int, typer.Option(help="GPU budget.")],
+    isl: Annotated[int | None, typer.Option(help="Prompt tokens; with --osl.")] = None,
+    osl: Annotated[int | None, typer.Option(help="Output tokens; with --isl.")] = None,
+    trace: Annotated[str | None, typer.Option(help="A bundled trace's name or a CSV with arrival_s, isl, osl.")] = None,
+    ttft: Annotated[float | None, typer.Option(help="Largest time to first token, seconds.")] = None,
+    tpot: Annotated[float | None, typer.Option(help="Largest time per output token, seconds.")] = None,
+    percentile: Annotated[float, typer.Option(help="Share of prompts that TTFT must hold for, percent.")] = 50.0,
+    precision: PrecisionText = None,
+    backend: Backend = "vllm",
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
+    json_out: Json = False,
+) -> None:
+    """Find the deployment that serves this traffic best within the GPU budget."""
+    from tandem.cli import planning
+
+    workload = planning.read_workload(isl, osl, trace)
+    planning.run(
+        model=model,
+        hardware=hardware,
+        gpus=gpus,
+        workload=workload,
+        bounds=(ttft, tpot, percentile),
+        precision=precision,
+        backend=backend,
+        report=report,
+        json_out=json_out,
+    )
+
+
+calibrate = typer.Typer(help="Fit the performance model to measurements.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(calibrate, name="calibrate")
+
+
+@calibrate.command("ops")
+def calibrate_ops(
+    system: Annotated[list[str] | None, typer.Option(help="GPU to fit; repeat it for several. Default: all measured.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the fits to this CSV file.")] = None,
+    json_out: Json = False,
+) -> None:
+    """Refit operator efficiencies from the tables of aiconfigurator-core (extra `[calibrate]`)."""
+    from tandem.cli import calibrating
+
+    calibrating.run_ops(system, out, json_out)
+
+
+@calibrate.command("serving")
+def calibrate_serving(
+    out: Annotated[Path | None, typer.Option(help="Write the fits to this CSV file.")] = None,
+    json_out: Json = False,
+) -> None:
+    """Refit backend overheads from the calibration side of the measured serving rows (extra `[calibrate]`)."""
+    from tandem.cli import calibrating
+
+    calibrating.run_serving(out, json_out)
+
+
+@app.command()
+def validate(json_out: Json = False) -> None:
+    """Compare predictions with measured serving rows that no fit has seen (extra `[calibrate]`)."""
+    from tandem.cli import calibrating
+
+    calibrating.run_validate(json_out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the HTML report.")] = Path("out/demo"),
+    json_out: Json = False,
+) -> None:
+    """Tell the story of both papers on real inputs, and write it down as one HTML page."""
+    from tandem.cli import demonstrating
+
+    demonstrating.run(out, json_out)

@@ -1,0 +1,101 @@
+"""`tandem calibrate ops`, `calibrate serving` and `validate`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tandem.cli.app import emit
+from tandem.cli.planning import write_whole
+from tandem.perf import silicon
+from tandem.perf.calibrate_ops import calibrate_ops, write_fits
+from tandem.perf.calibrate_serving import calibrate_serving, format_backends, package_source
+from tandem.perf.validate import ErrorSet, error_sets, predict
+from tandem.report import text
+from tandem.spec.errors import SpecError
+
+PEER = {"all": 0.151, "dense": 0.104, "moe": 0.189, "mla": 0.189, "linear": 0.120}
+"""aiconfigurator 0.12.0's median TPOT error on the validation rows that it answers (facts: serving-fit.md; moe and mla together)."""
+
+
+def _checked_out(out: Path | None) -> None:
+    if out is not None and not out.parent.is_dir():
+        raise SpecError(f"--out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
+
+
+def run_ops(systems: list[str] | None, out: Path | None, json_out: bool) -> None:
+    """Refit operator curves; show each with its error."""
+    _checked_out(out)
+    with text.progress("calibrating operators") as step:
+        fits = calibrate_ops(systems, step)
+    if out is not None:
+        write_whole(out, format_fits(fits))
+    measured = [f for f in fits if f.num_rows]
+    if json_out:
+        error = {op: median(f.median_ape for f in measured if f.op == op) for op in sorted({f.op for f in measured})}
+        return emit({"fits": [asdict(f) for f in fits], "error": error})
+    t = text.table("Operator curves", "GPU", "op", "format", ">rows", ">t0", ">compute", ">bandwidth", ">p", ">median error")
+    for f in measured:
+        t.add_row(
+            f.system, f.op, f.dtype, f"{f.num_rows:,}", f"{f.t0_s * 1e6:.1f} us", f"{f.compute_efficiency:.0%}",
+            f"{f.bandwidth_efficiency:.0%}", str(f.sharpness), f"{f.median_ape:.1%}",
+        )  # fmt: skip
+    text.console().print(t)
+
+
+def run_serving(out: Path | None, json_out: bool) -> None:
+    """Refit backend overheads on the calibration rows; show each with its interval."""
+    _checked_out(out)
+    path = silicon.sample_path()
+    rows = [r for r in silicon.read_colocated(path) if r.side == "calibration"]
+    with text.progress("calibrating backends") as step:
+        fits = calibrate_serving(rows, step)
+    if out is not None:
+        write_whole(out, format_backends(fits, package_source(path)))
+    if json_out:
+        spread = {f"{f.backend} {f.generation} {f.family}": [f.tpot_p10, f.tpot_p90] for f in fits}
+        return emit({"fits": [asdict(f) for f in fits], "error": spread})
+    t = text.table(
+        "Backend overheads", "backend", "generation", "family", ">rows", ">step", ">sequence", ">launch x", ">work x", ">prefill x", ">80 %"
+    )
+    for f in fits:
+        t.add_row(
+            f.backend, f.generation, f.family, str(f.num_rows), text.ms(f.step_s), f"{f.sequence_s * 1e6:.1f} us",
+            f"{f.launch_scale:.2f}", f"{f.work_scale:.2f}", f"{f.prefill_scale:.2f}", f"{f.tpot_p10:.2f} to {f.tpot_p90:.2f}",
+        )  # fmt: skip
+    text.console().print(t)
+
+
+def run_validate(json_out: bool) -> None:
+    """Predict every measured row and show the errors, validation rows first."""
+    rows = list(silicon.read_colocated(silicon.sample_path()))
+    with text.progress("validating") as step:
+        sets = error_sets(predict(rows, step))
+    if json_out:
+        return emit({"sets": [_json(s) for s in sets]})
+    t = text.table(
+        "Predicted against measured, co-located rows; no coefficient was fitted on the validation side",
+        "rows", "side", "metric", ">n", ">median error", ">mean error", ">ratio", ">in 80 % interval", ">aiconfigurator 0.12.0",
+    )  # fmt: skip
+    for s in sets:
+        if " " in s.name and s.side == "calibration":
+            continue
+        peer = PEER.get(s.name) if (s.side, s.metric) == ("validation", "tpot_s") else None
+        t.add_row(
+            s.name, s.side, s.metric.removesuffix("_s").upper(), str(s.n), f"{s.median_ape:.1%}", f"{s.mean_ape:.1%}", f"{s.ratio:.2f}",
+            "-" if math.isnan(s.coverage) else f"{s.coverage:.0%}", f"{peer:.1%}" if peer else "-",
+        )  # fmt: skip
+    out = text.console()
+    out.print(t)
+    out.print("TTFT was measured at fixed concurrency and contains queueing; the prediction is queue-free.")
+    out.print("aiconfigurator: TPOT median error where it answers (69 % of these rows); moe and mla are one group there.")
+
+
+def _json(s: ErrorSet) -> dict[str, Any]:
+    data = asdict(s) | {"name": f"{s.side} {s.metric.removesuffix('_s')} {s.name}"}
+    if math.isnan(s.coverage):
+        data["coverage"] = None
+    return data

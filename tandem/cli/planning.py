@@ -1,0 +1,69 @@
+"""`tandem plan`: read the traffic, find the plan, print or write it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from tandem.cli.app import emit
+from tandem.plan.planner import find_plan
+from tandem.report import html, text
+from tandem.spec.errors import SpecError
+from tandem.spec.workload import Slo, Workload, read_trace
+
+
+def read_workload(isl: int | None, osl: int | None, trace: str | None) -> Workload:
+    """Fixed lengths or a trace, exactly one of them."""
+    if (trace is None) == (isl is None and osl is None):
+        raise SpecError("--isl/--osl or --trace: give either both lengths or a trace")
+    if trace is not None:
+        return read_trace(trace).workload()
+    if isl is None or osl is None:
+        raise SpecError(f"--{'isl' if isl is None else 'osl'}: must be given with the other length")
+    return Workload.fixed(isl, osl)
+
+
+def run(
+    *,
+    model: str,
+    hardware: str,
+    gpus: int,
+    workload: Workload,
+    bounds: tuple[float | None, float | None, float],
+    precision: str | None,
+    backend: str,
+    report: Path | None,
+    json_out: bool,
+) -> None:
+    """Find a plan and print it; the report is written whole or not at all."""
+    if report is not None and not report.parent.is_dir():
+        raise SpecError(f"--report={str(report)!r}: the folder {str(report.parent)!r} does not exist")
+    slo = Slo(ttft_s=bounds[0], tpot_s=bounds[1], percentile=bounds[2])
+    with text.progress("planning") as step:
+        plan = find_plan(
+            model=model, hardware=hardware, gpus=gpus, workload=workload, slo=slo, precision=precision, backend=backend, progress=step
+        )
+    if report is not None:
+        write_whole(report, html.plan_page(plan))
+    if json_out:
+        return emit(plan.to_json())
+    out = text.console()
+    out.print(text.plan_table(plan))
+    for line in text.plan_sentences(plan):
+        out.print(f"- {line}")
+    if report is not None:
+        out.print(f"report: {report.resolve()}")
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file by renaming a finished one over it, so that nobody ever sees half a file."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(content)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,118 @@
+"""A CSV of deployments to estimate, one a row; a bad row answers with its error and the others go on (DESIGN section 11)."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tandem.perf.estimate import EstimateResult, Instances, estimate, estimate_disaggregated
+from tandem.spec.design import Parallelism
+from tandem.spec.errors import SpecError, TandemError, TraceError
+
+_SHARED = "tp pp dp ep moe_tp gpus".split()
+_POOLS = [f"{role}_{field}" for role in ("prefill", "decode") for field in ("workers", "tp", "pp", "dp", "ep", "batch")]
+COLUMNS = ["id", "model", "hardware", "backend", "precision", "mode", "isl", "osl", "concurrency", "batch", *_SHARED, *_POOLS]
+"""Columns that a cases file may have; empty cells take the default."""
+
+
+def read_cases(path: Path) -> list[dict[str, str]]:
+    """The rows of a cases file, cells stripped; unknown or missing columns are refused before anything runs."""
+    if not path.is_file():
+        raise TraceError(f"cases={str(path)!r}: no such file")
+    try:
+        with path.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            names = [name.strip() for name in reader.fieldnames or ()]
+            unknown = [name for name in names if name not in COLUMNS]
+            missing = [name for name in ("model", "hardware", "isl", "osl") if name not in names]
+            if unknown:
+                raise TraceError(f"{path.name}: column {unknown[0]!r} is unknown; columns are {', '.join(COLUMNS)}")
+            if missing:
+                raise TraceError(f"{path.name}: has no column {missing[0]}; needs model, hardware, isl, osl")
+            return [{(k or "").strip(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+    except UnicodeDecodeError as wrong:
+        raise TraceError(f"{path.name}: not a readable CSV file ({wrong})") from None
+
+
+def estimate_cases(rows: list[dict[str, str]], progress: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+    """For each row its id and the predictions, or its id and `error`."""
+    for number, row in enumerate(rows, start=1):
+        answer: dict[str, Any] = {"id": row.get("id") or str(number)}
+        try:
+            found = asdict(_estimate_row(row))
+            kept = ("ttft_s", "tpot_s", "tokens_per_s_per_gpu", "tokens_per_s_per_user", "evidence")
+            answer |= {key: found[key] for key in kept}
+        except TandemError as wrong:
+            answer["error"] = str(wrong)
+        progress(number)
+        yield answer
+
+
+def _int(row: dict[str, str], field: str, default: int | None = None) -> int | None:
+    text = row.get(field, "")
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if value != int(value) or value < 1:
+        raise SpecError(f"{field}={text!r}: must be a whole number of at least 1")
+    return int(value)
+
+
+def _required(row: dict[str, str], field: str) -> int:
+    value = _int(row, field)
+    if value is None:
+        raise SpecError(f"{field}='': must be given")
+    return value
+
+
+def _one(row: dict[str, str], field: str) -> int:
+    return _int(row, field, 1) or 1
+
+
+def _estimate_row(row: dict[str, str]) -> EstimateResult:
+    common: dict[str, Any] = {
+        "model": row["model"],
+        "hardware": row["hardware"],
+        "isl": _required(row, "isl"),
+        "osl": _required(row, "osl"),
+        "precision": row.get("precision") or None,
+        "backend": row.get("backend") or "vllm",
+        "concurrency": _int(row, "concurrency"),
+    }
+    mode = row.get("mode") or "colocated"
+    if mode == "disaggregated":
+        pools = {role: _pool(row, role, common["concurrency"]) for role in ("prefill", "decode")}
+        return estimate_disaggregated(**common, **pools)
+    if mode not in ("colocated", "piggybacked"):
+        raise SpecError(f"mode={mode!r}: must be colocated, piggybacked or disaggregated")
+    tp, dp = _one(row, "tp"), _one(row, "dp")
+    ep = _int(row, "ep")
+    moe_tp = _int(row, "moe_tp")
+    if ep is None:
+        ep = tp * dp // moe_tp if moe_tp else 1
+    if moe_tp is not None and moe_tp * ep not in (1, tp * dp):
+        raise SpecError(f"moe_tp={moe_tp}: moe_tp*ep={moe_tp * ep} must be tp*dp={tp * dp}")
+    parallelism = Parallelism(tp=tp, pp=_one(row, "pp"), dp=dp, ep=ep)
+    return estimate(**common, batch=_int(row, "batch"), parallelism=parallelism, mode=mode, gpus=_int(row, "gpus"))
+
+
+def _pool(row: dict[str, str], role: str, concurrency: int | None) -> Instances:
+    field = f"{role}_"
+    parallelism = Parallelism(**{axis: _one(row, field + axis) for axis in ("tp", "pp", "dp", "ep")})
+    workers, group_batch = _one(row, field + "workers"), _int(row, field + "batch")
+    if group_batch is not None:
+        # As measured rows state it: the batch of one attention group, of which an instance holds dp.
+        batch = group_batch * parallelism.dp
+    elif role == "prefill":
+        batch = parallelism.dp
+    elif concurrency is not None:
+        batch = -(-concurrency // workers)
+    else:
+        raise SpecError("decode_batch='': give decode_batch or concurrency")
+    return Instances(parallelism=parallelism, batch=batch, replicas=workers)

@@ -1,0 +1,248 @@
+"""One deployment, one traffic: TTFT, TPOT and throughput with intervals. The planner prices the same way, by the thousand."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.perf.costs import Layout, StepLoad
+from tandem.perf.divide import refuse_parallelism
+from tandem.perf.memory import MemoryUse
+from tandem.perf.phases import PerfModel
+from tandem.spec.catalog import load_hardware, load_spec
+from tandem.spec.design import BACKENDS, Estimate, Mode, Parallelism, Precision
+from tandem.spec.errors import Infeasible, SpecError
+from tandem.spec.hardware import HardwareSpec
+from tandem.spec.model import ModelSpec
+from tandem.spec.units import require_int
+from tandem.spec.workload import Workload
+
+MATCHED_LOW = 0.75
+"""Real disaggregated systems reach 75 to 100 % of a rate-matched curve (paper B facts 1.9): the interval's lower share."""
+PIGGYBACK_TOKENS = 2048
+"""Step budget assumed when prompt chunks ride along with decode (vLLM's max_num_batched_tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateResult:
+    """What a deployment is predicted to do. `max_batch` is what one instance's memory holds at the final length."""
+
+    ttft_s: Estimate
+    tpot_s: Estimate
+    tokens_per_s_per_gpu: Estimate
+    tokens_per_s_per_user: Estimate
+    max_batch: int
+    memory: dict[str, float]
+    evidence: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `tandem estimate --json` prints."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instances:
+    """`replicas` equal instances with `batch` requests in flight in each."""
+
+    parallelism: Parallelism
+    batch: int
+    replicas: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        """Its parallelism as arrays of one design point."""
+        p = self.parallelism
+        return Layout(float(p.tp), float(p.pp), float(p.ep), float(p.dp), float(p.cpp))
+
+
+def perf_model(
+    model: str | ModelSpec, hardware: str | HardwareSpec, precision: str | Precision | None, backend: str
+) -> PerfModel:
+    """The performance model for names or specs; precision defaults to the model's native format."""
+    spec = load_spec(model) if isinstance(model, str) else model
+    gpu = load_hardware(hardware) if isinstance(hardware, str) else hardware
+    if backend not in BACKENDS:
+        raise SpecError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if not isinstance(precision, Precision):
+        precision = Precision.parse(precision, native=spec.native_precision)
+    return PerfModel(spec, gpu, precision, backend)
+
+
+def estimate(
+    *,
+    model: str | ModelSpec,
+    hardware: str | HardwareSpec,
+    isl: int,
+    osl: int,
+    concurrency: int | None = None,
+    batch: int | None = None,
+    parallelism: Parallelism | None = None,
+    precision: str | Precision | None = None,
+    backend: str = "vllm",
+    mode: Mode = "colocated",
+    gpus: int | None = None,
+) -> EstimateResult:
+    """Predict a co-located deployment at a fixed number of requests in flight.
+
+    `concurrency` counts the requests of the whole deployment, `batch` those of one instance; give one. `gpus` beyond
+    one instance means replicas. A concurrency above what memory holds is served at the largest batch; the rest waits,
+    which TTFT does not include. Raises SpecError on impossible values, naming the field.
+    """
+    perf = perf_model(model, hardware, precision, backend)
+    p = parallelism or Parallelism()
+    check_fits(perf, p)
+    replicas = _replicas(p, gpus)
+    if (concurrency is None) == (batch is None):
+        raise SpecError(f"concurrency={concurrency}, batch={batch}: give exactly one of them")
+    wanted = require_int("batch" if concurrency is None else "concurrency", batch if concurrency is None else concurrency)
+    per_instance = wanted if concurrency is None else -(-wanted // replicas)
+    workload = checked_workload(perf.model, isl, osl)
+    memory, max_batch = _memory(perf, p, workload, per_instance)
+    instances = Instances(parallelism=p, batch=min(per_instance, max_batch), replicas=replicas)
+    return _colocated(perf, instances, workload, mode, memory, max_batch)
+
+
+def _replicas(p: Parallelism, gpus: int | None) -> int:
+    if gpus is None:
+        return 1
+    require_int("gpus", gpus, high=16384)
+    if gpus % p.gpus:
+        raise SpecError(f"gpus={gpus}: must be a multiple of the {p.gpus} GPUs of one instance ({p})")
+    return gpus // p.gpus
+
+
+def check_fits(perf: PerfModel, p: Parallelism) -> None:
+    """Refuse a parallelism that does not divide the model."""
+    refusal = refuse_parallelism(perf.model, p)
+    if isinstance(refusal, Infeasible):
+        raise SpecError(refusal.reason)
+
+
+def checked_workload(model: ModelSpec, isl: int, osl: int) -> Workload:
+    """A fixed workload that the model's context length can hold."""
+    workload = Workload.fixed(isl, osl)
+    if isl + osl > model.max_context:
+        raise SpecError(f"isl+osl={isl + osl:,}: {model.name} takes at most {model.max_context:,} tokens")
+    return workload
+
+
+def _memory(perf: PerfModel, p: Parallelism, workload: Workload, batch: int) -> tuple[dict[str, float], int]:
+    layout = Instances(parallelism=p, batch=1).layout
+    use = perf.memory.use(layout, workload.final_context, min(2048.0, workload.mean_isl))
+    max_batch = int(use.max_batch(layout))
+    if max_batch < 1:
+        needed = float(use.weight_bytes + use.workspace_bytes + use.sequence_bytes)
+        raise SpecError(
+            f"tp={p.tp}: {perf.model.name} with one sequence of {workload.final_context:,.0f} tokens needs {needed:,.0f} B a GPU, "
+            f"{perf.hardware.name} offers {use.usable_bytes:,.0f} B; use more GPUs an instance, fewer bits or shorter sequences"
+        )
+    return memory_json(perf, layout, use, min(batch, max_batch)), max_batch
+
+
+def _colocated(
+    perf: PerfModel, it: Instances, workload: Workload, mode: Mode, memory: dict[str, float], max_batch: int
+) -> EstimateResult:
+    batch = np.array([float(it.batch)])
+    if mode == "piggybacked":
+        served = perf.piggybacked(it.layout, batch, workload, np.array([float(max(PIGGYBACK_TOKENS, 2 * it.batch))]))
+    elif mode == "colocated":
+        served = perf.colocated(it.layout, batch, workload)
+    else:
+        raise SpecError(f"mode={mode!r}: must be colocated or piggybacked here; a disaggregated case names both pools")
+    load = perf.decode_load(it.layout, batch, workload)
+    rate = float(served.requests_per_s[0]) / it.parallelism.gpus
+    return _result(perf, it.layout, load, served.ttft_s, served.tpot_s, rate * workload.mean_osl, max_batch, memory)
+
+
+def estimate_disaggregated(
+    *,
+    model: str | ModelSpec,
+    hardware: str | HardwareSpec,
+    isl: int,
+    osl: int,
+    prefill: Instances,
+    decode: Instances,
+    concurrency: int | None = None,
+    precision: str | Precision | None = None,
+    backend: str = "vllm",
+) -> EstimateResult:
+    """Predict a prefill pool and a decode pool. `decode.batch` is each instance's decode batch.
+
+    With `concurrency` the decode batch is what the requests in flight leave for it, at most decode.batch: those in
+    prefill are not decoding. The slower pool sets the rate; the interval's low end carries the rate-matching margin.
+    """
+    perf = perf_model(model, hardware, precision, backend)
+    for pool in (prefill, decode):
+        check_fits(perf, pool.parallelism)
+    workload = checked_workload(perf.model, isl, osl)
+    memory, max_batch = _memory(perf, decode.parallelism, workload, decode.batch)
+    done = perf.prefill(prefill.layout, np.array([float(prefill.batch)]), workload)
+    batch = np.array([float(min(decode.batch, max_batch))])
+    if concurrency is not None:
+        batch = np.minimum(batch, np.ceil(concurrency / decode.replicas))
+    tpot = perf.decode_tpot_s(decode.layout, batch, workload)
+    decode_rate = decode.replicas * batch / (tpot * max(osl - 1, 1))
+    rate = np.minimum(prefill.replicas * done.requests_per_s, decode_rate)
+    gpus = prefill.replicas * prefill.parallelism.gpus + decode.replicas * decode.parallelism.gpus
+    load = perf.decode_load(decode.layout, batch, workload)
+    per_gpu = float(rate[0]) * osl / gpus
+    return _result(perf, decode.layout, load, done.ttft_s, tpot, per_gpu, max_batch, memory, margin=MATCHED_LOW)
+
+
+def _result(
+    perf: PerfModel,
+    layout: Layout,
+    load: StepLoad,
+    ttft_s: NDArray[np.float64],
+    tpot_s: NDArray[np.float64],
+    per_gpu: float,
+    max_batch: int,
+    memory: dict[str, float],
+    *,
+    margin: float = 1.0,
+) -> EstimateResult:
+    times = {"ttft_s": float(ttft_s[0]), "tpot_s": float(tpot_s[0]), "tokens_per_s_per_gpu": per_gpu}
+    found = intervals(perf, layout, load, **times, margin=margin)
+    return EstimateResult(**found, max_batch=max_batch, memory=memory, evidence=found["tpot_s"].evidence)
+
+
+def intervals(
+    perf: PerfModel,
+    layout: Layout,
+    load: StepLoad,
+    *,
+    ttft_s: float,
+    tpot_s: float,
+    tokens_per_s_per_gpu: float,
+    margin: float = 1.0,
+) -> dict[str, Estimate]:
+    """The four predictions with the intervals that the backend's residuals give; `margin` widens throughput downwards."""
+    evidence, fit = perf.evidence(layout, load), perf.backend_fit
+    tpot_low, tpot_high = min(fit.tpot_p10, 1.0), max(fit.tpot_p90, 1.0)
+    ttft_low, ttft_high = min(fit.ttft_p10, 1.0), max(fit.ttft_p90, 1.0)
+    tpot = Estimate(value=tpot_s, low=tpot_s * tpot_low, high=tpot_s * tpot_high, evidence=evidence)
+    per_gpu = tokens_per_s_per_gpu
+    return {
+        "ttft_s": Estimate(value=ttft_s, low=ttft_s * ttft_low, high=ttft_s * ttft_high, evidence=evidence),
+        "tpot_s": tpot,
+        "tokens_per_s_per_gpu": Estimate(
+            value=per_gpu, low=margin * per_gpu / tpot_high, high=per_gpu / tpot_low, evidence=evidence
+        ),
+        "tokens_per_s_per_user": tpot.inverse(),
+    }
+
+
+def memory_json(perf: PerfModel, layout: Layout, use: MemoryUse, batch: float) -> dict[str, float]:
+    """Bytes on the fullest GPU of an instance with `batch` requests in flight, by what they are for."""
+    seqs = float(np.ceil(batch / layout.dp))
+    state = float(perf.memory.sequence_bytes(layout, 0.0))
+    return {
+        "weight_bytes": float(use.weight_bytes),
+        "kv_bytes": seqs * (float(use.sequence_bytes) - state),
+        "state_bytes": seqs * state,
+        "workspace_bytes": float(use.workspace_bytes),
+        "usable_bytes": use.usable_bytes,
+    }

@@ -1,0 +1,226 @@
+"""Prefill, decode and their mixtures: TTFT, TPOT and request rate of one instance, for arrays of design points.
+
+A request finds its instance busy with exactly its batch, in steady state; waiting for a free place in the batch is not
+part of these times.
+`batch` always counts the requests of one whole instance, over its attention groups and pipeline stages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.perf.backend import BackendFit, find_backend
+from tandem.perf.costs import Layout, StepLoad
+from tandem.perf.memory import MemoryModel
+from tandem.perf.ops import Array, attended_pairs
+from tandem.perf.step import KernelTime, StepPricer, weakest
+from tandem.spec.design import Evidence, Precision
+from tandem.spec.hardware import HardwareSpec
+from tandem.spec.model import Attention, MLA, ModelSpec
+from tandem.spec.workload import Workload
+
+Result = NDArray[np.float64]
+
+
+class PrefillTime(NamedTuple):
+    """TTFT in seconds and requests/s of one prefill instance."""
+
+    ttft_s: Result
+    requests_per_s: Result
+
+
+class ServeTime(NamedTuple):
+    """TTFT and TPOT in seconds and requests/s of one co-located instance; `feasible` is False where prefill starves decode."""
+
+    ttft_s: Result
+    tpot_s: Result
+    requests_per_s: Result
+    feasible: NDArray[np.bool_]
+
+
+def mean_attended(isl: Array, osl: Array, window: int) -> Array:
+    """Mean of min(context, window) while the context grows from isl to isl + osl."""
+    return attended_pairs(osl, isl, window) / osl
+
+
+@dataclass(frozen=True)
+class PerfModel:
+    """The performance model of one model, GPU, precision and backend; everything else asks this object."""
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    precision: Precision
+    backend: str = "vllm"
+    given_fit: BackendFit | None = None
+    """A backend fit to use instead of the shipped one: while calibrating, or for a user's own measurements."""
+
+    @cached_property
+    def pricer(self) -> StepPricer:
+        """Times the kernels of a step."""
+        return StepPricer(self.model, self.hardware, self.precision)
+
+    @cached_property
+    def memory(self) -> MemoryModel:
+        """Sizes what a GPU must hold."""
+        return MemoryModel(self.model, self.precision, self.hardware)
+
+    @cached_property
+    def backend_fit(self) -> BackendFit:
+        """Host overheads of the serving backend."""
+        return self.given_fit or find_backend(self.backend, self.hardware.generation, self.model)[0]
+
+    def evidence(self, layout: Layout, load: StepLoad) -> Evidence:
+        """What a prediction of this load rests on: the weaker of kernels and backend."""
+        backend = find_backend(self.backend, self.hardware.generation, self.model)[1]
+        return weakest([self.pricer.evidence(layout, load), backend])
+
+    def _host_s(self, seqs: Array) -> Array:
+        fit = self.backend_fit
+        return fit.step_s + fit.sequence_s * seqs
+
+    def decode_load(self, layout: Layout, batch: Array, workload: Workload) -> StepLoad:
+        """One decode step of a pipeline stage's micro-batch, at the mean context of the workload."""
+        micro = np.ceil(batch / layout.pp)
+        return StepLoad(
+            decode_seqs=np.ceil(micro / layout.dp),
+            context=workload.decode_context,
+            decode_window_context=self._windows(workload),
+        )
+
+    def _windows(self, workload: Workload) -> dict[int, Array]:
+        windows = {m.window for m, _ in self.model.mixers if isinstance(m, Attention) and m.window}
+        windows |= {m.index.top_k for m, _ in self.model.mixers if isinstance(m, MLA) and m.index}
+        w, i, o = (np.asarray(x) for x in (workload.weight, workload.isl, workload.osl))
+        share = w * o / np.sum(w * o)
+        return {size: float(np.sum(share * mean_attended(i, o, size))) for size in windows}
+
+    def _step_s(self, kernels: KernelTime) -> Result:
+        """What a backend shows of a decode step's kernels."""
+        return np.asarray(self.backend_fit.launch_scale * kernels.launch_s + self.backend_fit.work_scale * kernels.work_s)
+
+    def decode_tpot_s(self, layout: Layout, batch: Array, workload: Workload) -> Result:
+        """TPOT of a decode instance that does nothing else: one pass of its micro-batch through every stage."""
+        load = self.decode_load(layout, batch, workload)
+        return np.asarray(self._host_s(load.decode_seqs) + self._step_s(self.pricer.kernels(layout, load)))
+
+    def prefill_kernels_s(self, layout: Layout, seqs: Array, isl: Array, chunks: Array, *, cached_up: bool = False) -> Result:
+        """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each attention group, in equal chunks."""
+        load = StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks, cached_up=cached_up)
+        return np.asarray(chunks * self._prompt_s(self.pricer.kernels(layout, load)))
+
+    def _prompt_s(self, kernels: KernelTime) -> Result:
+        """Prefill kernels: launches hide as in decode, the work counts as the operator fits have it."""
+        return np.asarray(self.backend_fit.launch_scale * kernels.launch_s + kernels.work_s)
+
+    def prefill(
+        self, layout: Layout, batch: Array, workload: Workload, chunk_tokens: Array = np.inf, *, percentile: float = 50.0
+    ) -> PrefillTime:
+        """TTFT (at `percentile` of the prompt lengths) and rate of a prefill instance that batches `batch` prompts.
+
+        With chunked pipeline parallelism the chunks of a prompt follow one another through the stages, so TTFT shrinks
+        towards 1/cpp of the work plus the fill of the pipeline by the last, costliest chunk (paper B, Figure 5).
+        """
+        seqs = np.ceil(batch / (layout.dp * layout.pp))
+        host = self._host_s(seqs)
+        mean_busy: Array = 0.0
+        ttfts = []
+        for isl, weight in _by_isl(workload):
+            chunks = np.maximum(np.ceil(seqs * isl / chunk_tokens), 1.0)
+            busy = self.prefill_kernels_s(layout, seqs, isl, chunks) + host * chunks
+            ttft = busy
+            if np.any(np.asarray(layout.cpp) > 1):
+                last = self._last_chunk_s(layout, seqs, isl, chunks) + host
+                piped = busy / layout.cpp + (layout.cpp - 1.0) / layout.cpp * last
+                ttft = np.where(np.asarray(layout.cpp) > 1, piped, busy)
+                busy = busy / layout.cpp
+            ttfts.append(np.asarray(ttft))
+            mean_busy = mean_busy + weight * busy
+        index = _percentile_index([w for _, w in _by_isl(workload)], percentile)
+        rate = batch / mean_busy
+        return PrefillTime(*np.broadcast_arrays(ttfts[index], rate))
+
+    def _last_chunk_s(self, layout: Layout, seqs: Array, isl: Array, chunks: Array) -> Result:
+        """Kernel seconds of the last chunk: as many new tokens as the mean chunk, but all earlier ones to attend to."""
+        new = isl / chunks
+        mean = self._prompt_s(self.pricer.kernels(layout, StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks)))
+        first = self._prompt_s(self.pricer.kernels(layout, StepLoad(prefill_seqs=seqs, isl=new, chunks=1.0)))
+        return np.asarray(np.where(np.asarray(chunks) > 1, 2.0 * mean - first, mean))
+
+    def colocated(self, layout: Layout, batch: Array, workload: Workload, *, percentile: float = 50.0) -> ServeTime:
+        """In-flight batching: prompts are prefilled whole between decode steps, which all others wait for.
+
+        While a request decodes its OSL tokens, each of the other sequences of its group is replaced once, so a step
+        carries b / OSL prefills on average. A backend that shows only a share of them in TPOT lets the newcomers wait
+        for one another instead: that share lengthens TTFT by half a batch of prefills on average. Either way the
+        GPUs do all the work, so the rate is the same: b requests in the time of b prefills and OSL - 1 decode steps.
+        """
+        load = self.decode_load(layout, batch, workload)
+        decode_s = self.decode_tpot_s(layout, batch, workload)
+        one = np.ones_like(np.asarray(batch, dtype=np.float64))
+        alone = self.prefill(layout, layout.dp * layout.pp * one, workload, percentile=percentile)
+        # `alone` handles one prompt in every group and stage at once, so each group loses dp * pp / rate for its own.
+        stall_s = layout.dp * layout.pp / alone.requests_per_s
+        shown, others = self.backend_fit.prefill_scale, np.maximum(load.decode_seqs - 1.0, 0.0)
+        tpot = decode_s + shown * stall_s * load.decode_seqs / workload.mean_osl
+        waiting = max(1.0 - shown, 0.0) * stall_s * others
+        ttft = alone.ttft_s + decode_s + waiting / 2
+        rate = batch / (alone.ttft_s + decode_s + waiting + tpot * (workload.mean_osl - 1.0))
+        return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, True))
+
+    def piggybacked(
+        self,
+        layout: Layout,
+        batch: Array,
+        workload: Workload,
+        chunk_tokens: Array,
+        *,
+        percentile: float = 50.0,
+        cached_up: bool = False,
+    ) -> ServeTime:
+        """Chunked piggybacking: decode steps carry prompt chunks of `chunk_tokens` minus the decoding sequences' tokens.
+
+        A share f = (b / OSL) * (ISL / room) of the steps carries a chunk; where f exceeds 1 prompts arrive faster than
+        chunks can take them in and the batch cannot be kept up: not feasible.
+        """
+        load = self.decode_load(layout, batch, workload)
+        isl, osl = workload.mean_isl, workload.mean_osl
+        room = np.maximum(chunk_tokens - load.decode_seqs, 1.0)
+        chunks = np.maximum(isl / room, 1.0)
+        mixed = load._replace(prefill_seqs=np.ones_like(room), isl=isl, chunks=chunks, cached_up=cached_up)
+        host = self._host_s(load.decode_seqs)
+        alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
+        pure_s = host + self._step_s(alone)
+        extra_s = np.maximum(self._step_s(together) - self._step_s(alone), 0.0)
+        carrying = load.decode_seqs / osl * chunks
+        tpot = pure_s + np.minimum(carrying, 1.0) * extra_s
+        points = _by_isl(workload)
+        isl_at = points[_percentile_index([w for _, w in points], percentile)][0]
+        ttft = np.maximum(np.ceil(isl_at / room), 1.0) * (pure_s + extra_s)
+        rate = batch / (ttft + tpot * (osl - 1.0))
+        return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, (carrying <= 1.0) & (chunk_tokens > load.decode_seqs)))
+
+
+def _by_isl(workload: Workload) -> list[tuple[float, float]]:
+    """Distinct prompt lengths of a workload with their weights, shortest first; groups of a trace share one mean length."""
+    groups: dict[float, float] = {}
+    for isl, weight in zip(workload.isl, workload.weight, strict=True):
+        groups[isl] = groups.get(isl, 0.0) + weight
+    points = sorted(groups.items())
+    size = max(1, len(points) // 16)
+    merged = []
+    for start in range(0, len(points), size):
+        cell = points[start : start + size]
+        total = sum(w for _, w in cell)
+        merged.append((sum(i * w for i, w in cell) / total, total))
+    return merged
+
+
+def _percentile_index(weights: list[float], percentile: float) -> int:
+    """Index of the first point at which the cumulated weight reaches the percentile."""
+    cumulated = np.cumsum(weights)
+    return int(min(np.searchsorted(cumulated, percentile / 100 - 1e-9), len(weights) - 1))

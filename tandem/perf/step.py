@@ -1,0 +1,103 @@
+"""Seconds of one engine step: the operations of `costs`, timed by the fitted curves of `efficiency`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.perf.costs import Item, LayerCosts, Layout, StepLoad
+from tandem.perf.efficiency import OpTimer, bind
+from tandem.perf.ops import NETWORK
+from tandem.spec.design import Evidence, Precision
+from tandem.spec.hardware import HardwareSpec
+from tandem.spec.model import ModelSpec
+
+EVIDENCE_ORDER: tuple[Evidence, ...] = ("calibrated", "transferred", "roofline")
+
+
+def weakest(evidence: list[Evidence]) -> Evidence:
+    """The weakest of several kinds of evidence."""
+    return max(evidence, key=EVIDENCE_ORDER.index)
+
+
+class KernelTime(NamedTuple):
+    """Seconds of a step's kernels: `launch_s`, their fixed times as measured one by one, and `work_s`, all beyond them.
+
+    Serving backends replay captured graphs, where much of the fixed time overlaps; so the two are kept apart and each
+    backend's fit says how much of either it shows.
+    """
+
+    launch_s: NDArray[np.float64]
+    work_s: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepPricer:
+    """Times engine steps of one model at one precision on one kind of GPU."""
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    precision: Precision
+
+    @cached_property
+    def _costs(self) -> LayerCosts:
+        return LayerCosts(self.model, self.precision)
+
+    @cached_property
+    def _timers(self) -> dict[tuple[str, str], OpTimer]:
+        return {}
+
+    def _timer(self, item: Item) -> OpTimer:
+        key = (item.op, item.dtype)
+        if key not in self._timers:
+            self._timers[key] = bind(self.hardware, item.op, item.dtype)
+        return self._timers[key]
+
+    def _item_work_s(self, item: Item) -> NDArray[np.float64]:
+        link = None
+        if item.op in NETWORK and item.gpus is not None:
+            fits = np.asarray(item.gpus) <= self.hardware.scale_up_gpus
+            link = np.where(fits, self.hardware.scale_up_bytes_per_s, self.hardware.scale_out_bytes_per_s)
+        return self._timer(item).work_s(item.work, link) * item.count
+
+    def kernels(self, layout: Layout, load: StepLoad) -> KernelTime:
+        """Kernel and network time of one pass through all layers, for every design point."""
+        launch: NDArray[np.float64] = np.zeros(())
+        work: NDArray[np.float64] = np.zeros(())
+        for item in self._costs.step_items(layout, load):
+            launch = launch + self._timer(item).fit.t0_s * item.count
+            work = work + self._item_work_s(item)
+        return KernelTime(launch, work)
+
+    def breakdown(self, layout: Layout, load: StepLoad) -> dict[str, dict[str, float]]:
+        """For one design point: seconds by operation class, cut into fixed, compute and memory (or network) shares."""
+        classes: dict[str, dict[str, float]] = {}
+        for item in self._costs.step_items(layout, load):
+            timer, count = self._timer(item), float(np.sum(item.count))
+            fixed = timer.fit.t0_s * count
+            seconds = fixed + float(np.sum(self._item_work_s(item)))
+            if seconds == 0:
+                continue
+            compute = float(np.sum(item.work.flops)) / timer.flops_per_s * count
+            moved = float(np.sum(item.work.moved_bytes)) / timer.bytes_per_s * count
+            if item.op in NETWORK:
+                compute, moved = 0.0, seconds - fixed
+            scale = (seconds - fixed) / (compute + moved) if compute + moved > 0 else 0.0
+            row = classes.setdefault(item.op, {"seconds": 0.0, "fixed": 0.0, "compute": 0.0, "moved": 0.0})
+            for key, value in (("seconds", seconds), ("fixed", fixed), ("compute", compute * scale), ("moved", moved * scale)):
+                row[key] += value
+        return classes
+
+    def evidence(self, layout: Layout, load: StepLoad) -> Evidence:
+        """The weakest evidence among the operations that take at least a tenth of the step."""
+        seconds: dict[tuple[str, str], float] = {}
+        for item in self._costs.step_items(layout, load):
+            key = (item.op, item.dtype)
+            launch = self._timer(item).fit.t0_s * item.count
+            seconds[key] = seconds.get(key, 0.0) + float(np.sum(launch + self._item_work_s(item)))
+        total = sum(seconds.values())
+        return weakest(["calibrated", *(self._timers[k].evidence for k, s in seconds.items() if s >= 0.1 * total)])

@@ -1,0 +1,88 @@
+"""Predictions against measured serving rows, by group: the answer to "how accurate is it?"."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.perf.calibrate_serving import group_rows, layout_arrays
+from tandem.perf.phases import PerfModel
+from tandem.perf.silicon import MeasuredRow
+from tandem.spec.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorSet:
+    """Errors of one group: absolute percentage errors as fractions, ratio predicted / measured, share inside the interval."""
+
+    name: str
+    side: str
+    metric: str
+    n: int
+    median_ape: float
+    mean_ape: float
+    ratio: float
+    coverage: float
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Measured rows with what was predicted for them, in the same order; seconds."""
+
+    rows: list[MeasuredRow]
+    ttft_s: NDArray[np.float64]
+    tpot_s: NDArray[np.float64]
+    tpot_low_s: NDArray[np.float64]
+    tpot_high_s: NDArray[np.float64]
+
+
+def predict(rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambda _: None) -> Predictions:
+    """Predict TTFT (without queueing) and TPOT of every row as `tandem estimate` would."""
+    ordered: list[MeasuredRow] = []
+    columns: list[NDArray[np.float64]] = []
+    for group in group_rows(rows).values():
+        first = group[0]
+        progress(f"{first.model.name} on {first.hardware.name}")
+        perf = PerfModel(first.model, first.hardware, first.precision, first.backend)
+        batch = np.array([float(r.concurrency) for r in group])
+        served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl))
+        fit = perf.backend_fit
+        ordered += group
+        low, high = min(fit.tpot_p10, 1.0) * served.tpot_s, max(fit.tpot_p90, 1.0) * served.tpot_s
+        columns.append(np.stack([served.ttft_s, served.tpot_s, low, high]))
+    return Predictions(ordered, *np.concatenate(columns, axis=1))
+
+
+def error_sets(p: Predictions) -> list[ErrorSet]:
+    """Errors of TPOT and TTFT for all rows, by family, by GPU, by backend and by family and backend, each side apart."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, r in enumerate(p.rows):
+        family = r.model.family
+        for name in ("all", family, r.hardware.name, r.backend, f"{family} {r.backend}", f"{family} {r.backend} {r.hardware.name}"):
+            groups[(r.side, name)].append(i)
+    order = {"validation": 0, "calibration": 1}
+    sets = []
+    for (side, name), members in sorted(groups.items(), key=lambda kv: (order[kv[0][0]], kv[0][1] != "all", kv[0][1])):
+        sets += [_errors(p, np.array(members), name, side, metric) for metric in ("tpot_s", "ttft_s")]
+    return sets
+
+
+def _errors(p: Predictions, members: NDArray[np.int64], name: str, side: str, metric: str) -> ErrorSet:
+    measured = np.array([getattr(p.rows[i], metric) for i in members])
+    ratio = getattr(p, metric)[members] / measured
+    ape = np.abs(ratio - 1.0)
+    inside = (p.tpot_low_s[members] <= measured) & (measured <= p.tpot_high_s[members])
+    return ErrorSet(
+        name=name,
+        side=side,
+        metric=metric,
+        n=len(members),
+        median_ape=float(np.median(ape)),
+        mean_ape=float(np.mean(ape)),
+        ratio=float(np.median(ratio)),
+        coverage=float(np.mean(inside)) if metric == "tpot_s" else float("nan"),
+    )

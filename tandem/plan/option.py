@@ -1,0 +1,185 @@
+"""One deployment with what it is predicted to do, what it holds and moves, and what limits it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tandem.perf.costs import Layout, StepLoad
+from tandem.perf.estimate import MATCHED_LOW, intervals, memory_json
+from tandem.perf.ops import NETWORK
+from tandem.perf.phases import PerfModel
+from tandem.plan.search import Choice, Priced, Searched
+from tandem.spec.design import Deployment, Estimate, Pool, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One deployment with what it is predicted to do and what limits it."""
+
+    deployment: Deployment
+    ttft_s: Estimate
+    tpot_s: Estimate
+    tokens_per_s_per_gpu: Estimate
+    tokens_per_s_per_user: Estimate
+    tokens_per_s: float
+    requests_per_s: float
+    imbalance: float
+    prefill_requests_per_s: float | None
+    decode_requests_per_s: float | None
+    transfer: dict[str, float] | None
+    memory: dict[str, dict[str, float]]
+    time_by_class: dict[str, dict[str, dict[str, float]]]
+    binds: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as one JSON object; pools become `prefill`, `decode` or `colocated` beside `n_prefill`, `n_decode`."""
+        data = {k: v for k, v in asdict(self).items() if k != "deployment" and v is not None}
+        d = self.deployment
+        data |= {"mode": d.mode, "gpus": d.gpus}
+        for pool in d.pools:
+            data[pool.role] = asdict(pool)
+        if d.prefill is not None and d.decode is not None:
+            data |= {"n_prefill": d.prefill.replicas, "n_decode": d.decode.replicas}
+            data["prefill"] |= {"requests_per_s": self.prefill_requests_per_s, "ttft_s": self.ttft_s.value}
+            data["decode"] |= {"requests_per_s": self.decode_requests_per_s, "tpot_s": self.tpot_s.value}
+        return data
+
+
+@dataclass(frozen=True)
+class OptionMaker:
+    """Turns rows of the priced tables into options that explain themselves."""
+
+    searched: Searched
+
+    @property
+    def _perf(self) -> PerfModel:
+        return self.searched.perf
+
+    def option(self, choice: Choice, *, detail: bool = True) -> Option:
+        """The option behind a choice; `detail` adds memory, time by class and what binds."""
+        s, split = self.searched, choice.mode == "disaggregated"
+        main = s.priced["decode" if split else choice.mode]
+        pools = {}
+        if split:
+            assert choice.prefill_row is not None
+            prefill = s.priced["prefill"]
+            pools["prefill"] = _pool(prefill, choice.prefill_row, choice.num_prefill, "prefill")
+            pools["decode"] = _pool(main, choice.row, choice.replicas, "decode")
+            ttft = float(prefill.ttft_s[choice.prefill_row])
+        else:
+            pools["colocated"] = _pool(main, choice.row, choice.replicas, "colocated")
+            ttft = float(main.ttft_s[choice.row])
+        deployment = Deployment(
+            model=self._perf.model.name,
+            hardware=self._perf.hardware.name,
+            backend=self._perf.backend,
+            precision=self._perf.precision,
+            **pools,
+        )
+        tpot = float(main.tpot_s[choice.row])
+        rate = choice.requests_per_s
+        return Option(
+            deployment=deployment,
+            **self._estimates(deployment, ttft, tpot, rate),
+            tokens_per_s=rate * s.workload.mean_osl,
+            requests_per_s=rate,
+            imbalance=choice.imbalance,
+            prefill_requests_per_s=float(s.priced["prefill"].requests_per_s[choice.prefill_row]) if split else None,
+            decode_requests_per_s=float(main.requests_per_s[choice.row]) if split else None,
+            transfer=self._transfer(choice) if split else None,
+            memory={role: self._memory(pool) for role, pool in pools.items()} if detail else {},
+            time_by_class={role: self._breakdown(pool) for role, pool in pools.items()} if detail else {},
+            binds={role: self._binds(pool, main, choice) for role, pool in pools.items()} if detail else {},
+        )
+
+    def _estimates(self, deployment: Deployment, ttft: float, tpot: float, rate: float) -> dict[str, Estimate]:
+        pool = deployment.decode or deployment.colocated
+        assert pool is not None
+        return intervals(
+            self._perf,
+            layout_of(pool),
+            self._load(pool),
+            ttft_s=ttft,
+            tpot_s=tpot,
+            tokens_per_s_per_gpu=rate * self.searched.workload.mean_osl / deployment.gpus,
+            margin=MATCHED_LOW if deployment.mode == "disaggregated" else 1.0,
+        )
+
+    def _load(self, pool: Pool) -> StepLoad:
+        layout = layout_of(pool)
+        if pool.role == "prefill":
+            seqs = float(np.ceil(pool.batch / (pool.parallelism.dp * pool.parallelism.pp)))
+            isl = self.searched.workload.mean_isl
+            chunks = 1.0 if pool.chunk_tokens is None else max(1.0, float(np.ceil(seqs * isl / pool.chunk_tokens)))
+            return StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks)
+        return self._perf.decode_load(layout, float(pool.batch), self.searched.workload)
+
+    def _breakdown(self, pool: Pool) -> dict[str, dict[str, float]]:
+        load = self._load(pool)
+        classes = self._perf.pricer.breakdown(layout_of(pool), load)
+        fit = self._perf.backend_fit
+        seqs = float(load.decode_seqs) + float(load.prefill_seqs)  # type: ignore[arg-type]
+        host = fit.step_s + fit.sequence_s * seqs
+        return {**classes, "host": {"seconds": host, "fixed": host, "compute": 0.0, "moved": 0.0}}
+
+    def _binds(self, pool: Pool, priced: Priced, choice: Choice) -> str:
+        """The resource that takes the largest share of a step, and the memory limit where the batch has reached it."""
+        classes = self._breakdown(pool)
+        shares = {
+            "compute": sum(c["compute"] for c in classes.values()),
+            "memory bandwidth": sum(c["moved"] for k, c in classes.items() if k not in NETWORK),
+            "network": sum(c["seconds"] for k, c in classes.items() if k in NETWORK),
+            "launch and host overhead": sum(c["fixed"] for k, c in classes.items() if k not in NETWORK),
+        }
+        name = max(shares, key=lambda k: shares[k])
+        text = f"{name} ({shares[name] / sum(shares.values()):.0%} of a step)"
+        if pool.role != "prefill" and pool.batch * 1.07 > float(priced.max_batch[choice.row]):
+            text += "; memory capacity caps the batch"
+        return text
+
+    def _memory(self, pool: Pool) -> dict[str, float]:
+        layout, w = layout_of(pool), self.searched.workload
+        use = self._perf.memory.use(layout, w.mean_isl if pool.role == "prefill" else w.final_context)
+        return memory_json(self._perf, layout, use, float(pool.batch))
+
+    def _transfer(self, choice: Choice) -> dict[str, float]:
+        """Bytes a request moves between the pools and the bandwidth that takes, per GPU (paper B, Equations 1 and 2)."""
+        s, model, precision = self.searched, self._perf.model, self._perf.precision
+        assert choice.prefill_row is not None
+        p, d = s.priced["prefill"], s.priced["decode"]
+        rows = np.array([choice.prefill_row]), np.array([choice.row])
+        prompt = round(s.workload.mean_isl)
+        out = self._perf.memory.sequence_bytes(p.points.take(rows[0]).layout, s.workload.mean_isl)
+        into = self._perf.memory.sequence_bytes(d.points.take(rows[1]).layout, s.workload.mean_isl)
+        each_p = choice.requests_per_s / choice.num_prefill / np.asarray(p.points.layout.dp)[choice.prefill_row]
+        each_d = choice.requests_per_s / choice.replicas / np.asarray(d.points.layout.dp)[choice.row]
+        state = model.state_bytes_per_sequence(state=precision.state)
+        return {
+            "state_bytes_per_request": float(state),
+            "kv_bytes_per_token": float(model.kv_bytes_per_token(kv=precision.kv)),
+            "bytes_per_request": float(state + model.kv_bytes(prompt, kv=precision.kv)),
+            "egress_bytes_per_s_per_gpu": float(out[0] * each_p),
+            "ingress_bytes_per_s_per_gpu": float(into[0] * each_d),
+            "link_bytes_per_s_per_gpu": self._perf.hardware.scale_out_bytes_per_s,
+            "exposed_s": float(s.transfer_s(p.points.take(rows[0]), p.ttft_s[rows[0]])[0]),
+        }
+
+
+def layout_of(pool: Pool) -> Layout:
+    """A pool's parallelism as the performance model takes it."""
+    p = pool.parallelism
+    return Layout(float(p.tp), float(p.pp), float(p.ep), float(p.dp), float(p.cpp))
+
+
+def _pool(priced: Priced, row: int, replicas: int, role: Role) -> Pool:
+    chunk = float(priced.points.chunk_tokens[row])
+    return Pool(
+        parallelism=priced.points.parallelism(row),
+        batch=int(priced.points.batch[row]),
+        replicas=replicas,
+        role=role,
+        chunk_tokens=int(chunk) if np.isfinite(chunk) else None,
+    )

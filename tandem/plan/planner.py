@@ -1,0 +1,188 @@
+"""`find_plan`: which deployment serves this traffic best within this GPU budget, and how sure that is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tandem.perf.phases import PerfModel
+from tandem.plan.frontier import frontier_choices
+from tandem.plan.option import Option, OptionMaker
+from tandem.plan.search import Choice, Searched
+from tandem.spec.catalog import load_hardware, load_spec
+from tandem.spec.design import BACKENDS, Deployment, Mode, Precision
+from tandem.spec.errors import SpecError
+from tandem.spec.hardware import HardwareSpec
+from tandem.spec.model import ModelSpec
+from tandem.spec.units import require_int
+from tandem.spec.workload import Slo, Workload
+
+MODES: tuple[Mode, ...] = ("colocated", "piggybacked", "disaggregated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer: the best option of each mode, the recommended deployment, the frontier, and what would change it."""
+
+    model: ModelSpec
+    hardware: HardwareSpec
+    gpus: int
+    workload: Workload
+    slo: Slo
+    options: dict[Mode, Option]
+    best: Option
+    gain: float | None
+    frontier: tuple[Option, ...]
+    changes: tuple[dict[str, Any], ...]
+    refused: dict[str, int]
+    points_evaluated: int
+    seconds: float
+
+    @property
+    def recommended(self) -> Deployment:
+        """The deployment to run."""
+        return self.best.deployment
+
+    @property
+    def colocated(self) -> Option | None:
+        """The better of in-flight batching and piggybacking, if either can serve."""
+        shared = [self.options[m] for m in ("colocated", "piggybacked") if m in self.options]
+        return max(shared, key=lambda o: o.tokens_per_s, default=None)
+
+    @property
+    def disaggregated(self) -> Option | None:
+        """The rate-matched pair of pools, if one can serve."""
+        return self.options.get("disaggregated")
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `tandem plan --json` prints."""
+        shared, split = self.colocated, self.disaggregated
+        return {
+            "model": self.model.name,
+            "hardware": self.hardware.name,
+            "gpus": self.gpus,
+            "workload": asdict(self.workload),
+            "slo": asdict(self.slo),
+            "colocated": shared.to_json() if shared else None,
+            "disaggregated": split.to_json() if split else None,
+            "recommended": self.recommended.to_json(),
+            "gain": self.gain,
+            "frontier": [_frontier_json(o) for o in self.frontier],
+            "changes": list(self.changes),
+            "refused": self.refused,
+            "points_evaluated": self.points_evaluated,
+            "seconds": self.seconds,
+        }
+
+
+def _frontier_json(option: Option) -> dict[str, Any]:
+    d = option.deployment
+    return {
+        "mode": d.mode,
+        "tokens_per_s_per_user": asdict(option.tokens_per_s_per_user),
+        "tokens_per_s_per_gpu": asdict(option.tokens_per_s_per_gpu),
+        "ttft_s": option.ttft_s.value,
+        "gpus": d.gpus,
+        "pools": [
+            {"role": p.role, "parallelism": asdict(p.parallelism), "batch": p.batch, "replicas": p.replicas} for p in d.pools
+        ],
+    }
+
+
+def find_plan(
+    *,
+    model: str | ModelSpec,
+    hardware: str | HardwareSpec,
+    gpus: int,
+    workload: Workload,
+    slo: Slo | None = None,
+    precision: str | Precision | None = None,
+    backend: str = "vllm",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """The best deployment of `model` on `gpus` x `hardware` for this traffic under the SLO.
+
+    Precision defaults to the format of the model's published weights. Throughput counts output tokens over all GPUs of
+    the deployment. Raises SpecError on impossible values and NoPlanError when no deployment can meet the request.
+    """
+    started = time.perf_counter()
+    spec = load_spec(model) if isinstance(model, str) else model
+    gpu = load_hardware(hardware) if isinstance(hardware, str) else hardware
+    require_int("gpus", gpus, high=16384)
+    if backend not in BACKENDS:
+        raise SpecError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if workload.mean_osl < 2:
+        raise SpecError(f"osl={workload.mean_osl:g}: planning needs at least 2 output tokens, or there is no decode to place")
+    if max(np.add(workload.isl, workload.osl)) > spec.max_context:
+        longest = int(max(np.add(workload.isl, workload.osl)))
+        raise SpecError(f"isl+osl={longest:,}: {spec.name} takes at most {spec.max_context:,} tokens")
+    objective = slo or Slo()
+    if not isinstance(precision, Precision):
+        precision = Precision.parse(precision, native=spec.native_precision)
+    perf = PerfModel(spec, gpu, precision, backend)
+    searched = Searched(perf, workload, gpus, objective.percentile).price_all(progress)
+    progress("choosing")
+    choices = searched.select(objective, gpus)
+    if not choices:
+        raise searched.explain_nothing(objective)
+    maker = OptionMaker(searched)
+    options = {mode: maker.option(choice) for mode, choice in choices.items()}
+    best = options[_winner(choices)]
+    frontier = [maker.option(c, detail=False) for m in MODES for c in frontier_choices(searched, m, objective)]
+    return Plan(
+        model=spec,
+        hardware=gpu,
+        gpus=gpus,
+        workload=workload,
+        slo=objective,
+        options=options,
+        best=best,
+        gain=_gain(choices),
+        frontier=tuple(frontier),
+        changes=tuple(what_would_change(searched, objective, gpus)),
+        refused=searched.refused,
+        points_evaluated=searched.points_evaluated,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _winner(choices: dict[Mode, Choice]) -> Mode:
+    """Most requests/s; of nearly equal ones (0.1 %) the one with fewer GPUs, then the simpler mode."""
+    top = max(c.requests_per_s for c in choices.values())
+    near = [m for m in MODES if m in choices and choices[m].requests_per_s >= 0.999 * top]
+    return min(near, key=lambda m: (choices[m].gpus, MODES.index(m)))
+
+
+def _gain(choices: dict[Mode, Choice]) -> float | None:
+    """Requests/s of the disaggregated deployment over the best co-located one, both within the same budget."""
+    shared = [choices[m].requests_per_s for m in ("colocated", "piggybacked") if m in choices]
+    return choices["disaggregated"].requests_per_s / max(shared) if shared and "disaggregated" in choices else None
+
+
+def what_would_change(searched: Searched, slo: Slo, gpus: int) -> list[dict[str, Any]]:
+    """The recommendation under half and twice each bound, and under fewer GPUs; nothing is priced again."""
+    cases: list[tuple[str, Slo, int]] = []
+    for factor in (0.5, 2.0):
+        if slo.tpot_s is not None:
+            bound = slo.tpot_s * factor
+            cases.append((f"tpot_s={bound:g}", Slo(ttft_s=slo.ttft_s, tpot_s=bound, percentile=slo.percentile), gpus))
+        if slo.ttft_s is not None:
+            bound = slo.ttft_s * factor
+            cases.append((f"ttft_s={bound:g}", Slo(ttft_s=bound, tpot_s=slo.tpot_s, percentile=slo.percentile), gpus))
+    if slo.tpot_s is None:
+        cases += [(f"tpot_s={b:g}", Slo(ttft_s=slo.ttft_s, tpot_s=b, percentile=slo.percentile), gpus) for b in (0.05, 0.02, 0.01)]
+    cases += [(f"gpus={n}", slo, n) for n in (gpus // 2, gpus // 4) if n >= 1]
+    rows = []
+    for label, other, budget in cases:
+        choices = searched.select(other, budget)
+        row: dict[str, Any] = {"change": label, "recommended": None, "gain": None, "tokens_per_s_per_gpu": None}
+        if choices:
+            mode = _winner(choices)
+            rate = choices[mode].requests_per_s * searched.workload.mean_osl / choices[mode].gpus
+            row |= {"recommended": mode, "gain": _gain(choices), "tokens_per_s_per_gpu": rate}
+        rows.append(row)
+    return rows

@@ -1,0 +1,255 @@
+"""Price the whole design space once, then choose from it: `Searched` holds every priced point, `select` asks it.
+
+Selection under another SLO or budget prices nothing again, so "what would change the answer" costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.perf.memory import total_weight_bytes
+from tandem.perf.phases import PerfModel
+from tandem.plan.rates import TOLERANCE, Matches, fill_budget
+from tandem.plan.space import (
+    BATCHES,
+    PIGGYBACK_CHUNKS,
+    PREFILL_BATCHES,
+    PREFILL_CHUNKS,
+    Points,
+    grid,
+    parallelisms,
+)
+from tandem.spec.design import Mode
+from tandem.spec.errors import NoPlanError
+from tandem.spec.workload import Slo, Workload
+
+BLOCK = 8192
+"""Design points priced at once: small enough that a block's arrays stay in the second-level cache."""
+PAPER_TTFT_CUTOFF_S = 10.0
+"""Designs with a longer TTFT are left out unless the SLO says otherwise (paper B, section 3)."""
+
+Array = NDArray[np.float64]
+Price = Callable[[Points], tuple[Array, ...]]
+
+
+class Priced(NamedTuple):
+    """Feasible points of one mode: seconds, and requests/s of one instance. Prefill has no TPOT, decode no TTFT."""
+
+    points: Points
+    ttft_s: Array
+    tpot_s: Array
+    requests_per_s: Array
+    max_batch: Array
+
+    @property
+    def gpus(self) -> Array:
+        """GPUs of one instance."""
+        return np.asarray(self.points.layout.gpus)
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Priced:
+        """These rows only."""
+        return Priced(self.points.take(rows), *(a[rows] for a in self[1:]))
+
+
+class Choice(NamedTuple):
+    """One deployment by its rows in the priced tables; replicas or pool sizes, and the requests/s of the whole."""
+
+    mode: Mode
+    row: int
+    replicas: int
+    prefill_row: int | None
+    num_prefill: int
+    requests_per_s: float
+    gpus: int
+    imbalance: float
+
+
+def price_blocks(price: Price, points: Points) -> tuple[Array, ...]:
+    """Price points block by block on all cores and join the results; NumPy leaves the interpreter lock while it works."""
+    starts = range(0, max(len(points), 1), BLOCK)
+    blocks = [points.take(slice(start, start + BLOCK)) for start in starts]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        results = list(pool.map(price, blocks))
+    return tuple(np.concatenate([np.broadcast_to(r[i], b.batch.shape) for r, b in zip(results, blocks, strict=True)])
+                 for i in range(len(results[0])))  # fmt: skip
+
+
+@dataclass
+class Searched:
+    """The priced design space of one question."""
+
+    perf: PerfModel
+    workload: Workload
+    budget: int
+    percentile: float
+    priced: dict[str, Priced] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+    points_evaluated: int = 0
+
+    def price_all(self, progress: Callable[[str], None] = lambda _: None) -> Searched:
+        """Price co-located, piggybacked, prefill and decode points."""
+        model = self.perf.model
+        layouts = parallelisms(model, self.budget, phase="decode")
+        progress("co-located")
+        self._add("colocated", grid(layouts, BATCHES, np.array([np.inf])), self._colocated)
+        progress("piggybacked")
+        self._add("piggybacked", grid(layouts, BATCHES[::2], PIGGYBACK_CHUNKS), self._piggybacked)
+        progress("decode")
+        self._add("decode", grid(layouts, BATCHES, np.array([np.inf])), self._decode)
+        progress("prefill")
+        chunked = grid(parallelisms(model, self.budget, phase="prefill"), PREFILL_BATCHES, PREFILL_CHUNKS)
+        self._add("prefill", chunked, self._prefill)
+        return self
+
+    def _add(self, mode: str, points: Points, price: Price) -> None:
+        self.points_evaluated += len(points)
+        max_batch = price_blocks(lambda p: (self._max_batch(mode, p),), points)[0]
+        fits = points.batch <= max_batch
+        self._refuse(f"{mode}: does not fit in memory", int(np.sum(~fits)))
+        points, max_batch = points.take(fits), max_batch[fits]
+        if len(points) == 0:
+            self.priced[mode] = Priced(points, *(np.zeros(0) for _ in range(4)))
+            return
+        ttft, tpot, rate = price_blocks(price, points)
+        alive = np.isfinite(rate) & (rate > 0)
+        self._refuse(f"{mode}: prompts arrive faster than the chunks take them in", int(np.sum(~alive)))
+        self.priced[mode] = Priced(points, ttft, tpot, rate, max_batch).take(alive)
+
+    def _refuse(self, reason: str, count: int) -> None:
+        if count:
+            self.refused[reason] = self.refused.get(reason, 0) + count
+
+    def _max_batch(self, mode: str, p: Points) -> Array:
+        prefill = mode == "prefill"
+        context = max(self.workload.isl) if prefill else self.workload.final_context
+        whole = p.batch / p.layout.dp / p.layout.pp * self.workload.mean_isl if prefill else self.workload.mean_isl
+        step_tokens = np.minimum(p.chunk_tokens, np.minimum(whole, 16384.0))
+        tokens = 1.0 * p.batch / p.layout.dp if mode == "decode" else step_tokens
+        return self.perf.memory.use(p.layout, context, tokens).max_batch(p.layout)
+
+    def _colocated(self, p: Points) -> tuple[Array, ...]:
+        served = self.perf.colocated(p.layout, p.batch, self.workload, percentile=self.percentile)
+        return served.ttft_s, served.tpot_s, served.requests_per_s
+
+    def _piggybacked(self, p: Points) -> tuple[Array, ...]:
+        served = self.perf.piggybacked(p.layout, p.batch, self.workload, p.chunk_tokens, percentile=self.percentile)
+        return served.ttft_s, served.tpot_s, np.where(served.feasible, served.requests_per_s, 0.0)
+
+    def _decode(self, p: Points) -> tuple[Array, ...]:
+        tpot = self.perf.decode_tpot_s(p.layout, p.batch, self.workload)
+        return np.zeros_like(tpot), tpot, p.batch / (tpot * (self.workload.mean_osl - 1.0))
+
+    def _prefill(self, p: Points) -> tuple[Array, ...]:
+        done = self.perf.prefill(p.layout, p.batch, self.workload, p.chunk_tokens, percentile=self.percentile)
+        exposed = self.transfer_s(p, done.ttft_s)
+        return done.ttft_s + exposed, np.zeros_like(done.ttft_s), done.requests_per_s
+
+    def transfer_s(self, p: Points, ttft_s: Array) -> Array:
+        """Seconds of state transfer that stick out: each layer's state leaves while later layers still compute.
+
+        What cannot hide is the last layer's share, or whatever the link is too slow to move during the prefill
+        (paper B, section 3.2). The state of one prompt is s0 + k * isl bytes, cut over the GPUs that hold it uniquely.
+        """
+        bytes_per_gpu = self.perf.memory.sequence_bytes(p.layout, self.workload.mean_isl)
+        seconds = bytes_per_gpu / self.perf.hardware.scale_out_bytes_per_s
+        last = 1.0 / len(self.perf.model.layers)
+        return np.maximum(seconds * last, seconds - ttft_s * (1.0 - last))
+
+    # --- choosing ---
+
+    def shared(self, mode: Mode, slo: Slo, budget: int) -> Choice | None:
+        """The co-located or piggybacked deployment with the most requests/s in the budget, fewest GPUs on a tie."""
+        priced = self.priced[mode]
+        replicas = budget // priced.gpus
+        rate = np.where(self._meets(priced, slo), replicas * priced.requests_per_s, 0.0)
+        row = _best(rate, replicas * priced.gpus)
+        if row is None:
+            return None
+        return Choice(mode, row, int(replicas[row]), None, 0, float(rate[row]), int(replicas[row] * priced.gpus[row]), 0.0)
+
+    def _meets(self, priced: Priced, slo: Slo) -> NDArray[np.bool_]:
+        ttft_ok = priced.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)
+        return ttft_ok & (priced.tpot_s <= (slo.tpot_s or np.inf))
+
+    def prefill_candidates(self, slo: Slo, budget: int) -> NDArray[np.int64]:
+        """Rows of the best prefill instance of each GPU count: the highest rate under the TTFT bound (Algorithm 1)."""
+        priced = self.priced["prefill"]
+        ok = (priced.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)) & (priced.gpus < budget)
+        rows = np.flatnonzero(ok)
+        best: dict[float, int] = {}
+        for row in rows[np.argsort(-priced.requests_per_s[rows], kind="stable")]:
+            best.setdefault(float(priced.gpus[row]), int(row))
+        return np.array(sorted(best.values()), dtype=np.int64)
+
+    def match(self, prefill_rows: NDArray[np.int64], decode: Priced, budget: int, tolerance: float | None) -> Matches:
+        """Best pools for every (prefill candidate, decode point); axes: prefill, decode."""
+        prefill = self.priced["prefill"].take(prefill_rows)
+        return fill_budget(
+            prefill.requests_per_s[:, None],
+            decode.requests_per_s[None, :],
+            prefill.gpus[:, None],
+            decode.gpus[None, :],
+            budget=budget,
+            tolerance=tolerance,
+        )
+
+    def disaggregated(self, slo: Slo, budget: int) -> Choice | None:
+        """The rate-matched pair of pools with the most requests/s; an unbalanced pair only where no balanced one exists."""
+        rows = self.prefill_candidates(slo, budget)
+        decode_all = self.priced["decode"]
+        kept = np.flatnonzero((decode_all.tpot_s <= (slo.tpot_s or np.inf)) & (decode_all.gpus < budget))
+        if not len(rows) or not len(kept):
+            return None
+        decode = decode_all.take(kept)
+        for tolerance in (TOLERANCE, None):
+            m = self.match(rows, decode, budget, tolerance)
+            gpus = m.num_prefill * self.priced["prefill"].gpus[rows][:, None] + m.num_decode * decode.gpus[None, :]
+            best = _best(m.requests_per_s.ravel(), gpus.ravel().astype(np.float64))
+            if best is not None:
+                p, d = np.unravel_index(best, m.requests_per_s.shape)
+                return Choice(
+                    "disaggregated", int(kept[d]), int(m.num_decode[p, d]), int(rows[p]), int(m.num_prefill[p, d]),
+                    float(m.requests_per_s[p, d]), int(gpus[p, d]), float(m.imbalance[p, d]),
+                )  # fmt: skip
+        return None
+
+    def select(self, slo: Slo, budget: int) -> dict[Mode, Choice]:
+        """The best deployment of each mode that can meet the SLO within the budget."""
+        found = {
+            "colocated": self.shared("colocated", slo, budget),
+            "piggybacked": self.shared("piggybacked", slo, budget),
+            "disaggregated": self.disaggregated(slo, budget),
+        }
+        return {mode: choice for mode, choice in found.items() if choice is not None}  # type: ignore[misc]
+
+    def explain_nothing(self, slo: Slo) -> NoPlanError:
+        """Why no deployment meets the SLO: what is missing, with the best value that the space offers."""
+        served = [p for m, p in self.priced.items() if m in ("colocated", "piggybacked") and len(p.points)]
+        if not served:
+            weights = total_weight_bytes(self.perf.model, self.perf.precision)
+            return NoPlanError(
+                f"gpus={self.budget}: {self.perf.model.name} needs {weights:,} B of weights and does not fit "
+                f"on {self.budget} x {self.perf.hardware.name} with one sequence; use more GPUs, fewer bits or a smaller model"
+            )
+        ttft = min(float(np.min(p.ttft_s)) for p in (*served, *(q for q in [self.priced["prefill"]] if len(q.points))))
+        tpot = min(float(np.min(p.tpot_s)) for p in (*served, *(q for q in [self.priced["decode"]] if len(q.points))))
+        asked = f"ttft_s={slo.ttft_s}, tpot_s={slo.tpot_s}"
+        return NoPlanError(
+            f"{asked}: nobody can meet both with {self.perf.model.name} on {self.budget} x {self.perf.hardware.name}; "
+            f"the fastest TTFT here is {ttft:.4g} s, the fastest TPOT {tpot:.4g} s: relax the bound or add GPUs"
+        )
+
+
+def _best(rate: Array, gpus: Array) -> int | None:
+    """Row of the highest rate, fewest GPUs among those within a thousandth of it; None when no rate is above 0."""
+    if rate.size == 0 or (top := float(np.max(rate))) <= 0:
+        return None
+    close = np.flatnonzero(rate >= top * 0.999)
+    return int(close[np.lexsort((-rate[close], gpus[close]))[0]])

@@ -1,0 +1,216 @@
+"""Tables and sentences for people, on a terminal. Milliseconds, GiB and tok/s appear here and in `html`, nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tandem.perf.estimate import EstimateResult
+from tandem.plan.option import Option
+from tandem.plan.planner import Plan
+from tandem.spec.design import Deployment, Estimate
+from tandem.spec.hardware import HardwareSpec
+from tandem.spec.model import ModelSpec
+
+MODE_TITLES = {"colocated": "co-located", "piggybacked": "co-located, piggybacked", "disaggregated": "disaggregated"}
+EVIDENCE_TEXT = {
+    "calibrated": "measured kernels of this GPU and measured serving rows of this backend",
+    "transferred": "efficiencies borrowed from the nearest measured GPU, model family or backend",
+    "roofline": "no measurement of this backend: kernels back to back, a factor of two either way",
+}
+
+
+def gib(value: float) -> str:
+    """Bytes as GiB with two decimals."""
+    return f"{value / 2**30:,.2f} GiB"
+
+
+def ms(seconds: float) -> str:
+    """Seconds as milliseconds, or as seconds from ten on."""
+    return f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"
+
+
+def bandwidth(bytes_per_s: float) -> str:
+    """Bytes a second as GB/s."""
+    return f"{bytes_per_s / 1e9:,.2f} GB/s"
+
+
+def span(e: Estimate, unit: str = "") -> str:
+    """A rate with its interval."""
+    digits = 0 if e.value >= 100 else 1
+    return f"{e.value:,.{digits}f} ({e.low:,.{digits}f} to {e.high:,.{digits}f}){unit}"
+
+
+def span_ms(e: Estimate) -> str:
+    """A time with its interval."""
+    return f"{ms(e.value)} ({ms(e.low)} to {ms(e.high)})"
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table; a column whose name starts with > is aligned right."""
+    t = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    for name in columns:
+        t.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    return t
+
+
+def console() -> Console:
+    """Standard output; 110 columns where it is not a terminal, so that logs read well."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=110)
+
+
+def progress_console() -> Console:
+    """Standard error, where progress goes, so that standard output stays clean."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on standard error that shows what is being done; silent where standard error is not a terminal."""
+    with progress_console().status(title) as status:
+        yield lambda what: status.update(f"{title}: {what}")
+
+
+def models_table(specs: list[ModelSpec]) -> Table:
+    """One line a model."""
+    t = table("Models", "name", "family", ">layers", ">parameters", ">active", ">KV / token", ">state / sequence", "not counted")
+    for s in specs:
+        t.add_row(
+            s.name, s.family, str(len(s.layers)), f"{s.parameters / 1e9:,.2f} B", f"{s.active_parameters / 1e9:,.2f} B",
+            f"{s.kv_bytes_per_token():,} B", f"{s.state_bytes_per_sequence() / 2**20:,.1f} MiB", ", ".join(s.omitted),
+        )  # fmt: skip
+    return t
+
+
+def hardware_table(specs: list[HardwareSpec]) -> Table:
+    """One line a GPU."""
+    t = table(
+        "GPUs (dense peaks)", "name", "GPU", ">memory", ">bandwidth", ">bf16", ">fp8", ">fp4", ">scale-up", ">link", ">USD/h", "kernels"
+    )
+    for s in specs:
+        peaks = [f"{s.peak_flops[d] / 1e12:,.0f} TF" if d in s.peak_flops else "-" for d in ("bf16", "fp8", "fp4")]
+        t.add_row(
+            s.name, s.title, gib(s.memory_bytes), f"{s.memory_bytes_per_s / 1e12:.2f} TB/s", *peaks, str(s.scale_up_gpus),
+            f"{s.scale_up_bytes_per_s / 1e9:,.0f} GB/s", f"{s.price_per_hour_usd:.2f}",
+            "own" if s.fits_from == s.name else f"from {s.fits_from}",
+        )  # fmt: skip
+    return t
+
+
+def inspect_table(spec: ModelSpec, data: dict[str, Any]) -> Table:
+    """Memory and make-up of one model."""
+    t = table(f"{spec.name} at {data['context']:,} tokens x batch {data['batch']}, {data['dtype']}", "what", ">value")
+    t.add_row("parameters", f"{data['parameters']:,}")
+    t.add_row("active parameters a token", f"{data['active_parameters']:,}")
+    t.add_row("layers", ", ".join(f"{n['count']} {kind}" for kind, n in data["layers"].items()))
+    t.add_row("weights", gib(data["weight_bytes"]))
+    t.add_row("attention cache", f"{gib(data['kv_bytes'])}  ({data['kv_bytes_per_token']:,} B a token)")
+    t.add_row("recurrent state", f"{gib(data['state_bytes'])}  ({data['state_bytes_per_sequence']:,} B a sequence)")
+    t.add_row("total", gib(data["total_bytes"]))
+    if spec.omitted:
+        t.add_row("not counted", ", ".join(spec.omitted))
+    return t
+
+
+def estimate_table(title: str, e: EstimateResult) -> Table:
+    """The predictions of one case."""
+    t = table(title, "what", ">value (80 % interval)")
+    t.add_row("TTFT, without queueing", span_ms(e.ttft_s))
+    t.add_row("TPOT", span_ms(e.tpot_s))
+    t.add_row("interactivity", span(e.tokens_per_s_per_user, " tok/s/user"))
+    t.add_row("throughput", span(e.tokens_per_s_per_gpu, " tok/s/GPU"))
+    t.add_row("largest batch of an instance", f"{e.max_batch:,}")
+    m = e.memory
+    held = m["weight_bytes"] + m["kv_bytes"] + m["state_bytes"] + m["workspace_bytes"]
+    t.add_row("memory, fullest GPU", f"{gib(held)} of {gib(m['usable_bytes'])} usable")
+    t.add_row("evidence", f"{e.evidence}: {EVIDENCE_TEXT[e.evidence]}")
+    return t
+
+
+def describe(d: Deployment) -> str:
+    """A deployment in one line."""
+    return "; ".join(
+        f"{p.replicas} x {'' if p.role == 'colocated' else p.role + ' '}({p.parallelism}) batch {p.batch}"
+        + (f" chunk {p.chunk_tokens:,}" if p.chunk_tokens else "")
+        for p in d.pools
+    )
+
+
+def plan_table(plan: Plan) -> Table:
+    """The best deployment of each mode, side by side."""
+    w, slo = plan.workload, plan.slo
+    bounds = ", ".join(
+        f"{label} <= {ms(value)}" for label, value in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s)) if value is not None
+    )
+    title = (
+        f"{plan.model.name} on {plan.gpus} x {plan.hardware.title}, {w.name}: "
+        f"ISL {w.mean_isl:,.0f}, OSL {w.mean_osl:,.0f} on average; {bounds or 'no latency bound'}"
+    )
+    t = table(title, "", "deployment", ">GPUs", ">tok/s", ">tok/s/GPU", ">tok/s/user", ">TTFT", ">TPOT")
+    for mode, o in plan.options.items():
+        mark = "->" if o is plan.best else ""
+        t.add_row(
+            f"{mark} {MODE_TITLES[mode]}", describe(o.deployment), str(o.deployment.gpus), f"{o.tokens_per_s:,.0f}",
+            span(o.tokens_per_s_per_gpu), f"{o.tokens_per_s_per_user.value:,.0f}", ms(o.ttft_s.value), ms(o.tpot_s.value),
+        )  # fmt: skip
+    return t
+
+
+def plan_sentences(plan: Plan) -> list[str]:
+    """Why the recommended deployment won, what limits it, what would change the answer."""
+    best = plan.best
+    lines = [_why(plan)]
+    lines += [f"{role}: bound by {what}" for role, what in best.binds.items()]
+    if best.transfer is not None:
+        lines.append(_transfer(best))
+    if best.imbalance > 0.03:
+        lines.append(
+            f"no whole numbers of instances balance within 3 % in {plan.gpus} GPUs: the faster pool idles {best.imbalance:.0%}"
+        )
+    if plan.workload.requests_per_s is not None:
+        load = plan.workload.requests_per_s / best.requests_per_s
+        lines.append(
+            f"the trace itself brings {plan.workload.requests_per_s:,.2f} requests/s: {load:.1%} of the {best.requests_per_s:,.0f} "
+            f"requests/s that this deployment carries"
+        )
+    lines += [_change(c, best.deployment.mode) for c in plan.changes]
+    evidence = best.tpot_s.evidence
+    lines.append(f"evidence: {evidence}, {EVIDENCE_TEXT[evidence]}; the interval holds 80 % of measured rows of its kind")
+    lines.append(f"{plan.points_evaluated:,} design points in {plan.seconds:.2f} s")
+    return lines
+
+
+def _why(plan: Plan) -> str:
+    title = MODE_TITLES[plan.best.deployment.mode]
+    if plan.gain is None:
+        return f"recommended: {title}; no other kind of deployment meets the request"
+    if plan.best is plan.disaggregated:
+        return f"recommended: {title}, {plan.gain:.2f} times the throughput of the best co-located deployment"
+    return f"recommended: {title}, {1 / plan.gain:.2f} times the throughput of the best disaggregated deployment"
+
+
+def _transfer(option: Option) -> str:
+    t = option.transfer or {}
+    need = max(t["egress_bytes_per_s_per_gpu"], t["ingress_bytes_per_s_per_gpu"])
+    return (
+        f"state transfer: {t['bytes_per_request'] / 2**20:,.0f} MiB a request "
+        f"({t['state_bytes_per_request'] / 2**20:,.1f} MiB + {t['kv_bytes_per_token'] / 2**10:,.1f} KiB a token), "
+        f"{bandwidth(need)} a GPU needed of {bandwidth(t['link_bytes_per_s_per_gpu'])}; {ms(t['exposed_s'])} not hidden"
+    )
+
+
+def _change(row: dict[str, Any], current: str) -> str:
+    label = row["change"].replace("_s=", " <= ").replace("tpot", "TPOT").replace("ttft", "TTFT").replace("gpus=", "GPUs: ")
+    if "<=" in label:
+        name, value = label.split(" <= ")
+        label = f"{name} <= {ms(float(value))}"
+    if row["recommended"] is None:
+        return f"with {label}: nothing meets it"
+    same = "still" if row["recommended"] == current else "then"
+    gain = "" if row["gain"] is None else f", disaggregated / co-located {row['gain']:.2f}"
+    return f"with {label}: {same} {MODE_TITLES[row['recommended']]}, {row['tokens_per_s_per_gpu']:,.0f} tok/s/GPU{gain}"
