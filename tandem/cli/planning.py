@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from tandem.cli.app import emit
 from tandem.plan.planner import find_plan
 from tandem.report import html, text
 from tandem.spec.errors import SpecError
+from tandem.spec.files import require_folder, write_whole
 from tandem.spec.workload import Slo, Workload, read_trace
 
 
@@ -37,8 +36,7 @@ def run(
     json_out: bool,
 ) -> None:
     """Find a plan and print it; the report is written whole or not at all."""
-    if report is not None and not report.parent.is_dir():
-        raise SpecError(f"--report={str(report)!r}: the folder {str(report.parent)!r} does not exist")
+    require_folder("--report", report)
     slo = Slo(ttft_s=bounds[0], tpot_s=bounds[1], percentile=bounds[2])
     with text.progress("planning") as step:
         plan = find_plan(
@@ -54,16 +52,3 @@ def run(
         out.print(f"- {line}")
     if report is not None:
         out.print(f"report: {report.resolve()}")
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file by renaming a finished one over it, so that nobody ever sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

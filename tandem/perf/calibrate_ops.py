@@ -10,8 +10,6 @@ Rows faster than memory allows were served from a cache, which a model's weights
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from datetime import date
@@ -27,6 +25,7 @@ from tandem.perf.op_tables import OpTable
 from tandem.perf.ops import NETWORK, OpClass, Work
 from tandem.spec.catalog import load_hardware
 from tandem.spec.errors import SpecError, TandemError
+from tandem.spec.files import write_whole
 
 PACKAGE = "aiconfigurator-core"
 SYSTEMS = {
@@ -222,15 +221,7 @@ def write_fits(fits: Sequence[OpFit], path: Path) -> None:
     for fit in sorted(fits, key=lambda f: (list(SYSTEMS).index(f.system) if f.system in SYSTEMS else -1, f.op, f.dtype)):
         values = (getattr(fit, name) for name in names)
         lines.append(",".join(f"{value:.5g}" if isinstance(value, float) else str(value) for value in values))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def _provenance(fits: Sequence[OpFit]) -> Iterator[str]:

@@ -99,7 +99,7 @@ def estimate(
         raise SpecError(f"concurrency={concurrency}, batch={batch}: give exactly one of them")
     wanted = require_int("batch" if concurrency is None else "concurrency", batch if concurrency is None else concurrency)
     per_instance = wanted if concurrency is None else -(-wanted // replicas)
-    workload = checked_workload(perf.model, isl, osl)
+    workload = Workload.fixed(isl, osl)
     memory, max_batch = _memory(perf, p, workload, per_instance)
     instances = Instances(parallelism=p, batch=min(per_instance, max_batch), replicas=replicas)
     return _colocated(perf, instances, workload, mode, memory, max_batch)
@@ -119,14 +119,6 @@ def check_fits(perf: PerfModel, p: Parallelism) -> None:
     refusal = refuse_parallelism(perf.model, p)
     if isinstance(refusal, Infeasible):
         raise SpecError(refusal.reason)
-
-
-def checked_workload(model: ModelSpec, isl: int, osl: int) -> Workload:
-    """A fixed workload that the model's context length can hold."""
-    workload = Workload.fixed(isl, osl)
-    if isl + osl > model.max_context:
-        raise SpecError(f"isl+osl={isl + osl:,}: {model.name} takes at most {model.max_context:,} tokens")
-    return workload
 
 
 def _memory(perf: PerfModel, p: Parallelism, workload: Workload, batch: int) -> tuple[dict[str, float], int]:
@@ -177,7 +169,7 @@ def estimate_disaggregated(
     perf = perf_model(model, hardware, precision, backend)
     for pool in (prefill, decode):
         check_fits(perf, pool.parallelism)
-    workload = checked_workload(perf.model, isl, osl)
+    workload = Workload.fixed(isl, osl)
     memory, max_batch = _memory(perf, decode.parallelism, workload, decode.batch)
     done = perf.prefill(prefill.layout, np.array([float(prefill.batch)]), workload)
     batch = np.array([float(min(decode.batch, max_batch))])

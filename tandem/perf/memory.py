@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from tandem.perf.costs import LayerCosts, Layout
 from tandem.perf.ops import Array
 from tandem.spec.design import Precision
-from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, Mixer, ModelSpec, MoE
 from tandem.spec.units import itemsize, require_int
@@ -156,8 +155,6 @@ def inspect_model(spec: ModelSpec, *, context: int, batch: int, dtype: str = "bf
     """
     require_int("context", context, high=MAX_TOKENS)
     require_int("batch", batch, high=10**6)
-    if context > spec.max_context:
-        raise SpecError(f"context={context:,}: {spec.name} takes at most {spec.max_context:,} tokens")
     precision = Precision.parse(dtype, native=spec.native_precision)
     weight_bytes = total_weight_bytes(spec, precision)
     kv_bytes = batch * spec.kv_bytes(context, kv=precision.kv)
@@ -182,4 +179,5 @@ def inspect_model(spec: ModelSpec, *, context: int, batch: int, dtype: str = "bf
         "total_bytes": weight_bytes + kv_bytes + batch * each,
         "layers": layers,
         "omitted": list(spec.omitted),
+        "max_context": spec.max_context,
     }

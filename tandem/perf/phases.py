@@ -185,7 +185,7 @@ class PerfModel:
         """Chunked piggybacking: decode steps carry prompt chunks of `chunk_tokens` minus the decoding sequences' tokens.
 
         A share f = (b / OSL) * (ISL / room) of the steps carries a chunk; where f exceeds 1 prompts arrive faster than
-        chunks can take them in and the batch cannot be kept up: not feasible.
+        chunks can take them in and the batch cannot be kept up: not feasible, and prefill alone sets the rate.
         """
         load = self.decode_load(layout, batch, workload)
         isl, osl = workload.mean_isl, workload.mean_osl
@@ -201,7 +201,8 @@ class PerfModel:
         points = _by_isl(workload)
         isl_at = points[_percentile_index([w for _, w in points], percentile)][0]
         ttft = np.maximum(np.ceil(isl_at / room), 1.0) * (pure_s + extra_s)
-        rate = batch / (ttft + tpot * (osl - 1.0))
+        taken_in = layout.dp * layout.pp / (chunks * (pure_s + extra_s))
+        rate = np.minimum(batch / (ttft + tpot * (osl - 1.0)), taken_in)
         return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, (carrying <= 1.0) & (chunk_tokens > load.decode_seqs)))
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from tandem.perf.phases import PerfModel
 from tandem.plan.frontier import frontier_choices
 from tandem.plan.option import Option, OptionMaker
@@ -48,6 +46,15 @@ class Plan:
         return self.best.deployment
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know before trusting the numbers."""
+        longest = max(i + o for i, o in zip(self.workload.isl, self.workload.osl, strict=True))
+        limit = self.model.max_context
+        beyond = f"sequences grow to {longest:,.0f} tokens, beyond the {limit:,} that {self.model.name} is published for"
+        uncounted = f"not counted: {', '.join(self.model.omitted)}"
+        return (*((beyond,) if longest > limit else ()), *((uncounted,) if self.model.omitted else ()))
+
+    @property
     def colocated(self) -> Option | None:
         """The better of in-flight batching and piggybacking, if either can serve."""
         shared = [self.options[m] for m in ("colocated", "piggybacked") if m in self.options]
@@ -74,6 +81,7 @@ class Plan:
             "frontier": [_frontier_json(o) for o in self.frontier],
             "changes": list(self.changes),
             "refused": self.refused,
+            "notes": list(self.notes),
             "points_evaluated": self.points_evaluated,
             "seconds": self.seconds,
         }
@@ -117,9 +125,6 @@ def find_plan(
         raise SpecError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if workload.mean_osl < 2:
         raise SpecError(f"osl={workload.mean_osl:g}: planning needs at least 2 output tokens, or there is no decode to place")
-    if max(np.add(workload.isl, workload.osl)) > spec.max_context:
-        longest = int(max(np.add(workload.isl, workload.osl)))
-        raise SpecError(f"isl+osl={longest:,}: {spec.name} takes at most {spec.max_context:,} tokens")
     objective = slo or Slo()
     if not isinstance(precision, Precision):
         precision = Precision.parse(precision, native=spec.native_precision)
@@ -179,10 +184,10 @@ def what_would_change(searched: Searched, slo: Slo, gpus: int) -> list[dict[str,
     rows = []
     for label, other, budget in cases:
         choices = searched.select(other, budget)
-        row: dict[str, Any] = {"change": label, "recommended": None, "gain": None, "tokens_per_s_per_gpu": None}
+        row: dict[str, Any] = {"change": label, "recommended": None, "gain": None, "tokens_per_s": None}
         if choices:
             mode = _winner(choices)
-            rate = choices[mode].requests_per_s * searched.workload.mean_osl / choices[mode].gpus
-            row |= {"recommended": mode, "gain": _gain(choices), "tokens_per_s_per_gpu": rate}
+            rate = choices[mode].requests_per_s * searched.workload.mean_osl
+            row |= {"recommended": mode, "gain": _gain(choices), "tokens_per_s": rate}
         rows.append(row)
     return rows

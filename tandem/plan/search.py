@@ -30,7 +30,7 @@ from tandem.spec.design import Mode
 from tandem.spec.errors import NoPlanError
 from tandem.spec.workload import Slo, Workload
 
-BLOCK = 8192
+BLOCK = 16384
 """Design points priced at once: small enough that a block's arrays stay in the second-level cache."""
 PAPER_TTFT_CUTOFF_S = 10.0
 """Designs with a longer TTFT are left out unless the SLO says otherwise (paper B, section 3)."""

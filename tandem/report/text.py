@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -30,8 +31,8 @@ def gib(value: float) -> str:
 
 
 def ms(seconds: float) -> str:
-    """Seconds as milliseconds, or as seconds from ten on."""
-    return f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"
+    """Seconds as milliseconds, or as seconds from one on."""
+    return f"{seconds:,.2f} s" if seconds >= 1 else f"{seconds * 1e3:,.1f} ms"
 
 
 def bandwidth(bytes_per_s: float) -> str:
@@ -51,10 +52,11 @@ def span_ms(e: Estimate) -> str:
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table; a column whose name starts with > is aligned right."""
-    t = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    """An empty table; a column whose name starts with > is aligned right, with ! it is never broken over lines."""
+    t = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        t.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        t.add_column(name.lstrip(">!"), justify=justify, no_wrap=name.startswith("!"), overflow="fold")
     return t
 
 
@@ -76,13 +78,21 @@ def progress(title: str) -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(f"{title}: {what}")
 
 
+def short(name: str) -> str:
+    """A model's name without its organisation."""
+    return name.rpartition("/")[2]
+
+
 def models_table(specs: list[ModelSpec]) -> Table:
     """One line a model."""
-    t = table("Models", "name", "family", ">layers", ">parameters", ">active", ">KV / token", ">state / sequence", "not counted")
+    t = table(
+        "Models (KV: bytes of one token in bf16; state: constant MiB of one sequence)",
+        "!name", "family", ">layers", ">parameters", ">active", ">KV", ">state", "not counted",
+    )  # fmt: skip
     for s in specs:
         t.add_row(
-            s.name, s.family, str(len(s.layers)), f"{s.parameters / 1e9:,.2f} B", f"{s.active_parameters / 1e9:,.2f} B",
-            f"{s.kv_bytes_per_token():,} B", f"{s.state_bytes_per_sequence() / 2**20:,.1f} MiB", ", ".join(s.omitted),
+            short(s.name), s.family, str(len(s.layers)), f"{s.parameters / 1e9:,.2f} B", f"{s.active_parameters / 1e9:,.2f} B",
+            f"{s.kv_bytes_per_token():,}", f"{s.state_bytes_per_sequence() / 2**20:,.1f}", ", ".join(s.omitted),
         )  # fmt: skip
     return t
 
@@ -90,14 +100,15 @@ def models_table(specs: list[ModelSpec]) -> Table:
 def hardware_table(specs: list[HardwareSpec]) -> Table:
     """One line a GPU."""
     t = table(
-        "GPUs (dense peaks)", "name", "GPU", ">memory", ">bandwidth", ">bf16", ">fp8", ">fp4", ">scale-up", ">link", ">USD/h", "kernels"
-    )
+        "GPUs (memory in GiB and TB/s; dense peaks in TFLOP/s; links in GB/s a GPU and direction; kernels: whose measurements)",
+        "!name", ">GiB", ">TB/s", ">bf16", ">fp8", ">fp4", ">domain", ">in it", ">beyond", ">USD/h", "!kernels",
+    )  # fmt: skip
     for s in specs:
-        peaks = [f"{s.peak_flops[d] / 1e12:,.0f} TF" if d in s.peak_flops else "-" for d in ("bf16", "fp8", "fp4")]
+        peaks = [f"{s.peak_flops[d] / 1e12:,.0f}" if d in s.peak_flops else "-" for d in ("bf16", "fp8", "fp4")]
         t.add_row(
-            s.name, s.title, gib(s.memory_bytes), f"{s.memory_bytes_per_s / 1e12:.2f} TB/s", *peaks, str(s.scale_up_gpus),
-            f"{s.scale_up_bytes_per_s / 1e9:,.0f} GB/s", f"{s.price_per_hour_usd:.2f}",
-            "own" if s.fits_from == s.name else f"from {s.fits_from}",
+            s.name, f"{s.memory_bytes / 2**30:.1f}", f"{s.memory_bytes_per_s / 1e12:.2f}", *peaks, str(s.scale_up_gpus),
+            f"{s.scale_up_bytes_per_s / 1e9:,.0f}", f"{s.scale_out_bytes_per_s / 1e9:,.1f}", f"{s.price_per_hour_usd:.2f}",
+            "own" if s.fits_from == s.name else s.fits_from,
         )  # fmt: skip
     return t
 
@@ -112,6 +123,8 @@ def inspect_table(spec: ModelSpec, data: dict[str, Any]) -> Table:
     t.add_row("attention cache", f"{gib(data['kv_bytes'])}  ({data['kv_bytes_per_token']:,} B a token)")
     t.add_row("recurrent state", f"{gib(data['state_bytes'])}  ({data['state_bytes_per_sequence']:,} B a sequence)")
     t.add_row("total", gib(data["total_bytes"]))
+    if data["context"] > spec.max_context:
+        t.add_row("note", f"published for at most {spec.max_context:,} tokens")
     if spec.omitted:
         t.add_row("not counted", ", ".join(spec.omitted))
     return t
@@ -120,7 +133,7 @@ def inspect_table(spec: ModelSpec, data: dict[str, Any]) -> Table:
 def estimate_table(title: str, e: EstimateResult) -> Table:
     """The predictions of one case."""
     t = table(title, "what", ">value (80 % interval)")
-    t.add_row("TTFT, without queueing", span_ms(e.ttft_s))
+    t.add_row("TTFT at this concurrency", span_ms(e.ttft_s))
     t.add_row("TPOT", span_ms(e.tpot_s))
     t.add_row("interactivity", span(e.tokens_per_s_per_user, " tok/s/user"))
     t.add_row("throughput", span(e.tokens_per_s_per_gpu, " tok/s/GPU"))
@@ -181,6 +194,7 @@ def plan_sentences(plan: Plan) -> list[str]:
     lines += [_change(c, best.deployment.mode) for c in plan.changes]
     evidence = best.tpot_s.evidence
     lines.append(f"evidence: {evidence}, {EVIDENCE_TEXT[evidence]}; the interval holds 80 % of measured rows of its kind")
+    lines += plan.notes
     lines.append(f"{plan.points_evaluated:,} design points in {plan.seconds:.2f} s")
     return lines
 
@@ -213,4 +227,4 @@ def _change(row: dict[str, Any], current: str) -> str:
         return f"with {label}: nothing meets it"
     same = "still" if row["recommended"] == current else "then"
     gain = "" if row["gain"] is None else f", disaggregated / co-located {row['gain']:.2f}"
-    return f"with {label}: {same} {MODE_TITLES[row['recommended']]}, {row['tokens_per_s_per_gpu']:,.0f} tok/s/GPU{gain}"
+    return f"with {label}: {same} {MODE_TITLES[row['recommended']]}, {row['tokens_per_s']:,.0f} tok/s{gain}"

@@ -1,6 +1,7 @@
 """Other names of catalogue entries. A table and no fuzzy matching: a name means one thing or is refused.
 
-Where two organisations publish under one name, the name alone means the checkpoint listed first: that of the model's maker.
+Where two organisations publish under one name, the name alone means the checkpoint listed first: that of the
+model's maker.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ weights once, plus the one buffer that checkpoints store, the router's `e_score_
 Of multimodal models the text part is built. Layers for multi-token prediction are left out on both sides: transformers
 does not build them.
 
-transformers 5.23 builds every model of the catalogue, so none is left out. It has no class for `kimi_k2`, whose checkpoints
-name DeepSeek-V3's classes; those are built instead.
+transformers 5.23 builds every model of the catalogue, so none is left out. It has no class for `kimi_k2`, whose
+checkpoints name DeepSeek-V3's classes; those are built instead.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def test_missing_extra_says_how_to_install_it(module: str, monkeypatch: pytest.M
 
 
 def test_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     with pytest.raises(TandemError, match=r"pip install 'tandem-lm\[calibrate\]'"):
         calibration.calibrate_ops(["h100-sxm"], print)
 
