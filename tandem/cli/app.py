@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Never
 
-import click
 import typer
 
 from tandem.spec.errors import SpecError, TandemError
@@ -27,6 +26,10 @@ Backend = Annotated[str, typer.Option(help="vllm, sglang, trtllm or tandem.")]
 PrecisionText = Annotated[str | None, typer.Option("--precision", help="bf16, fp8, fp8_block, fp4, mxfp4, int4 or weights/activations/kv; default: the published weights' format.")]  # fmt: skip  # noqa: E501
 
 
+ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+"""Base of every usage error: click's own class, or that of the copy which newer typer carries inside."""
+
+
 def emit(data: dict[str, Any]) -> None:
     """Print one JSON object; infinities and NaN are a bug, so they raise."""
     sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
@@ -36,15 +39,24 @@ def main() -> Never:
     """Entry point of the console script."""
     try:
         app(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as help_wanted:
-        print(help_wanted.format_message())
-    except click.ClickException as wrong:
-        _fail(wrong.format_message())
+    except ClickError as wrong:
+        if type(wrong).__name__ != "NoArgsIsHelpError":
+            _fail(_usage_text(wrong))
+        print(wrong)
     except (TandemError, OSError) as wrong:
         _fail(str(wrong))
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     sys.exit(0)
+
+
+def _usage_text(wrong: Any) -> str:
+    """What is wrong with the command line, the refused text (newer typer leaves it out) and where the options are listed."""
+    text = wrong.format_message().rstrip(".")
+    errors = getattr(wrong.__cause__, "errors", None)
+    given = f"{errors()[0]['input']!r}: " if errors else ""
+    command = wrong.ctx.command_path if getattr(wrong, "ctx", None) else "tandem"
+    return f"{given}{text}; see `{command} --help`"
 
 
 def _fail(message: str) -> Never:

@@ -17,7 +17,7 @@ from tandem.report import text
 from tandem.spec.files import require_folder, write_whole
 
 PEER = {"all": 0.151, "dense": 0.104, "moe": 0.189, "mla": 0.189, "linear": 0.120}
-"""aiconfigurator 0.12.0's median TPOT error on the validation rows that it answers (facts: serving-fit.md; moe and mla together)."""
+"""aiconfigurator 0.12.0's median TPOT error on the validation rows that it answers; moe and mla are one group there."""
 
 
 def run_ops(systems: list[str] | None, out: Path | None, json_out: bool) -> None:
@@ -53,7 +53,17 @@ def run_serving(out: Path | None, json_out: bool) -> None:
         spread = {f"{f.backend} {f.generation} {f.family}": [f.tpot_p10, f.tpot_p90] for f in fits}
         return emit({"fits": [asdict(f) for f in fits], "error": spread})
     t = text.table(
-        "Backend overheads", "backend", "generation", "family", ">rows", ">step", ">sequence", ">launch x", ">work x", ">prefill x", ">80 %"
+        "Backend overheads",
+        "backend",
+        "generation",
+        "family",
+        ">rows",
+        ">step",
+        ">sequence",
+        ">launch x",
+        ">work x",
+        ">prefill x",
+        ">80 %",
     )
     for f in fits:
         t.add_row(
@@ -80,7 +90,8 @@ def run_validate(json_out: bool) -> None:
             continue  # the finest groups are in --json
         peer = PEER.get(s.name) if (s.side, s.metric) == ("validation", "tpot_s") else None
         t.add_row(
-            s.name, s.side, s.metric.removesuffix("_s").upper(), str(s.n), f"{s.median_ape:.1%}", f"{s.mean_ape:.1%}", f"{s.ratio:.2f}",
+            s.name, s.side, s.metric.removesuffix("_s").upper(), str(s.n),
+            f"{s.median_ape:.1%}", f"{s.mean_ape:.1%}", f"{s.ratio:.2f}",
             "-" if math.isnan(s.coverage) else f"{s.coverage:.0%}", f"{peer:.1%}" if peer else "-",
         )  # fmt: skip
     out = text.console()

@@ -76,16 +76,21 @@ def fit_on_a10g() -> list[Fit]:
     return found
 
 
+def _best_on_a10g(name: str, isl: int, osl: int) -> tuple[int, float]:
+    """The largest batch that fits and the tok/s that it gives."""
+    common: dict[str, Any] = {"model": name, "hardware": "a10g", "isl": isl, "osl": osl, "precision": "bf16"}
+    batch = estimate(**common, batch=1).max_batch
+    return batch, estimate(**common, batch=batch).tokens_per_s_per_gpu.value
+
+
 def ratios() -> list[Ratio]:
     """Paper A's headline: throughput at the largest batch, hybrid over Transformer, on one A10G in BF16."""
     found = []
     for label, (isl, osl) in LENGTHS.items():
-        results = []
-        for name in (MODELS[1], MODELS[2]):
-            common: dict[str, Any] = {"model": name, "hardware": "a10g", "isl": isl, "osl": osl, "precision": "bf16"}
-            batch = estimate(**common, batch=1).max_batch
-            results += [batch, estimate(**common, batch=batch).tokens_per_s_per_gpu.value]
-        found.append(Ratio(label, *results))
+        (hybrid_batch, hybrid), (transformer_batch, transformer) = (
+            _best_on_a10g(name, isl, osl) for name in (MODELS[1], MODELS[2])
+        )
+        found.append(Ratio(label, hybrid_batch, hybrid, transformer_batch, transformer))
     return found
 
 
@@ -110,12 +115,14 @@ def run(out: Path, json_out: bool) -> None:
                 "report": str(target.resolve()),
             }
         )
-    console.print("\n[bold]1. Which model holds 128k tokens on one A10G?[/bold]  (paper A: 22.06 GiB x 0.95 - 1.3 GiB for a vision encoder)")
+    console.print(
+        "\n[bold]1. Which model holds 128k tokens on one A10G?[/bold]  "
+        "(paper A: 22.06 GiB x 0.95 - 1.3 GiB for a vision encoder)"
+    )
     t = text.table("", "model", ">weights", ">attention cache", ">state", ">total", ">budget", "fits")
     for f in fits:
         t.add_row(
-            text.short(f.name), *(text.gib(b) for b in (f.weight_bytes, f.kv_bytes, f.state_bytes, f.total_bytes, f.budget_bytes)),
-            "yes" if f.fits else "no",
+            text.short(f.name), *_fit_cells(f),
         )  # fmt: skip
     console.print(t)
     console.print("\n[bold]2. What does that buy?[/bold]  Nano-9B-v2 over Qwen3-8B, one A10G, BF16, largest batch that fits")
@@ -123,24 +130,26 @@ def run(out: Path, json_out: bool) -> None:
     for r in measured:
         t.add_row(
             r.lengths, f"{r.hybrid_tokens_per_s:,.1f} tok/s at batch {r.hybrid_batch}",
-            f"{r.transformer_tokens_per_s:,.1f} tok/s at batch {r.transformer_batch}", f"{r.ratio:.2f}", f"{PAPER_RATIO[r.lengths]:.1f}",
+            f"{r.transformer_tokens_per_s:,.1f} tok/s at batch {r.transformer_batch}", f"{r.ratio:.2f}",
+            f"{PAPER_RATIO[r.lengths]:.1f}",
         )  # fmt: skip
     console.print(t)
     console.print(f"\n[bold]3. How to deploy it?[/bold]  Azure's conversation trace of 2023 on {GPUS} H100s")
     for plan in plans:
         console.print(text.plan_table(plan))
-        for line in text.plan_sentences(plan):
+        for line in (*text.plan_sentences(plan), *text.change_sentences(plan)):
             console.print(f"- {line}", markup=False)
         console.print()
     console.print(f"report: {target.resolve()}", soft_wrap=True)
 
 
+def _fit_cells(f: Fit) -> list[str]:
+    sizes = (f.weight_bytes, f.kv_bytes, f.state_bytes, f.total_bytes, f.budget_bytes)
+    return [*(text.gib(b) for b in sizes), "yes" if f.fits else "no"]
+
+
 def _page(fits: list[Fit], measured: list[Ratio], plans: list[Plan]) -> str:
-    fit_rows = [
-        [text.short(f.name), *(text.gib(b) for b in (f.weight_bytes, f.kv_bytes, f.state_bytes, f.total_bytes, f.budget_bytes)),
-         "yes" if f.fits else "no"]
-        for f in fits
-    ]  # fmt: skip
+    fit_rows = [[text.short(f.name), *_fit_cells(f)] for f in fits]
     ratio_rows = [
         [r.lengths, f"{r.hybrid_tokens_per_s:,.1f} at batch {r.hybrid_batch}",
          f"{r.transformer_tokens_per_s:,.1f} at batch {r.transformer_batch}", f"{r.ratio:.2f}", f"{PAPER_RATIO[r.lengths]:.1f}"]
@@ -148,30 +157,31 @@ def _page(fits: list[Fit], measured: list[Ratio], plans: list[Plan]) -> str:
     ]  # fmt: skip
     body = [
         "<h1>Which model, deployed how, serves this traffic best within this budget?</h1>",
-        "<p class='lead'>Two papers in tandem: a hybrid Mamba-Transformer that fits long contexts into one small GPU, and serving "
-        "with prefill and decode apart. Everything below is predicted by one performance model on this machine, without a GPU.</p>",
+        "<p class='lead'>Two papers in tandem: a hybrid Mamba-Transformer that fits long contexts into one small GPU, and "
+        "serving with prefill and decode apart. Everything below is predicted by one performance model on this machine, "
+        "without a GPU.</p>",
         "<h2>1. Which model holds 128k tokens on one A10G?</h2>",
         chart_fit(fits),
         html.html_table(("model", ">weights", ">attention cache", ">recurrent state", ">total", ">budget", "fits"), fit_rows),
-        "<p class='note'>BF16, one sequence of 131,072 tokens. Budget as in paper A: 22.06 GiB x 0.95, less 1.3 GiB for a vision "
-        "encoder. Qwen3-8B is published for 40,960 tokens; its cache is counted for 131,072 to compare.</p>",
+        "<p class='note'>BF16, one sequence of 131,072 tokens. Budget as in paper A: 22.06 GiB x 0.95, less 1.3 GiB for a "
+        "vision encoder. Qwen3-8B is published for 40,960 tokens; its cache is counted for 131,072 to compare.</p>",
         "<h2>2. What does that buy?</h2>",
         html.html_table(("ISL/OSL", ">Nano-9B-v2, tok/s", ">Qwen3-8B, tok/s", ">ratio", ">paper A"), ratio_rows),
-        "<p class='note'>One A10G, BF16, each model at the largest batch that memory holds. One constant is calibrated, the A10G's "
-        "reached share of its memory bandwidth (0.71, on the paper's 156.42 tok/s); batches and ratios follow.</p>",
+        "<p class='note'>One A10G, BF16, each model at the largest batch that memory holds. One constant is calibrated, the "
+        "A10G's reached share of its memory bandwidth (0.71, on the paper's 156.42 tok/s); batches and ratios follow.</p>",
     ]
     for number, plan in enumerate(plans, start=3):
         w = plan.workload
         body.append(f"<h2>{number}. {text.short(plan.model.name)} on {plan.gpus} {plan.hardware.title}</h2>")
         body.append(
-            f"<p class='lead'>Azure's conversation trace of 2023: {w.mean_isl:,.0f} prompt and {w.mean_osl:,.0f} output tokens on "
-            f"average; TTFT within {text.ms(SLO.ttft_s or 0)}, TPOT within {text.ms(SLO.tpot_s or 0)}.</p>"
+            f"<p class='lead'>Azure's conversation trace of 2023: {w.mean_isl:,.0f} prompt and {w.mean_osl:,.0f} output tokens "
+            f"on average; TTFT within {text.ms(SLO.ttft_s or 0)}, TPOT within {text.ms(SLO.tpot_s or 0)}.</p>"
         )
         body.append(html.plan_section(plan).replace("<h2>", "<h3>").replace("</h2>", "</h3>"))
     body.append(
         html.footer(
             [
-                "Trace: Azure Public Dataset, AzureLLMInferenceTrace_conv 2023, CC BY 4.0 (Patel et al., Splitwise, ISCA 2024).",
+                "Trace: Azure Public Dataset, AzureLLMInferenceTrace_conv 2023, CC BY 4.0 (Patel et al., Splitwise, 2024).",
                 "Paper A: NVIDIA Nemotron Nano 2, arXiv 2508.14444. Paper B: Beyond the Buzz, arXiv 2506.05508.",
             ]
         )
@@ -191,7 +201,7 @@ def chart_fit(fits: list[Fit]) -> str:
         values = [getattr(f, key) / GIB for f in fits][::-1]
         figure.add_bar(y=names, x=values, name=title, orientation="h", marker={"color": colour}, hovertemplate="%{x:.2f} GiB")
     budget = fits[0].budget_bytes / GIB
-    figure.add_vline(x=budget, line={"dash": "dot", "color": "#1c1d22"}, annotation_text=f"budget {budget:.2f} GiB")
+    html.mark_vertical(figure, budget, f"budget {budget:.2f} GiB")
     figure.update_layout(barmode="stack")
     figure.update_xaxes(title="GiB at 128k tokens, batch 1, BF16")
     return html.chart(figure, 260)

@@ -20,14 +20,16 @@ def run_one(json_out: bool, **case: Any) -> None:
     if json_out:
         return emit(found.to_json())
     p = case["parallelism"]
-    title = f"{case['model']} on {case['hardware']} [{p}], ISL {case['isl']:,}, OSL {case['osl']:,}"
+    title = f"{case['model']} on {case['hardware']} ({p}), ISL {case['isl']:,}, OSL {case['osl']:,}"
     text.console().print(text.estimate_table(title, found))
 
 
 def run_cases(path: Path, json_out: bool) -> None:
     """Estimate every row of a CSV; a row that cannot be estimated says why and the others go on."""
     rows = read_cases(path)
-    answers = list(track(estimate_cases(rows), total=len(rows), description="estimating", console=text.progress_console(), transient=True))
+    answers = list(
+        track(estimate_cases(rows), total=len(rows), description="estimating", console=text.progress_console(), transient=True)
+    )
     if json_out:
         return emit({"rows": answers})
     t = text.table(f"{path.name}: {len(rows)} cases", "id", ">TTFT", ">TPOT", ">tok/s/GPU", ">tok/s/user", "evidence or error")

@@ -40,7 +40,14 @@ def run(
     slo = Slo(ttft_s=bounds[0], tpot_s=bounds[1], percentile=bounds[2])
     with text.progress("planning") as step:
         plan = find_plan(
-            model=model, hardware=hardware, gpus=gpus, workload=workload, slo=slo, precision=precision, backend=backend, progress=step
+            model=model,
+            hardware=hardware,
+            gpus=gpus,
+            workload=workload,
+            slo=slo,
+            precision=precision,
+            backend=backend,
+            progress=step,
         )
     if report is not None:
         write_whole(report, html.plan_page(plan))
@@ -48,7 +55,7 @@ def run(
         return emit(plan.to_json())
     out = text.console()
     out.print(text.plan_table(plan))
-    for line in text.plan_sentences(plan):
-        out.print(f"- {line}")
+    for line in (*text.plan_sentences(plan), *text.change_sentences(plan)):
+        out.print(f"- {line}", markup=False)
     if report is not None:
         out.print(f"report: {report.resolve()}")

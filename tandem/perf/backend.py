@@ -1,4 +1,4 @@
-"""What a serving backend adds to the kernels: host time per step and sequence, what graphs hide, and how prefill disturbs decode.
+"""What a serving backend adds to the kernels: host time, what graphs hide, and how prefill disturbs decode.
 
     TPOT = step + sequence * b + launch * T0 + work * T1 + prefill * (b / OSL) * T_prefill
 
@@ -22,7 +22,8 @@ from tandem.spec.model import ModelSpec, MoE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackendFit:
-    """Coefficients of one (backend, generation) and the 10th and 90th percentile of measured / predicted on their rows."""
+    """Coefficients of one (backend, generation, family), the 10th and 90th percentile of measured / predicted, and the
+    largest batch of an attention group and prompt among the rows: beyond twice these a prediction is `transferred`."""
 
     backend: str
     generation: str
@@ -33,6 +34,8 @@ class BackendFit:
     launch_scale: float
     work_scale: float
     prefill_scale: float
+    sequences_max: float
+    isl_max: float
     tpot_p10: float
     tpot_p90: float
     ttft_p10: float
@@ -54,6 +57,8 @@ KERNELS_ONLY = BackendFit(
     launch_scale=1.0,
     work_scale=1.0,
     prefill_scale=1.0,
+    sequences_max=0.0,
+    isl_max=0.0,
     tpot_p10=0.5,
     tpot_p90=2.0,
     ttft_p10=0.5,

@@ -171,6 +171,8 @@ def calibrate_serving(rows: Iterable[MeasuredRow], progress: Callable[[str], Non
                 family=family,
                 num_rows=int(cell.sum()),
                 **dict(zip(TERMS, found.tolist(), strict=True)),
+                sequences_max=float(table.terms[cell, 1].max()),
+                isl_max=float(max(r.isl for r, c in zip(table.rows, cell, strict=True) if c)),
                 tpot_p10=float(np.quantile(ratios[cell], 0.1)),
                 tpot_p90=float(np.quantile(ratios[cell], 0.9)),
                 ttft_p10=1.0,
@@ -188,7 +190,7 @@ def _ttft_spread(rows: list[MeasuredRow], fit: BackendFit) -> tuple[float, float
         first = group[0]
         perf = PerfModel(first.model, first.hardware, first.precision, first.backend, given_fit=fit)
         batch = np.array([float(r.concurrency) for r in group])
-        served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl))
+        served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl), closed_loop=True)
         ratios.append(np.array([r.ttft_s for r in group]) / served.ttft_s)
     low, high = np.quantile(np.concatenate(ratios), [0.1, 0.9])
     return float(low), float(high)

@@ -12,7 +12,7 @@ from tandem.perf.estimate import EstimateResult, Instances, estimate, estimate_d
 from tandem.spec.design import Parallelism
 from tandem.spec.errors import SpecError, TandemError, TraceError
 
-_SHARED = "tp pp dp ep moe_tp gpus".split()
+_SHARED = ["tp", "pp", "dp", "ep", "moe_tp", "gpus"]
 _POOLS = [f"{role}_{field}" for role in ("prefill", "decode") for field in ("workers", "tp", "pp", "dp", "ep", "batch")]
 COLUMNS = ["id", "model", "hardware", "backend", "precision", "mode", "isl", "osl", "concurrency", "batch", *_SHARED, *_POOLS]
 """Columns that a cases file may have; empty cells take the default."""
@@ -87,10 +87,8 @@ def _estimate_row(row: dict[str, str]) -> EstimateResult:
     }
     mode = row.get("mode") or "colocated"
     if mode == "disaggregated":
-        pools = {role: _pool(row, role, common["concurrency"]) for role in ("prefill", "decode")}
-        return estimate_disaggregated(**common, **pools)
-    if mode not in ("colocated", "piggybacked"):
-        raise SpecError(f"mode={mode!r}: must be colocated, piggybacked or disaggregated")
+        prefill, decode = (_pool(row, role, common["concurrency"]) for role in ("prefill", "decode"))
+        return estimate_disaggregated(**common, prefill=prefill, decode=decode)
     tp, dp = _one(row, "tp"), _one(row, "dp")
     ep = _int(row, "ep")
     moe_tp = _int(row, "moe_tp")

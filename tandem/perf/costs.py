@@ -11,7 +11,7 @@ that the batch touches; attention under data parallelism holds 1/dp of the seque
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +93,8 @@ class StepLoad(NamedTuple):
         return bool(np.any(np.asarray(self.prefill_seqs) > 0))
 
 
-class Item(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Item:
     """One operation: class, number format, work of one GPU, times it occurs in a pass, GPUs of its collective."""
 
     op: OpClass
@@ -198,7 +199,9 @@ class LayerCosts:
         context = load.context
         if m.index is not None:
             i = m.index
-            yield Item("attention_decode", "fp8", ops.attention_decode(b, context / 2, i.num_heads, 1.0, i.head_dim, 1.0), occurs)
+            yield Item(
+                "attention_decode", "fp8", ops.attention_decode(b, context / 2, i.num_heads, 1.0, i.head_dim, 1.0), occurs
+            )
             context = load.attended(m.index.top_k)
         work = ops.mla_decode(b, context, heads, m.kv_lora_rank, m.qk_rope_head_dim, kv)
         yield Item("mla_decode", self.precision.kv, work, occurs)
@@ -209,7 +212,7 @@ class LayerCosts:
         # Earlier chunks' latents are projected up again in every chunk unless the result is kept (paper B, F3).
         up_rows = s * (load.new + (0.0 if load.cached_up else load.prior))
         up = self._gemm(up_rows, heads * (m.qk_nope_head_dim + m.v_head_dim), m.kv_lora_rank, count)
-        yield up._replace(count=occurs)
+        yield replace(up, count=occurs)
         top_k = m.index.top_k if m.index is not None else None
         pairs = ops.attended_pairs(load.isl, 0.0, top_k) / load.chunks
         flops = 2.0 * s * heads * (m.qk_head_dim + m.v_head_dim) * pairs
@@ -263,9 +266,7 @@ class LayerCosts:
         if m.shared_ffn_size:
             yield from self._dense(m.shared_ffn_size, m.shared_ffn_size * (2 if m.gated else 1), count, layout, t)
         ffn = m.ffn_size / layout.moe_tp
-        work = ops.moe(
-            t * layout.dp, width, ffn, m.top_k, m.num_experts, layout.ep, itemsize(w), itemsize(a), gated=m.gated
-        )
+        work = ops.moe(t * layout.dp, width, ffn, m.top_k, m.num_experts, layout.ep, itemsize(w), itemsize(a), gated=m.gated)
         yield Item("moe", w, work, count)
         yield from self._moe_traffic(m, width, count, layout, t)
 
@@ -273,10 +274,12 @@ class LayerCosts:
         """Without attention data parallelism one all-reduce joins the shares; with it, tokens travel to experts and back."""
         single, group = np.asarray(layout.dp) <= 1, layout.tp * layout.dp
         for item in self._allreduce(count, layout, t):
-            yield item._replace(count=item.count * single)
+            yield replace(item, count=item.count * single)
         if np.any(~single):
             spread = (~single) & (np.asarray(layout.ep) > 1)
-            message = OUT * t / layout.tp * np.minimum(float(m.top_k), layout.ep) * width
+            # A token goes to each expert group that it picked, there to every slice of the expert.
+            copies = np.minimum(float(m.top_k), layout.ep) * layout.moe_tp
+            message = OUT * t / layout.tp * copies * width
             yield Item("alltoall", "bf16", ops.alltoall(message, group), 2.0 * count * spread, group)
             joined = OUT * t * layout.dp * width
             yield Item("allreduce", "bf16", ops.allreduce(joined, group), count * (~single & ~spread), group)

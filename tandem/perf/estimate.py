@@ -13,7 +13,7 @@ from tandem.perf.divide import refuse_parallelism
 from tandem.perf.memory import MemoryUse
 from tandem.perf.phases import PerfModel
 from tandem.spec.catalog import load_hardware, load_spec
-from tandem.spec.design import BACKENDS, Estimate, Mode, Parallelism, Precision
+from tandem.spec.design import BACKENDS, Estimate, Parallelism, Precision
 from tandem.spec.errors import Infeasible, SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
@@ -82,7 +82,7 @@ def estimate(
     parallelism: Parallelism | None = None,
     precision: str | Precision | None = None,
     backend: str = "vllm",
-    mode: Mode = "colocated",
+    mode: str = "colocated",
     gpus: int | None = None,
 ) -> EstimateResult:
     """Predict a co-located deployment at a fixed number of requests in flight.
@@ -128,22 +128,25 @@ def _memory(perf: PerfModel, p: Parallelism, workload: Workload, batch: int) -> 
     if max_batch < 1:
         needed = float(use.weight_bytes + use.workspace_bytes + use.sequence_bytes)
         raise SpecError(
-            f"tp={p.tp}: {perf.model.name} with one sequence of {workload.final_context:,.0f} tokens needs {needed:,.0f} B a GPU, "
-            f"{perf.hardware.name} offers {use.usable_bytes:,.0f} B; use more GPUs an instance, fewer bits or shorter sequences"
+            f"tp={p.tp}: {perf.model.name} with one sequence of {workload.final_context:,.0f} tokens needs {needed:,.0f} B "
+            f"a GPU, {perf.hardware.name} offers {use.usable_bytes:,.0f} B; "
+            "use more GPUs an instance, fewer bits or shorter sequences"
         )
     return memory_json(perf, layout, use, min(batch, max_batch)), max_batch
 
 
 def _colocated(
-    perf: PerfModel, it: Instances, workload: Workload, mode: Mode, memory: dict[str, float], max_batch: int
+    perf: PerfModel, it: Instances, workload: Workload, mode: str, memory: dict[str, float], max_batch: int
 ) -> EstimateResult:
     batch = np.array([float(it.batch)])
     if mode == "piggybacked":
         served = perf.piggybacked(it.layout, batch, workload, np.array([float(max(PIGGYBACK_TOKENS, 2 * it.batch))]))
     elif mode == "colocated":
-        served = perf.colocated(it.layout, batch, workload)
+        served = perf.colocated(it.layout, batch, workload, closed_loop=True)
     else:
-        raise SpecError(f"mode={mode!r}: must be colocated or piggybacked here; a disaggregated case names both pools")
+        raise SpecError(
+            f"mode={mode!r}: must be colocated or piggybacked; a disaggregated case names both pools, in a --cases file"
+        )
     load = perf.decode_load(it.layout, batch, workload)
     rate = float(served.requests_per_s[0]) / it.parallelism.gpus
     return _result(perf, it.layout, load, served.ttft_s, served.tpot_s, rate * workload.mean_osl, max_batch, memory)

@@ -118,7 +118,9 @@ class ModelMemory:
             return (mixer.up_width + mixer.ffn_size) / layout.tp
         if isinstance(mixer, MoE):
             gates = 3 if mixer.gated else 2
-            return gates * (mixer.ffn_size * mixer.top_k / layout.moe_tp / layout.ep * layout.dp + mixer.shared_ffn_size / layout.tp)
+            return gates * (
+                mixer.ffn_size * mixer.top_k / layout.moe_tp / layout.ep * layout.dp + mixer.shared_ffn_size / layout.tp
+            )
         if isinstance(mixer, MLA):
             return mixer.num_heads * (2 * mixer.qk_head_dim + 2 * mixer.v_head_dim) / layout.tp
         if isinstance(mixer, Attention):

@@ -9,19 +9,19 @@ Letters: m, n, k matmul sizes; w, a bytes of one weight or activation; bf16 outp
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64] | float
-"""A float64 array of design points, or one float; all functions broadcast."""
+Array: TypeAlias = NDArray[np.floating[Any]] | float
+"""An array of design points, or one float; all functions broadcast."""
 
 OpClass = Literal[
     "gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode", "moe", "scan_prefill", "scan_decode",
     "conv_prefill", "conv_decode", "memory", "allreduce", "alltoall", "send",
 ]  # fmt: skip
-OP_CLASSES: tuple[OpClass, ...] = OpClass.__args__  # type: ignore[attr-defined]
+OP_CLASSES: tuple[OpClass, ...] = get_args(OpClass)
 NETWORK: frozenset[str] = frozenset({"allreduce", "alltoall", "send"})
 
 OUT = 2.0
@@ -45,13 +45,14 @@ def attended_pairs(new: Array, prior: Array, window: int | None = None) -> Array
 
     With a window w a token at position p sees min(p + 1, w) tokens. Continuous in its arguments, exact for integers.
     """
-    total = new * prior + new * (new + 1) / 2
+    total: Array = new * prior + new * (new + 1) / 2
     if window is None:
         return total
     # Tokens beyond the window would see (position + 1 - window) too many; sum that triangle over [prior, prior + new).
     last = np.maximum(prior + new - window, 0.0)
     first = np.maximum(prior - window, 0.0)
-    return total - (last * (last + 1) / 2 - first * (first + 1) / 2)
+    unseen: Array = last * (last + 1) / 2 - first * (first + 1) / 2
+    return total - unseen
 
 
 def attention_prefill(
@@ -98,9 +99,7 @@ def touched_experts(tokens: Array, experts: Array, top_k: Array, num_experts: in
     return -experts * np.expm1(tokens * miss)
 
 
-def moe(
-    tokens: Array, h: int, ffn: Array, top_k: int, num_experts: int, ep: Array, w: float, a: float, *, gated: bool
-) -> Work:
+def moe(tokens: Array, h: int, ffn: Array, top_k: int, num_experts: int, ep: Array, w: float, a: float, *, gated: bool) -> Work:
     """Routed experts of one of `ep` expert groups; `ffn` is the expert's width after slicing, `tokens` those of all groups."""
     matrices = 3.0 if gated else 2.0
     routed = tokens * top_k / ep
@@ -108,7 +107,9 @@ def moe(
     return Work(2.0 * matrices * routed * h * ffn, weights + routed * (h * (a + OUT) + matrices * ffn * OUT))
 
 
-def scan_prefill(tokens: Array, seqs: Array, heads: Array, head_dim: int, state_dim: int, groups: Array, chunk: int = 128) -> Work:
+def scan_prefill(
+    tokens: Array, seqs: Array, heads: Array, head_dim: int, state_dim: int, groups: Array, chunk: int = 128
+) -> Work:
     """Chunked recurrence (Mamba-2's state-space duality, gated delta rule): scores and outputs inside a chunk, state across.
 
     A chunk of Q tokens costs Q^2 (G N + H P) for scores and outputs and 4 Q H P N for entering and leaving the state.

@@ -21,7 +21,7 @@ from tandem.perf.ops import Array, attended_pairs
 from tandem.perf.step import KernelTime, StepPricer, weakest
 from tandem.spec.design import Evidence, Precision
 from tandem.spec.hardware import HardwareSpec
-from tandem.spec.model import Attention, MLA, ModelSpec
+from tandem.spec.model import MLA, Attention, ModelSpec
 from tandem.spec.workload import Workload
 
 Result = NDArray[np.float64]
@@ -75,8 +75,12 @@ class PerfModel:
         return self.given_fit or find_backend(self.backend, self.hardware.generation, self.model)[0]
 
     def evidence(self, layout: Layout, load: StepLoad) -> Evidence:
-        """What a prediction of this load rests on: the weaker of kernels and backend."""
-        backend = find_backend(self.backend, self.hardware.generation, self.model)[1]
+        """What a prediction of this load rests on: the weaker of kernels and backend, the latter within twice its rows."""
+        fit, backend = find_backend(self.backend, self.hardware.generation, self.model)
+        seqs, tokens = np.max(load.decode_seqs), np.max(load.context) + np.max(load.isl)
+        beyond = seqs > 2 * fit.sequences_max or tokens > 2 * fit.isl_max
+        if backend == "calibrated" and beyond:
+            backend = "transferred"
         return weakest([self.pricer.evidence(layout, load), backend])
 
     def _host_s(self, seqs: Array) -> Array:
@@ -151,13 +155,18 @@ class PerfModel:
         first = self._prompt_s(self.pricer.kernels(layout, StepLoad(prefill_seqs=seqs, isl=new, chunks=1.0)))
         return np.asarray(np.where(np.asarray(chunks) > 1, 2.0 * mean - first, mean))
 
-    def colocated(self, layout: Layout, batch: Array, workload: Workload, *, percentile: float = 50.0) -> ServeTime:
+    def colocated(
+        self, layout: Layout, batch: Array, workload: Workload, *, percentile: float = 50.0, closed_loop: bool = False
+    ) -> ServeTime:
         """In-flight batching: prompts are prefilled whole between decode steps, which all others wait for.
 
         While a request decodes its OSL tokens, each of the other sequences of its group is replaced once, so a step
-        carries b / OSL prefills on average. A backend that shows only a share of them in TPOT lets the newcomers wait
-        for one another instead: that share lengthens TTFT by half a batch of prefills on average. Either way the
-        GPUs do all the work, so the rate is the same: b requests in the time of b prefills and OSL - 1 decode steps.
+        carries b / OSL prefills on average: that is steady traffic, and what a plan assumes.
+
+        A benchmark at fixed concurrency (`closed_loop`) starts its requests together, and they keep finishing together:
+        a backend then shows only a share of the prefills in TPOT, and for the rest newcomers wait for one another, half
+        a batch of prefills on average. Either way the GPUs do all the work, so the rate is the same: b requests in the
+        time of b prefills and OSL - 1 decode steps.
         """
         load = self.decode_load(layout, batch, workload)
         decode_s = self.decode_tpot_s(layout, batch, workload)
@@ -165,7 +174,8 @@ class PerfModel:
         alone = self.prefill(layout, layout.dp * layout.pp * one, workload, percentile=percentile)
         # `alone` handles one prompt in every group and stage at once, so each group loses dp * pp / rate for its own.
         stall_s = layout.dp * layout.pp / alone.requests_per_s
-        shown, others = self.backend_fit.prefill_scale, np.maximum(load.decode_seqs - 1.0, 0.0)
+        measured = self.backend_fit.prefill_scale
+        shown, others = measured if closed_loop else max(measured, 1.0), np.maximum(load.decode_seqs - 1.0, 0.0)
         tpot = decode_s + shown * stall_s * load.decode_seqs / workload.mean_osl
         waiting = max(1.0 - shown, 0.0) * stall_s * others
         ttft = alone.ttft_s + decode_s + waiting / 2
@@ -223,5 +233,5 @@ def _by_isl(workload: Workload) -> list[tuple[float, float]]:
 
 def _percentile_index(weights: list[float], percentile: float) -> int:
     """Index of the first point at which the cumulated weight reaches the percentile."""
-    cumulated = np.cumsum(weights)
-    return int(min(np.searchsorted(cumulated, percentile / 100 - 1e-9), len(weights) - 1))
+    first = int(np.searchsorted(np.cumsum(weights), percentile / 100 - 1e-9))
+    return min(first, len(weights) - 1)

@@ -24,9 +24,9 @@ from tandem.spec.model import ModelSpec
 
 Side = Literal["calibration", "validation"]
 _NEEDED = (
-    "id silicon_data_source backend model_path system precision mode isl osl batch_size tp_size pp_size attention_dp_size "
-    "moe_tp_size moe_ep_size silicon_ttft_ms silicon_tpot_ms"
-).split()
+    "id", "silicon_data_source", "backend", "model_path", "system", "precision", "mode", "isl", "osl", "batch_size", "tp_size",
+    "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size", "silicon_ttft_ms", "silicon_tpot_ms",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,4 +108,3 @@ def _colocated_row(row: dict[str, str]) -> MeasuredRow | None:
         tpot_s=float(row["silicon_tpot_ms"]) / 1e3,
         side=side_of(row["model_path"], row["system"], row["precision"], row["isl"], row["osl"]),
     )
-

@@ -49,7 +49,7 @@ def predict(rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambd
         progress(f"{first.model.name} on {first.hardware.name}")
         perf = PerfModel(first.model, first.hardware, first.precision, first.backend)
         batch = np.array([float(r.concurrency) for r in group])
-        served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl))
+        served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl), closed_loop=True)
         fit = perf.backend_fit
         ordered += group
         low, high = min(fit.tpot_p10, 1.0) * served.tpot_s, max(fit.tpot_p90, 1.0) * served.tpot_s
@@ -62,7 +62,14 @@ def error_sets(p: Predictions) -> list[ErrorSet]:
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, r in enumerate(p.rows):
         family = r.model.family
-        for name in ("all", family, r.hardware.name, r.backend, f"{family} {r.backend}", f"{family} {r.backend} {r.hardware.name}"):
+        for name in (
+            "all",
+            family,
+            r.hardware.name,
+            r.backend,
+            f"{family} {r.backend}",
+            f"{family} {r.backend} {r.hardware.name}",
+        ):
             groups[(r.side, name)].append(i)
     order = {"validation": 0, "calibration": 1}
     sets = []

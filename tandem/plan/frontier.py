@@ -60,6 +60,8 @@ def _disaggregated(searched: Searched, slo: Slo) -> list[Choice]:
     )
     chosen = decode.take(kept)
     m = searched.match(rows, chosen, searched.budget, TOLERANCE)
+    if not np.any(m.num_prefill):  # a budget so small that nothing balances
+        m = searched.match(rows, chosen, searched.budget, None)
     prefill_gpus = searched.priced["prefill"].gpus[rows]
     gpus = m.num_prefill * prefill_gpus[:, None] + m.num_decode * chosen.gpus[None, :]
     per_gpu = np.where(gpus > 0, m.requests_per_s / np.maximum(gpus, 1), 0.0)
@@ -71,8 +73,14 @@ def _disaggregated(searched: Searched, slo: Slo) -> list[Choice]:
         p = int(best[i])
         choices.append(
             Choice(
-                "disaggregated", int(kept[i]), int(m.num_decode[p, i]), int(rows[p]), int(m.num_prefill[p, i]),
-                float(m.requests_per_s[p, i]), int(gpus[p, i]), float(m.imbalance[p, i]),
-            )  # fmt: skip
+                "disaggregated",
+                int(kept[i]),
+                int(m.num_decode[p, i]),
+                int(rows[p]),
+                int(m.num_prefill[p, i]),
+                float(m.requests_per_s[p, i]),
+                int(gpus[p, i]),
+                float(m.imbalance[p, i]),
+            )
         )
     return choices

@@ -121,7 +121,7 @@ class OptionMaker:
         load = self._load(pool)
         classes = self._perf.pricer.breakdown(layout_of(pool), load)
         fit = self._perf.backend_fit
-        seqs = float(load.decode_seqs) + float(load.prefill_seqs)  # type: ignore[arg-type]
+        seqs = float(load.decode_seqs) + float(load.prefill_seqs)
         host = fit.step_s + fit.sequence_s * seqs
         return {**classes, "host": {"seconds": host, "fixed": host, "compute": 0.0, "moved": 0.0}}
 

@@ -179,7 +179,9 @@ def what_would_change(searched: Searched, slo: Slo, gpus: int) -> list[dict[str,
             bound = slo.ttft_s * factor
             cases.append((f"ttft_s={bound:g}", Slo(ttft_s=bound, tpot_s=slo.tpot_s, percentile=slo.percentile), gpus))
     if slo.tpot_s is None:
-        cases += [(f"tpot_s={b:g}", Slo(ttft_s=slo.ttft_s, tpot_s=b, percentile=slo.percentile), gpus) for b in (0.05, 0.02, 0.01)]
+        cases += [
+            (f"tpot_s={b:g}", Slo(ttft_s=slo.ttft_s, tpot_s=b, percentile=slo.percentile), gpus) for b in (0.05, 0.02, 0.01)
+        ]
     cases += [(f"gpus={n}", slo, n) for n in (gpus // 2, gpus // 4) if n >= 1]
     rows = []
     for label, other, budget in cases:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.spec.errors import Infeasible, SpecError
+from tandem.spec.units import require_int
 
 TOLERANCE = 0.03
 """Relative mismatch of the pools' rates that counts as balanced (paper B, Appendix B)."""
@@ -53,17 +54,18 @@ def match_rates(
     for field, value in (("prefill_rate", prefill_rate), ("decode_rate", decode_rate)):
         _checked(field, value)
     for field, number in (("prefill_gpus", prefill_gpus), ("decode_gpus", decode_gpus), ("budget", budget)):
-        if number < 1:
-            raise SpecError(f"{field}={number!r}: must be >= 1")
-    ratio = decode_rate / prefill_rate
+        require_int(field, number)
+    if not 0 <= tolerance < 1:
+        raise SpecError(f"tolerance={tolerance!r}: must be from 0 to below 1")
+    ratio = min(decode_rate / prefill_rate, 1e12)
     best: Match | None = None
     best_gpus, closest = budget + 1, np.inf
     for num_decode in range(1, (budget - prefill_gpus) // decode_gpus + 1):
+        most = (budget - num_decode * decode_gpus) // prefill_gpus
         exact = num_decode * ratio
-        for num_prefill in {max(1, int(np.floor(exact))), max(1, int(np.ceil(exact)))}:
+        fewest = int(exact / (1 + tolerance))  # or one or two more: the fewest instances within the tolerance
+        for num_prefill in {min(max(1, n), most) for n in (fewest, fewest + 1, fewest + 2, int(exact), int(exact) + 1)}:
             gpus = num_prefill * prefill_gpus + num_decode * decode_gpus
-            if gpus > budget:
-                continue
             rates = num_prefill * prefill_rate, num_decode * decode_rate
             imbalance = max(rates) / min(rates) - 1
             closest = min(closest, imbalance)
@@ -110,8 +112,7 @@ def fill_budget(
     for n_d in range(1, top + 1):
         for rounded in (np.floor(n_d * ratio), np.ceil(n_d * ratio)):
             n_p = np.maximum(rounded, 1.0)
-            if tolerance is None:
-                n_p = np.minimum(n_p, np.maximum((budget - n_d * decode_gpus) // prefill_gpus, 1.0))
+            n_p = np.minimum(n_p, np.maximum((budget - n_d * decode_gpus) // prefill_gpus, 1.0))
             unit = n_p * prefill_gpus + n_d * decode_gpus
             copies = budget // unit
             p_rate, d_rate = n_p * prefill_rate, n_d * decode_rate

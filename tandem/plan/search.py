@@ -181,12 +181,7 @@ class Searched:
     def prefill_candidates(self, slo: Slo, budget: int) -> NDArray[np.int64]:
         """Rows of the best prefill instance of each GPU count: the highest rate under the TTFT bound (Algorithm 1)."""
         priced = self.priced["prefill"]
-        ok = (priced.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)) & (priced.gpus < budget)
-        rows = np.flatnonzero(ok)
-        best: dict[float, int] = {}
-        for row in rows[np.argsort(-priced.requests_per_s[rows], kind="stable")]:
-            best.setdefault(float(priced.gpus[row]), int(row))
-        return np.array(sorted(best.values()), dtype=np.int64)
+        return _fastest(priced, (priced.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)) & (priced.gpus < budget))
 
     def match(self, prefill_rows: NDArray[np.int64], decode: Priced, budget: int, tolerance: float | None) -> Matches:
         """Best pools for every (prefill candidate, decode point); axes: prefill, decode."""
@@ -201,24 +196,55 @@ class Searched:
         )
 
     def disaggregated(self, slo: Slo, budget: int) -> Choice | None:
-        """The rate-matched pair of pools with the most requests/s; an unbalanced pair only where no balanced one exists."""
-        rows = self.prefill_candidates(slo, budget)
-        decode_all = self.priced["decode"]
-        kept = np.flatnonzero((decode_all.tpot_s <= (slo.tpot_s or np.inf)) & (decode_all.gpus < budget))
-        if not len(rows) or not len(kept):
+        """The pair of pools with the most requests/s in the budget, balanced within TOLERANCE where that is possible.
+
+        Of each instance size only the fastest prefill and decode instances under the SLO can give the highest rate;
+        which of them, and how many, is tried in full. Then the faster pool is slowed down to the other one's rate by a
+        smaller batch, which costs no throughput and improves its latency. A pair that stays out of balance is taken only
+        where no balanced one comes within TOLERANCE of its rate.
+        """
+        prefill, decode = self.priced["prefill"], self.priced["decode"]
+        p_rows = self.prefill_candidates(slo, budget)
+        d_rows = _fastest(decode, (decode.tpot_s <= (slo.tpot_s or np.inf)) & (decode.gpus < budget))
+        if not len(p_rows) or not len(d_rows):
             return None
-        decode = decode_all.take(kept)
-        for tolerance in (TOLERANCE, None):
-            m = self.match(rows, decode, budget, tolerance)
-            gpus = m.num_prefill * self.priced["prefill"].gpus[rows][:, None] + m.num_decode * decode.gpus[None, :]
-            best = _best(m.requests_per_s.ravel(), gpus.ravel().astype(np.float64))
-            if best is not None:
-                p, d = np.unravel_index(best, m.requests_per_s.shape)
-                return Choice(
-                    "disaggregated", int(kept[d]), int(m.num_decode[p, d]), int(rows[p]), int(m.num_prefill[p, d]),
-                    float(m.requests_per_s[p, d]), int(gpus[p, d]), float(m.imbalance[p, d]),
-                )  # fmt: skip
-        return None
+        m = self.match(p_rows, decode.take(d_rows), budget, tolerance=None)
+        gpus = m.num_prefill * prefill.gpus[p_rows][:, None] + m.num_decode * decode.gpus[d_rows][None, :]
+        top = float(np.max(m.requests_per_s))
+        near = [(p, d) for p, d in zip(*np.nonzero(m.requests_per_s >= (1 - TOLERANCE) * top), strict=True) if top > 0]
+        found = [
+            self._balanced(
+                Choice(
+                    "disaggregated",
+                    int(d_rows[d]),
+                    int(m.num_decode[p, d]),
+                    int(p_rows[p]),
+                    int(m.num_prefill[p, d]),
+                    float(m.requests_per_s[p, d]),
+                    int(gpus[p, d]),
+                    float(m.imbalance[p, d]),
+                ),
+                slo,
+            )
+            for p, d in near
+        ]
+        return min(found, key=lambda c: (c.imbalance > TOLERANCE, -round(c.requests_per_s / top, 3), c.gpus), default=None)
+
+    def _balanced(self, choice: Choice, slo: Slo) -> Choice:
+        """The same pools with the faster one's batch lowered until it is at most TOLERANCE faster, if its sizes allow."""
+        prefill, decode = self.priced["prefill"], self.priced["decode"]
+        assert choice.prefill_row is not None
+        p_row, d_row, rate = choice.prefill_row, choice.row, choice.requests_per_s
+        if choice.num_prefill * prefill.requests_per_s[p_row] > rate:
+            in_time = prefill.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)
+            p_row = _slowed(prefill, p_row, in_time, rate / choice.num_prefill, prefill.ttft_s)
+        if choice.replicas * decode.requests_per_s[d_row] > rate:
+            in_time = decode.tpot_s <= (slo.tpot_s or np.inf)
+            d_row = _slowed(decode, d_row, in_time, rate / choice.replicas, decode.tpot_s)
+        rates = choice.num_prefill * prefill.requests_per_s[p_row], choice.replicas * decode.requests_per_s[d_row]
+        return choice._replace(
+            prefill_row=p_row, row=d_row, requests_per_s=float(min(rates)), imbalance=float(max(rates) / min(rates) - 1.0)
+        )
 
     def select(self, slo: Slo, budget: int) -> dict[Mode, Choice]:
         """The best deployment of each mode that can meet the SLO within the budget."""
@@ -253,3 +279,21 @@ def _best(rate: Array, gpus: Array) -> int | None:
         return None
     close = np.flatnonzero(rate >= top * 0.999)
     return int(close[np.lexsort((-rate[close], gpus[close]))[0]])
+
+
+def _fastest(priced: Priced, ok: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows of the fastest instance of each GPU count among the allowed ones."""
+    rows = np.flatnonzero(ok)
+    order = rows[np.lexsort((-priced.requests_per_s[rows], priced.gpus[rows]))]
+    first = np.diff(priced.gpus[order], prepend=-1.0) > 0
+    return np.asarray(order[first], dtype=np.int64)
+
+
+def _slowed(priced: Priced, row: int, ok: NDArray[np.bool_], needed: float, latency_s: Array) -> int:
+    """Among instances of equal size and at least the needed rate: the lowest latency close to it, else the nearest rate."""
+    rates = priced.requests_per_s
+    rows = np.flatnonzero(ok & (priced.gpus == priced.gpus[row]) & (rates >= needed * (1 - 1e-9)))
+    close = rows[rates[rows] <= needed * (1 + TOLERANCE)]
+    if len(close):
+        return int(close[np.argmin(latency_s[close])])
+    return int(rows[np.argmin(rates[rows])]) if len(rows) else row

@@ -12,9 +12,9 @@ from tandem.perf.divide import refuse_parallelism
 from tandem.spec.design import Parallelism
 from tandem.spec.model import ModelSpec, MoE
 
-BATCHES: NDArray[np.float64] = np.unique(
-    np.concatenate([np.arange(1, 33), np.round(32 * 1.06 ** np.arange(1, 84))])
-).astype(np.float64)
+BATCHES: NDArray[np.float64] = np.unique(np.concatenate([np.arange(1, 33), np.round(32 * 1.06 ** np.arange(1, 84))])).astype(
+    np.float64
+)
 """Sequences in flight in one attention group: every size to 32, then steps of 6 % to about 4,000."""
 PREFILL_BATCHES: NDArray[np.float64] = np.array([1.0, 2.0, 4.0, 8.0])
 PREFILL_CHUNKS: NDArray[np.float64] = np.array([2048.0, 4096.0, 8192.0, 16384.0, np.inf])
@@ -27,7 +27,7 @@ def _powers(limit: int) -> list[int]:
 
 
 def parallelisms(model: ModelSpec, budget: int, *, phase: str) -> list[Parallelism]:
-    """Every valid parallelism of at most `budget` GPUs in powers of two; cpp for `prefill` only, dp and ep with experts only."""
+    """Every valid parallelism of at most `budget` GPUs, in powers of two; cpp in prefill, dp and ep with experts only."""
     has_experts = any(isinstance(m, MoE) for m, _ in model.mixers)
     found = []
     for tp in _powers(budget):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
 from typing import Any
 
 import plotly.graph_objects as go
@@ -11,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from tandem.plan.option import Option
 from tandem.plan.planner import Plan
-from tandem.report.text import MODE_TITLES, describe, gib, ms, plan_sentences, span
+from tandem.report.text import MODE_TITLES, change_label, describe, gib, ms, plan_sentences, span
 
 COLOURS = {"colocated": "#4269d0", "piggybacked": "#9a6bce", "disaggregated": "#e0661a"}
 _BANDS = {"colocated": "rgba(66,105,208,.13)", "piggybacked": "rgba(154,107,206,.13)", "disaggregated": "rgba(224,102,26,.13)"}
@@ -21,25 +22,15 @@ _CLASS_COLOURS = {
     "conv_prefill": "#8fd0a8", "conv_decode": "#8fd0a8", "memory": "#b9b9c0", "allreduce": "#c23b62",
     "alltoall": "#8f2446", "send": "#e58aa5", "host": "#6c6c75",
 }  # fmt: skip
-_STYLE = """
-:root{--ink:#1c1d22;--soft:#5d6068;--line:#e3e4e8;--tint:#f6f7f9}
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);margin:0 auto;padding:2.5rem 1.5rem 5rem;max-width:66rem}
-h1{font-size:1.7rem;line-height:1.25;margin:0 0 .3rem} h2{font-size:1.2rem;margin:2.6rem 0 .4rem} p{margin:.5rem 0;max-width:48rem}
-.lead{color:var(--soft);font-size:1.05rem} .note{color:var(--soft);font-size:.9rem}
-.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}.card{background:var(--tint);border-radius:.5rem;padding:.7rem 1rem;min-width:8.5rem}
-.card b{display:block;font-size:1.3rem}.card span{color:var(--soft);font-size:.85rem}
-table{border-collapse:collapse;width:100%;font-size:.88rem;margin:.6rem 0}th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
-td.n,th.n{text-align:right;white-space:nowrap}tr.best{background:#fff6ec}.wide{overflow-x:auto}ul{max-width:52rem;padding-left:1.2rem}li{margin:.25rem 0}
-.chart{margin:.4rem 0 1rem}footer{margin-top:3rem;color:var(--soft);font-size:.85rem;border-top:1px solid var(--line);padding-top:.8rem}
-"""
 
 
 def page(title: str, body: str) -> str:
     """A whole HTML document around `body`, with Plotly inlined once."""
+    style = (resources.files("tandem.report") / "page.css").read_text(encoding="utf-8")
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<title>{escape(title)}</title><style>{style}</style><script>{get_plotlyjs()}</script></head>"
         f"<body>{body}</body></html>\n"
     )
 
@@ -51,11 +42,28 @@ def chart(figure: go.Figure, height: int) -> str:
         height=height,
         margin={"l": 70, "r": 20, "t": 20, "b": 60},
         font={"family": "system-ui,-apple-system,'Segoe UI',sans-serif", "size": 13},
-        legend={"orientation": "h", "y": 1.12, "x": 0},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
         hoverlabel={"align": "left"},
     )
     config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
     return f"<div class='chart'>{figure.to_html(full_html=False, include_plotlyjs=False, config=config)}</div>"
+
+
+def mark_vertical(figure: go.Figure, x: float, text: str) -> None:
+    """A dashed vertical line over the whole height, with a word at its foot."""
+    line = {"dash": "dash", "color": "#1c1d22", "width": 1.5}
+    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line=line, layer="above")
+    figure.add_annotation(
+        x=x,
+        y=0.02,
+        yref="paper",
+        text=text,
+        showarrow=False,
+        xanchor="left",
+        xshift=5,
+        yanchor="bottom",
+        bgcolor="rgba(255,255,255,.8)",
+    )
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
@@ -71,7 +79,11 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], best: int 
 
 def cards(items: Sequence[tuple[str, str]]) -> str:
     """Headline numbers: (value, what it is)."""
-    return "<div class='cards'>" + "".join(f"<div class='card'><b>{escape(v)}</b><span>{escape(k)}</span></div>" for v, k in items) + "</div>"
+    return (
+        "<div class='cards'>"
+        + "".join(f"<div class='card'><b>{escape(v)}</b><span>{escape(k)}</span></div>" for v, k in items)
+        + "</div>"
+    )
 
 
 def bullets(lines: Sequence[str]) -> str:
@@ -104,8 +116,8 @@ def frontier_figure(plan: Plan) -> go.Figure:
         hovertemplate="recommended<br>%{customdata}<extra></extra>",
     )  # fmt: skip
     if plan.slo.tpot_s is not None:
-        figure.add_vline(x=1 / plan.slo.tpot_s, line={"dash": "dot", "color": "#8a8d95"}, annotation_text="TPOT bound")
-    figure.update_xaxes(title="interactivity, tok/s/user (1 / TPOT)", type="log")
+        mark_vertical(figure, 1 / plan.slo.tpot_s, "TPOT bound")
+    figure.update_xaxes(title="interactivity, tok/s/user (1 / TPOT)", rangemode="tozero")
     figure.update_yaxes(title="throughput, tok/s/GPU over all GPUs", rangemode="tozero")
     return figure
 
@@ -116,7 +128,11 @@ def _hover(o: Option) -> str:
 
 def memory_figure(plan: Plan) -> go.Figure:
     """Memory of the fullest GPU of every pool, against what is usable."""
-    parts = (("weight_bytes", "weights", "#4269d0"), ("kv_bytes", "attention cache", "#e0661a"), ("state_bytes", "recurrent state", "#2f9e62"))
+    parts = (
+        ("weight_bytes", "weights", "#4269d0"),
+        ("kv_bytes", "attention cache", "#e0661a"),
+        ("state_bytes", "recurrent state", "#2f9e62"),
+    )
     figure = go.Figure()
     rows = [(f"{MODE_TITLES[m]}: {role}", use) for m, o in plan.options.items() for role, use in o.memory.items()][::-1]
     for key, title, colour in (*parts, ("workspace_bytes", "workspace", "#b9b9c0")):
@@ -125,7 +141,7 @@ def memory_figure(plan: Plan) -> go.Figure:
             marker={"color": colour}, hovertemplate="%{x:.2f} GiB<extra>" + title + "</extra>",
         )  # fmt: skip
     usable = rows[0][1]["usable_bytes"] / 2**30
-    figure.add_vline(x=usable, line={"dash": "dot", "color": "#1c1d22"}, annotation_text=f"usable {usable:.1f} GiB")
+    mark_vertical(figure, usable, f"usable {usable:.1f} GiB")
     figure.update_layout(barmode="stack")
     figure.update_xaxes(title="GiB on the fullest GPU")
     return figure
@@ -134,15 +150,18 @@ def memory_figure(plan: Plan) -> go.Figure:
 def time_figure(plan: Plan) -> go.Figure:
     """Where the time of one step goes, by class of operation, in shares of the step."""
     figure = go.Figure()
-    rows = [(f"{MODE_TITLES[m]}: {role}", times) for m, o in plan.options.items() for role, times in o.time_by_class.items()][::-1]
+    rows = [(f"{MODE_TITLES[m]}: {role}", times) for m, o in plan.options.items() for role, times in o.time_by_class.items()][
+        ::-1
+    ]
     for name in _CLASS_COLOURS:
         if not any(name in times for _, times in rows):
             continue
         totals = [sum(c["seconds"] for c in times.values()) for _, times in rows]
         seconds = [times.get(name, {"seconds": 0.0})["seconds"] for _, times in rows]
         figure.add_bar(
-            y=[row for row, _ in rows], x=[100 * s / t for s, t in zip(seconds, totals, strict=True)], name=name.replace("_", " "),
-            orientation="h", marker={"color": _CLASS_COLOURS[name]}, customdata=[ms(s) for s in seconds],
+            y=[row for row, _ in rows], x=[100 * s / t for s, t in zip(seconds, totals, strict=True)],
+            name=name.replace("_", " "), orientation="h", marker={"color": _CLASS_COLOURS[name]},
+            customdata=[ms(s) for s in seconds],
             hovertemplate="%{x:.1f} % (%{customdata})<extra>" + name.replace("_", " ") + "</extra>",
         )  # fmt: skip
     figure.update_layout(barmode="stack")
@@ -154,14 +173,26 @@ def options_table(plan: Plan) -> str:
     """The best deployment of each mode."""
     rows = [
         [
-            MODE_TITLES[mode], describe(o.deployment), str(o.deployment.gpus), f"{o.tokens_per_s:,.0f}", span(o.tokens_per_s_per_gpu),
-            span(o.tokens_per_s_per_user), ms(o.ttft_s.value), ms(o.tpot_s.value),
+            MODE_TITLES[mode], describe(o.deployment), str(o.deployment.gpus), f"{o.tokens_per_s:,.0f}",
+            span(o.tokens_per_s_per_gpu), span(o.tokens_per_s_per_user), ms(o.ttft_s.value), ms(o.tpot_s.value),
         ]
         for mode, o in plan.options.items()
     ]  # fmt: skip
     best = next(i for i, o in enumerate(plan.options.values()) if o is plan.best)
     columns = ("mode", "deployment", ">GPUs", ">tok/s", ">tok/s/GPU (80 %)", ">tok/s/user (80 %)", ">TTFT", ">TPOT")
     return html_table(columns, rows, best)
+
+
+def changes_table(plan: Plan) -> str:
+    """The recommendation under other bounds and budgets."""
+    rows = [
+        [
+            change_label(c["change"]), MODE_TITLES[c["recommended"]] if c["recommended"] else "nothing meets it",
+            f"{c['tokens_per_s']:,.0f}" if c["tokens_per_s"] else "-", f"{c['gain']:.2f}" if c["gain"] else "-",
+        ]
+        for c in plan.changes
+    ]  # fmt: skip
+    return html_table(("if", "recommended", ">tok/s", ">disaggregated / co-located"), rows)
 
 
 def top_table(plan: Plan, limit: int = 12) -> str:
@@ -185,7 +216,7 @@ def plan_section(plan: Plan) -> str:
         (MODE_TITLES[best.deployment.mode], f"on {best.deployment.gpus} of {plan.gpus} {plan.hardware.title}"),
         (f"{best.tokens_per_s_per_gpu.value:,.0f}", "tok/s/GPU"),
         (f"{best.tokens_per_s_per_user.value:,.0f}", "tok/s/user"),
-        (ms(best.ttft_s.value), "TTFT, queue-free"),
+        (ms(best.ttft_s.value), "TTFT"),
         (ms(best.tpot_s.value), "TPOT"),
         (gib(best.memory[next(iter(best.memory))]["weight_bytes"]), "weights a GPU"),
     ]
@@ -194,8 +225,10 @@ def plan_section(plan: Plan) -> str:
         cards(heads)
         + bullets(plan_sentences(plan))
         + options_table(plan)
-        + "<h2>Frontier</h2><p class='note'>Higher and further right is better. Bands: 80 % interval of measured rows of this kind; "
-        "a disaggregated band also reaches down to 75 % of the rate-matched value, which real systems show.</p>"
+        + "<h2>What would change the answer</h2>"
+        + changes_table(plan)
+        + "<h2>Frontier</h2><p class='note'>Higher and further right is better. Bands: 80 % interval of measured rows of this "
+        "kind; a disaggregated band also reaches down to 75 % of the rate-matched value, which real systems show.</p>"
         + chart(frontier_figure(plan), 460)
         + "<h2>Memory</h2>"
         + chart(memory_figure(plan), bars)
@@ -216,6 +249,8 @@ def plan_page(plan: Plan) -> str:
     w = plan.workload
     title = f"{plan.model.name} on {plan.gpus} {plan.hardware.title}"
     refused = [f"{count:,} points refused: {reason}" for reason, count in plan.refused.items()]
-    lead = f"{w.name}: {w.mean_isl:,.0f} prompt and {w.mean_osl:,.0f} output tokens on average, {plan.best.deployment.precision} on {plan.best.deployment.backend}"
+    d = plan.best.deployment
+    lengths = f"{w.mean_isl:,.0f} prompt and {w.mean_osl:,.0f} output tokens on average"
+    lead = f"{w.name}: {lengths}, {d.precision} on {d.backend}"
     body: list[Any] = [f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>", plan_section(plan), footer(refused)]
     return page(title, "".join(body))

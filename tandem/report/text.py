@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tandem.perf.estimate import EstimateResult
@@ -73,9 +74,11 @@ def progress_console() -> Console:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on standard error that shows what is being done; silent where standard error is not a terminal."""
-    with progress_console().status(title) as status:
-        yield lambda what: status.update(f"{title}: {what}")
+    """A bar on standard error with what is being done and for how long; gone when done, silent where no terminal is."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    with Progress(*columns, console=progress_console(), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda what: bar.update(task, description=f"{title}: {what}")
 
 
 def short(name: str) -> str:
@@ -175,10 +178,11 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_sentences(plan: Plan) -> list[str]:
-    """Why the recommended deployment won, what limits it, what would change the answer."""
+    """Why the recommended deployment won, what limits it, and how sure that is."""
     best = plan.best
     lines = [_why(plan)]
-    lines += [f"{role}: bound by {what}" for role, what in best.binds.items()]
+    pools = {"colocated": "every instance", "prefill": "prefill pool", "decode": "decode pool"}
+    lines += [f"{pools[role]}: bound by {what}" for role, what in best.binds.items()]
     if best.transfer is not None:
         lines.append(_transfer(best))
     if best.imbalance > 0.03:
@@ -188,10 +192,9 @@ def plan_sentences(plan: Plan) -> list[str]:
     if plan.workload.requests_per_s is not None:
         load = plan.workload.requests_per_s / best.requests_per_s
         lines.append(
-            f"the trace itself brings {plan.workload.requests_per_s:,.2f} requests/s: {load:.1%} of the {best.requests_per_s:,.0f} "
-            f"requests/s that this deployment carries"
+            f"the trace itself brings {plan.workload.requests_per_s:,.2f} requests/s: {load:.1%} of the "
+            f"{best.requests_per_s:,.0f} requests/s that this deployment carries"
         )
-    lines += [_change(c, best.deployment.mode) for c in plan.changes]
     evidence = best.tpot_s.evidence
     lines.append(f"evidence: {evidence}, {EVIDENCE_TEXT[evidence]}; the interval holds 80 % of measured rows of its kind")
     lines += plan.notes
@@ -218,13 +221,23 @@ def _transfer(option: Option) -> str:
     )
 
 
-def _change(row: dict[str, Any], current: str) -> str:
-    label = row["change"].replace("_s=", " <= ").replace("tpot", "TPOT").replace("ttft", "TTFT").replace("gpus=", "GPUs: ")
-    if "<=" in label:
-        name, value = label.split(" <= ")
-        label = f"{name} <= {ms(float(value))}"
-    if row["recommended"] is None:
-        return f"with {label}: nothing meets it"
-    same = "still" if row["recommended"] == current else "then"
-    gain = "" if row["gain"] is None else f", disaggregated / co-located {row['gain']:.2f}"
-    return f"with {label}: {same} {MODE_TITLES[row['recommended']]}, {row['tokens_per_s']:,.0f} tok/s{gain}"
+def change_label(change: str) -> str:
+    """A changed bound or budget in words: `tpot_s=0.015` is TPOT <= 15.0 ms, `gpus=16` is 16 GPUs."""
+    field, _, value = change.partition("=")
+    if field == "gpus":
+        return f"{value} GPUs"
+    return f"{field.removesuffix('_s').upper()} <= {ms(float(value))}"
+
+
+def change_sentences(plan: Plan) -> list[str]:
+    """What other bounds or budgets would recommend."""
+    lines = []
+    for c in plan.changes:
+        label = change_label(c["change"])
+        if c["recommended"] is None:
+            lines.append(f"with {label}: nothing meets it")
+            continue
+        same = "still" if c["recommended"] == plan.best.deployment.mode else "then"
+        gain = "" if c["gain"] is None else f", disaggregated / co-located {c['gain']:.2f}"
+        lines.append(f"with {label}: {same} {MODE_TITLES[c['recommended']]}, {c['tokens_per_s']:,.0f} tok/s{gain}")
+    return lines

@@ -7,7 +7,6 @@ import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
@@ -139,9 +138,9 @@ def read_trace(name_or_path: str | Path) -> Trace:
     if not path.is_file():
         raise TraceError(f"trace={text!r}: no such file; bundled traces are {', '.join(BUNDLED_TRACES)}")
     try:
-        with path.open("rb") as raw:
-            binary = gzip.open(raw) if path.suffix == ".gz" else raw
-            return _read_csv(TextIOWrapper(binary, encoding="utf-8", newline=""), path.name)  # type: ignore[arg-type]
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8", newline="") as stream:
+            return _read_csv(stream, path.name)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as wrong:
         raise TraceError(f"{path}: not a readable CSV file ({wrong})") from None
 

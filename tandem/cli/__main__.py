@@ -1,0 +1,5 @@
+"""`python -m tandem.cli`: the command `tandem`."""
+
+from tandem.cli.app import main
+
+main()
