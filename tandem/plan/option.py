@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +34,15 @@ class Option:
     memory: dict[str, dict[str, float]]
     time_by_class: dict[str, dict[str, dict[str, float]]]
     binds: dict[str, str]
+
+    def gpus_for(self, requests_per_s: float) -> int:
+        """GPUs that carry this load with instances as they are here: whole instances of each pool, at least one."""
+        rates = {
+            "colocated": self.requests_per_s / self.deployment.pools[0].replicas,
+            "prefill": self.prefill_requests_per_s or 0.0,
+            "decode": self.decode_requests_per_s or 0.0,
+        }
+        return sum(math.ceil(requests_per_s / rates[p.role]) * p.parallelism.gpus for p in self.deployment.pools)
 
     def to_json(self) -> dict[str, Any]:
         """Its fields as one JSON object; pools become `prefill`, `decode` or `colocated` beside `n_prefill`, `n_decode`."""

@@ -77,6 +77,7 @@ class Plan:
             "colocated": shared.to_json() if shared else None,
             "disaggregated": split.to_json() if split else None,
             "recommended": self.recommended.to_json(),
+            "gpus_for_load": None if self.workload.requests_per_s is None else self.best.gpus_for(self.workload.requests_per_s),
             "gain": self.gain,
             "frontier": [_frontier_json(o) for o in self.frontier],
             "changes": list(self.changes),

@@ -190,10 +190,10 @@ def plan_sentences(plan: Plan) -> list[str]:
             f"no whole numbers of instances balance within 3 % in {plan.gpus} GPUs: the faster pool idles {best.imbalance:.0%}"
         )
     if plan.workload.requests_per_s is not None:
-        load = plan.workload.requests_per_s / best.requests_per_s
+        load = plan.workload.requests_per_s
         lines.append(
-            f"the trace itself brings {plan.workload.requests_per_s:,.2f} requests/s: {load:.1%} of the "
-            f"{best.requests_per_s:,.0f} requests/s that this deployment carries"
+            f"this deployment carries {best.requests_per_s:,.0f} requests/s; the trace brings {load:,.2f} on average, "
+            f"for which {best.gpus_for(load)} GPUs with the same instances would do"
         )
     evidence = best.tpot_s.evidence
     lines.append(f"evidence: {evidence}, {EVIDENCE_TEXT[evidence]}; the interval holds 80 % of measured rows of its kind")

@@ -164,13 +164,40 @@ def test_a_transfer_is_constant_state_plus_a_share_of_the_prompt_and_none_is_los
         assert t["exposed_s"] >= 0
 
 
-PLAN_KEYS = """model hardware gpus workload slo colocated disaggregated recommended gain frontier changes refused notes
-points_evaluated seconds""".split()
+PLAN_KEYS = [
+    "model",
+    "hardware",
+    "gpus",
+    "workload",
+    "slo",
+    "colocated",
+    "disaggregated",
+    "recommended",
+    "gain",
+    "frontier",
+    "changes",
+    "refused",
+    "notes",
+    "points_evaluated",
+    "seconds",
+]
 OPTION_KEYS = set(
-    """mode gpus ttft_s tpot_s tokens_per_s_per_gpu tokens_per_s_per_user tokens_per_s requests_per_s imbalance
-    memory time_by_class binds""".split()
+    [
+        "mode",
+        "gpus",
+        "ttft_s",
+        "tpot_s",
+        "tokens_per_s_per_gpu",
+        "tokens_per_s_per_user",
+        "tokens_per_s",
+        "requests_per_s",
+        "imbalance",
+        "memory",
+        "time_by_class",
+        "binds",
+    ]
 )
-SPLIT_KEYS = set("n_prefill n_decode prefill decode prefill_requests_per_s decode_requests_per_s transfer".split())
+SPLIT_KEYS = set(["n_prefill", "n_decode", "prefill", "decode", "prefill_requests_per_s", "decode_requests_per_s", "transfer"])
 
 
 @every_case
@@ -215,7 +242,9 @@ def test_what_would_change_is_what_a_new_plan_would_say(case: int) -> None:
 
 
 def test_an_objective_nobody_can_meet_is_refused_with_what_can_be_had() -> None:
-    with pytest.raises(NoPlanError, match=r"tpot_s=1e-06: nobody can meet .* the fastest TPOT 0\.\d+ s: relax the bound or add GPUs"):
+    with pytest.raises(
+        NoPlanError, match=r"tpot_s=1e-06: nobody can meet .* the fastest TPOT 0\.\d+ s: relax the bound or add GPUs"
+    ):
         find_plan(model="qwen3-8b", hardware="h100", gpus=2, workload=Workload.fixed(512, 64), slo=Slo(tpot_s=1e-6))
 
 

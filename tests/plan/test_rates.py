@@ -113,7 +113,7 @@ def test_a_count_that_cannot_be_is_refused_by_name(field: str, value: object) ->
 
 @pytest.mark.parametrize("value", [-0.01, 1.0, float("nan")])
 def test_a_tolerance_that_cannot_be_is_refused(value: float) -> None:
-    with pytest.raises(SpecError, match="^tolerance="):
+    with pytest.raises(SpecError, match=r"^tolerance="):
         match_rates(1.0, 1.0, budget=8, tolerance=value)
 
 

@@ -113,7 +113,9 @@ def test_a_larger_budget_offers_all_that_a_smaller_one_does(name: str, two: tupl
         (DENSE, {"tp": 64}, "tp=64: does not divide num_heads=32"),
         (DENSE, {"pp": 65}, "pp=65: the model has only 64 layers"),
         pytest.param(
-            DENSE, {"cpp": 65}, "cpp=65: the model has only 64 layers",
+            DENSE,
+            {"cpp": 65},
+            "cpp=65: the model has only 64 layers",
             marks=pytest.mark.xfail(reason="perf/divide.py says pp=65 where the user gave cpp=65"),
         ),
         (DENSE, {"dp": 2}, "dp=2: attention data parallelism shares experts, and the model has none; use more replicas"),
@@ -167,7 +169,7 @@ def test_taking_rows_keeps_columns_together() -> None:
 
 def test_batches_are_whole_rising_and_never_more_than_a_tenth_apart_beyond_small_sizes() -> None:
     assert BATCHES[0] == 1
-    assert np.all(BATCHES == np.round(BATCHES))
+    assert np.all(np.round(BATCHES) == BATCHES)
     assert np.all(np.diff(BATCHES) > 0)
     large = BATCHES[BATCHES >= 16]
     assert np.all(large[1:] / large[:-1] < 1.1)
