@@ -126,6 +126,10 @@ def _hover(o: Option) -> str:
     return describe(o.deployment).replace("; ", "<br>") + f"<br>TTFT {ms(o.ttft_s.value)}, {o.deployment.gpus} GPUs"
 
 
+def _pool_title(mode: str, role: str) -> str:
+    return f"{role} pool" if mode == "disaggregated" else MODE_TITLES[mode]
+
+
 def memory_figure(plan: Plan) -> go.Figure:
     """Memory of the fullest GPU of every pool, against what is usable."""
     parts = (
@@ -134,7 +138,7 @@ def memory_figure(plan: Plan) -> go.Figure:
         ("state_bytes", "recurrent state", "#2f9e62"),
     )
     figure = go.Figure()
-    rows = [(f"{MODE_TITLES[m]}: {role}", use) for m, o in plan.options.items() for role, use in o.memory.items()][::-1]
+    rows = [(_pool_title(m, role), use) for m, o in plan.options.items() for role, use in o.memory.items()][::-1]
     for key, title, colour in (*parts, ("workspace_bytes", "workspace", "#b9b9c0")):
         figure.add_bar(
             y=[name for name, _ in rows], x=[use[key] / 2**30 for _, use in rows], name=title, orientation="h",
@@ -150,9 +154,7 @@ def memory_figure(plan: Plan) -> go.Figure:
 def time_figure(plan: Plan) -> go.Figure:
     """Where the time of one step goes, by class of operation, in shares of the step."""
     figure = go.Figure()
-    rows = [(f"{MODE_TITLES[m]}: {role}", times) for m, o in plan.options.items() for role, times in o.time_by_class.items()][
-        ::-1
-    ]
+    rows = [(_pool_title(m, role), times) for m, o in plan.options.items() for role, times in o.time_by_class.items()][::-1]
     for name in _CLASS_COLOURS:
         if not any(name in times for _, times in rows):
             continue

@@ -145,6 +145,13 @@ def test_a_filled_budget_serves_what_the_best_of_all_pairs_serves(
     assert size <= min(ties)
 
 
+@pytest.mark.xfail(reason="units of fill_budget hold at most MAX_UNIT = 64 decode instances; match_rates finds 1 to 98")
+def test_a_filled_budget_finds_a_balance_wherever_match_rates_does() -> None:
+    assert match_rates(100.0, 1.0, budget=200)
+    found = fill_budget(*(np.array([x]) for x in (100.0, 1.0, 1.0, 1.0)), budget=200)
+    assert found.requests_per_s[0] > 0
+
+
 def test_a_filled_budget_broadcasts_like_one_pair_at_a_time() -> None:
     prefill, decode = np.array([0.7, 2.0, 9.0])[:, None], np.array([0.3, 1.0, 5.5, 40.0])[None, :]
     p_gpus, d_gpus = np.array([1.0, 2.0, 8.0])[:, None], np.array([1.0, 2.0, 4.0, 8.0])[None, :]

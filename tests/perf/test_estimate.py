@@ -1,0 +1,187 @@
+"""Predictions carry an interval and what they rest on; impossible questions get one line that names field and value."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.perf.estimate import MATCHED_LOW, Instances, estimate, estimate_disaggregated, perf_model
+from tandem.spec.catalog import load_hardware, load_spec
+from tandem.spec.design import BACKENDS, Estimate, Parallelism
+from tandem.spec.errors import SpecError
+
+LLAMA = "meta-llama/Meta-Llama-3.1-8B"
+NANO = "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
+GOOD: dict[str, Any] = {"model": LLAMA, "hardware": "h100-sxm", "isl": 1024, "osl": 256, "batch": 8}
+POOL = Instances(parallelism=Parallelism(), batch=8)
+
+
+def ask(**changes: Any) -> dict[str, Any]:
+    return {k: v for k, v in {**GOOD, **changes}.items() if v is not ...}
+
+
+def check(found: Estimate) -> None:
+    assert 0 < found.low <= found.value <= found.high < float("inf")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([LLAMA, NANO, "Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"]),
+    st.sampled_from(["h100-sxm", "h200-sxm", "b200-sxm", "l40s", "mi300x", "a100"]),
+    st.sampled_from(BACKENDS),
+    st.sampled_from(["colocated", "piggybacked"]),
+    st.sampled_from(["fp8", "fp4", "bf16/bf16/fp8"]),
+    st.integers(1, 4096),
+    st.integers(1, 4096),
+    st.integers(1, 600),
+)
+def test_intervals_are_ordered_and_agree(
+    model: str, gpu: str, backend: str, mode: str, precision: str, isl: int, osl: int, batch: int
+) -> None:
+    found = estimate(
+        model=model, hardware=gpu, backend=backend, mode=mode, precision=precision, isl=isl, osl=osl, batch=batch
+    )
+    for value in (found.ttft_s, found.tpot_s, found.tokens_per_s_per_gpu, found.tokens_per_s_per_user):
+        check(value)
+        assert value.evidence == found.evidence
+    user, tpot = found.tokens_per_s_per_user, found.tpot_s
+    assert (user.value, user.low, user.high) == pytest.approx((1 / tpot.value, 1 / tpot.high, 1 / tpot.low))
+    used = sum(v for k, v in found.memory.items() if k != "usable_bytes")
+    assert used <= found.memory["usable_bytes"] * (1 + 1e-12)
+    assert found.max_batch >= 1
+
+
+def test_evidence_says_what_a_prediction_rests_on() -> None:
+    """Own fits and own rows: calibrated; a GPU that borrows its curves: transferred; no measured backend: roofline."""
+    assert estimate(**ask()).evidence == "calibrated"
+    assert estimate(**ask(hardware="a10g", batch=1)).evidence == "transferred"
+    assert estimate(**ask(backend="tandem")).evidence == "roofline"
+    assert estimate(**ask(hardware="a10g", backend="tandem", batch=1)).evidence == "roofline"
+    assert estimate(**ask(model=NANO)).evidence == "transferred"  # a dense hybrid: only large linear MoEs were measured
+
+
+@pytest.mark.parametrize(("field", "inside", "beyond"), [("isl", 16_000, 40_000), ("batch", 256, 257)])
+def test_evidence_ends_at_twice_what_was_measured(field: str, inside: int, beyond: int) -> None:
+    """vLLM on Hopper, dense: rows reach batch 128 and 8,192 prompt tokens (backend_fits.csv)."""
+    base = ask(precision="fp8", osl=64, isl=512)
+    assert estimate(**{**base, field: inside}).evidence == "calibrated"
+    assert estimate(**{**base, field: beyond}).evidence == "transferred"
+
+
+def test_replicas_share_the_concurrency_and_keep_the_rate_of_a_gpu() -> None:
+    single = estimate(**ask(batch=8))
+    spread = estimate(**ask(batch=..., concurrency=32, gpus=4))
+    assert spread.tokens_per_s_per_gpu == single.tokens_per_s_per_gpu
+    assert spread.ttft_s == single.ttft_s
+    uneven = estimate(**ask(batch=..., concurrency=33, gpus=4))
+    assert uneven == estimate(**ask(batch=9))
+
+
+def test_what_does_not_fit_waits() -> None:
+    """A concurrency above the largest batch is served at the largest batch."""
+    full = estimate(**ask(batch=..., concurrency=10**6))
+    assert full.tpot_s == estimate(**ask(batch=full.max_batch)).tpot_s
+    assert full.tpot_s.value > estimate(**ask(batch=full.max_batch - 1)).tpot_s.value
+
+
+def test_disaggregated_rate_is_that_of_the_slower_pool_with_its_margin() -> None:
+    perf = perf_model(LLAMA, "h100-sxm", None, "vllm")
+    one = {"model": LLAMA, "hardware": "h100-sxm", "isl": 4096, "osl": 512}
+    found = estimate_disaggregated(**one, prefill=replace(POOL, batch=1), decode=replace(POOL, batch=16))
+    more_prefill = estimate_disaggregated(**one, prefill=replace(POOL, batch=1, replicas=4), decode=replace(POOL, batch=16))
+    assert more_prefill.tpot_s == found.tpot_s
+    assert more_prefill.ttft_s == found.ttft_s
+    total = [found.tokens_per_s_per_gpu.value * 2, more_prefill.tokens_per_s_per_gpu.value * 5]
+    assert total[0] <= total[1] * (1 + 1e-12)
+    decode_only = 16 / (found.tpot_s.value * 511) * 512
+    assert max(total) <= decode_only * (1 + 1e-12)
+    value, high = found.tokens_per_s_per_gpu, max(perf.backend_fit.tpot_p90, 1.0)
+    assert value.low == pytest.approx(MATCHED_LOW * value.value / high)
+    capped = estimate_disaggregated(**one, prefill=replace(POOL, batch=1), decode=replace(POOL, batch=16), concurrency=4)
+    assert capped.tpot_s.value < found.tpot_s.value
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    (ask(isl=0), "isl", "0"),
+    (ask(isl=-5), "isl", "-5"),
+    (ask(isl=True), "isl", "True"),
+    (ask(isl=10**12), "isl", str(10**12)),
+    (ask(isl=1.5), "isl", "1.5"),
+    (ask(osl=0), "osl", "0"),
+    (ask(osl=-1), "osl", "-1"),
+    (ask(osl=True), "osl", "True"),
+    (ask(osl=10**12), "osl", str(10**12)),
+    (ask(batch=0), "batch", "0"),
+    (ask(batch=-1), "batch", "-1"),
+    (ask(batch=True), "batch", "True"),
+    (ask(batch=10**12), "batch", str(10**12)),
+    (ask(batch="8"), "batch", "'8'"),
+    (ask(batch=..., concurrency=0), "concurrency", "0"),
+    (ask(batch=..., concurrency=10**12), "concurrency", str(10**12)),
+    (ask(concurrency=4), "concurrency", "4"),
+    (ask(batch=...), "batch", "None"),
+    (ask(gpus=0), "gpus", "0"),
+    (ask(gpus=True), "gpus", "True"),
+    (ask(gpus=10**12), "gpus", str(10**12)),
+    (ask(gpus=3, parallelism=Parallelism(tp=2)), "gpus", "3"),
+    (ask(parallelism=Parallelism(tp=3)), "tp", "3"),
+    (ask(parallelism=Parallelism(tp=64)), "tp", "64"),
+    (ask(parallelism=Parallelism(pp=65)), "pp", "65"),
+    (ask(parallelism=Parallelism(dp=2)), "dp", "2"),
+    (ask(parallelism=Parallelism(tp=2, ep=2)), "ep", "2"),
+    (ask(model=NANO, parallelism=Parallelism(tp=16)), "tp", "16"),
+    (ask(model="no-such/model"), "model", "no-such/model"),
+    (ask(model=""), "model", "''"),
+    (ask(hardware="h9000"), "hardware", "h9000"),
+    (ask(backend="llamacpp"), "backend", "llamacpp"),
+    (ask(precision="fp3"), "precision", "fp3"),
+    (ask(precision="bf16/fp8"), "precision", "bf16/fp8"),
+    (ask(precision="bf16/bf16/fp99"), "precision.kv", "fp99"),
+    (ask(mode="both"), "mode", "both"),
+    (ask(mode="disaggregated"), "mode", "disaggregated"),
+    (ask(model="meta-llama/Meta-Llama-3.1-405B"), "tp", "1"),
+    (ask(hardware="a10g", isl=131_072, batch=1), "tp", "1"),
+]
+
+
+@pytest.mark.parametrize(("case", "field", "value"), BAD)
+def test_a_bad_value_is_named_in_one_line(case: dict[str, Any], field: str, value: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        estimate(**case)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert f"{field}={value}" in text or f"{field}='{value}'" in text
+
+
+@pytest.mark.parametrize("field", ["tp", "pp", "ep", "dp", "cpp"])
+@pytest.mark.parametrize("value", [0, -1, True, 10**12, 2.0, None])
+def test_parallelism_refuses_what_is_no_count(field: str, value: Any) -> None:
+    with pytest.raises(SpecError, match=f"^{field}="):
+        Parallelism(**{field: value})
+
+
+def test_parallelism_refuses_what_contradicts_itself() -> None:
+    with pytest.raises(SpecError, match="ep=3: must divide tp\\*dp=4"):
+        Parallelism(tp=4, ep=3)
+    with pytest.raises(SpecError, match="cpp=2"):
+        Parallelism(cpp=2, pp=2)
+
+
+def test_too_big_a_model_says_how_much_it_needs() -> None:
+    gpu = load_hardware("l4")
+    with pytest.raises(SpecError, match="needs .* B a GPU, l4 offers") as caught:
+        estimate(**ask(model="Qwen/Qwen3-32B", hardware="l4"))
+    assert f"{2 * load_spec('Qwen/Qwen3-32B').parameters:,}"[:3] in str(caught.value)
+    assert f"{gpu.usable_memory_bytes:,}" in str(caught.value)
+
+
+def test_a_bad_pool_is_refused_in_a_disaggregated_estimate() -> None:
+    one = {"model": LLAMA, "hardware": "h100-sxm", "isl": 1024, "osl": 128}
+    odd = Instances(parallelism=Parallelism(tp=3), batch=4)
+    for pools in ({"prefill": odd, "decode": POOL}, {"prefill": POOL, "decode": odd}):
+        with pytest.raises(SpecError, match="tp=3"):
+            estimate_disaggregated(**one, **pools)

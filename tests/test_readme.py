@@ -1,0 +1,59 @@
+"""Every example of the README runs: a first-time reader copies them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+NEEDS_EXTRA = re.compile(r"^tandem (validate|calibrate)\b")
+
+
+def commands() -> list[str]:
+    """Lines that start with `$ tandem`, those that a backslash continues joined."""
+    blocks = [body for kind, body in BLOCK.findall(TEXT) if kind == "console"]
+    lines = [line for body in blocks for line in body.replace("\\\n", " ").splitlines()]
+    return [line.removeprefix("$ ").strip() for line in lines if line.startswith("$ tandem")]
+
+
+def programs() -> list[str]:
+    return [body for kind, body in BLOCK.findall(TEXT) if kind == "python"]
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=folder, env=dict(os.environ), check=False)
+
+
+def test_the_readme_shows_commands_and_a_program() -> None:
+    assert commands()
+    assert programs()
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
+    if NEEDS_EXTRA.match(line) and find_spec("aiconfigurator_core") is None:
+        pytest.skip("needs the extra [calibrate]")
+    shell = f'set -eo pipefail; tandem() {{ "{sys.executable}" -m tandem.cli "$@"; }}; {line}'
+    done = run(["bash", "-c", shell], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", range(len(programs())))
+def test_a_program_of_the_readme_runs(number: int, tmp_path: Path) -> None:
+    done = run([sys.executable, "-W", "error", "-c", programs()[number]], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_placeholder_is_left() -> None:
+    assert "PLACEHOLDER" not in TEXT
+    assert "TODO" not in TEXT
