@@ -199,7 +199,7 @@ def plan(
     isl: Annotated[int | None, typer.Option(help="Prompt tokens; with --osl.")] = None,
     osl: Annotated[int | None, typer.Option(help="Output tokens; with --isl.")] = None,
     trace: Annotated[str | None, typer.Option(help="A bundled trace's name or a CSV with arrival_s, isl, osl.")] = None,
-    ttft: Annotated[float | None, typer.Option(help="Largest time to first token, seconds.")] = None,
+    ttft: Annotated[float | None, typer.Option(help="Largest time to first token, seconds; without it 10.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Largest time per output token, seconds.")] = None,
     percentile: Annotated[float, typer.Option(help="Share of prompts that TTFT must hold for, percent.")] = 50.0,
     precision: PrecisionText = None,

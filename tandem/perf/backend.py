@@ -1,6 +1,6 @@
 """What a serving backend adds to the kernels: host time, what graphs hide, and how prefill disturbs decode.
 
-    TPOT = step + sequence * b + launch * T0 + work * T1 + prefill * (b / OSL) * T_prefill
+    TPOT = step + sequence * b + launch * T0 + work * T1 + prefill * (b - 1) / (OSL - 1) * T_prefill
 
 T0 and T1 are the decode step's fixed and remaining kernel seconds, b the sequences of an attention group.
 
@@ -99,8 +99,8 @@ def find_backend(backend: str, generation: str, model: ModelSpec) -> tuple[Backe
     if not rows:
         return KERNELS_ONLY, "roofline"
     has_experts = any(isinstance(m, MoE) for m, _ in model.mixers)
-    relatives = {"linear": ("linear", "moe", "dense"), "mla": ("mla", "moe", "dense"), "moe": ("moe", "mla", "dense")}
-    families = relatives.get(model.family, ("dense", "moe", "mla")) if has_experts else ("dense", "linear", "moe")
+    relatives = {"hybrid": ("hybrid", "moe", "dense"), "mla": ("mla", "moe", "dense"), "moe": ("moe", "mla", "dense")}
+    families = relatives.get(model.family, ("dense", "moe", "mla")) if has_experts else ("dense", "hybrid", "moe")
     for family in families:
         related = [f for f in rows if f.family == family]
         if related:

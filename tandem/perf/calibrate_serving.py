@@ -2,7 +2,7 @@
 
 For each (backend, GPU generation, model family) five non-negative coefficients explain measured TPOT:
 
-    TPOT = step + sequence * b + launch * T0 + work * T1 + prefill * (b / OSL) * T_prefill
+    TPOT = step + sequence * b + launch * T0 + work * T1 + prefill * (b - 1) / (OSL - 1) * T_prefill
 
 by iteratively reweighted non-negative least squares on the relative error, drawn softly towards the coefficients of all
 generations of the backend, so that a small group does not run away (facts: serving-fit.md).
@@ -63,7 +63,7 @@ def row_terms(rows: list[MeasuredRow]) -> Array:
     one = np.ones(len(rows))
     prompt = perf.pricer.kernels(layout, StepLoad(prefill_seqs=one, isl=float(first.isl)))
     step = perf.pricer.kernels(layout, perf.decode_load(layout, batch, workload))
-    prefill = (prompt.launch_s + prompt.work_s) * seqs / first.osl
+    prefill = (prompt.launch_s + prompt.work_s) * (seqs - 1.0) / max(first.osl - 1.0, 1.0)
     return np.stack([one, seqs, step.launch_s * one, step.work_s * one, prefill], axis=1)
 
 
@@ -202,7 +202,7 @@ def format_backends(fits: list[BackendFit], source: str) -> str:
     lines = [
         "# What serving backends add to the kernels, fitted by `tandem calibrate serving`",
         f"# source: {source}, calibration side only; {sum(f.num_rows for f in fits)} rows; {dt.date.today()}",
-        "# TPOT = step + sequence*b + launch*T0 + work*T1 + prefill*(b/OSL)*T_prefill",
+        "# TPOT = step + sequence*b + launch*T0 + work*T1 + prefill*(b-1)/(OSL-1)*T_prefill",
         "# tpot_p10, tpot_p90: measured / predicted, each setting held out of the fit that predicts it; ttft: in sample",
         ",".join(names),
     ]

@@ -23,7 +23,7 @@ def read_cases(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise TraceError(f"cases={str(path)!r}: no such file")
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream)
             names = [name.strip() for name in reader.fieldnames or ()]
             unknown = [name for name in names if name not in COLUMNS]
@@ -32,9 +32,12 @@ def read_cases(path: Path) -> list[dict[str, str]]:
                 raise TraceError(f"{path.name}: column {unknown[0]!r} is unknown; columns are {', '.join(COLUMNS)}")
             if missing:
                 raise TraceError(f"{path.name}: has no column {missing[0]}; needs model, hardware, isl, osl")
-            return [{(k or "").strip(): (v or "").strip() for k, v in row.items() if k} for row in reader]
-    except UnicodeDecodeError as wrong:
+            rows = [{(k or "").strip(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as wrong:
         raise TraceError(f"{path.name}: not a readable CSV file ({wrong})") from None
+    if not rows:
+        raise TraceError(f"{path.name}: holds no cases below its first line")
+    return rows
 
 
 def estimate_cases(rows: list[dict[str, str]], progress: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:

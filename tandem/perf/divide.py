@@ -9,8 +9,9 @@ from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, ModelS
 
 def refuse_parallelism(model: ModelSpec, p: Parallelism) -> Infeasible | None:
     """Why a model cannot be spread like this, or None when it can."""
-    if p.pp * p.cpp > len(model.layers):
-        return Infeasible(f"pp={p.pp * p.cpp}: the model has only {len(model.layers)} layers")
+    axis, stages = ("cpp", p.cpp) if p.cpp > 1 else ("pp", p.pp)
+    if stages > len(model.layers):
+        return Infeasible(f"{axis}={stages}: the model has only {len(model.layers)} layers")
     if p.dp > 1 and not any(isinstance(m, MoE) for m, _ in model.mixers):
         return Infeasible(f"dp={p.dp}: attention data parallelism shares experts, and the model has none; use more replicas")
     if p.ep > 1 and not any(isinstance(m, MoE) for m, _ in model.mixers):
@@ -18,7 +19,8 @@ def refuse_parallelism(model: ModelSpec, p: Parallelism) -> Infeasible | None:
     for mixer, _ in model.mixers:
         for field, size, ways in _divisions(mixer, p):
             if size % ways:
-                return Infeasible(f"{'ep' if field == 'num_experts' else 'tp'}={ways}: does not divide {field}={size}")
+                axis = {"num_experts": "ep", "moe_ffn_size": "moe_tp=tp*dp/ep"}.get(field, "tp")
+                return Infeasible(f"{axis}={ways}: does not divide {field}={size}")
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class EstimateResult:
     max_batch: int
     memory: dict[str, float]
     evidence: str
+    batch: int
+    """Requests in flight in one instance, as predicted for: what was asked, or less where memory holds no more."""
+    waiting: int
+    """Requests of the asked concurrency that find no place and wait, which TTFT does not include."""
 
     def to_json(self) -> dict[str, Any]:
         """The object that `tandem estimate --json` prints."""
@@ -94,15 +98,28 @@ def estimate(
     perf = perf_model(model, hardware, precision, backend)
     p = parallelism or Parallelism()
     check_fits(perf, p)
+    if p.cpp > 1:
+        raise SpecError(f"cpp={p.cpp}: chunked pipeline parallelism is for prefill pools; use pp here")
     replicas = _replicas(p, gpus)
     if (concurrency is None) == (batch is None):
-        raise SpecError(f"concurrency={concurrency}, batch={batch}: give exactly one of them")
+        raise SpecError(f"concurrency={concurrency}, batch={batch}: give exactly one of --concurrency and --batch")
     wanted = require_int("batch" if concurrency is None else "concurrency", batch if concurrency is None else concurrency)
     per_instance = wanted if concurrency is None else -(-wanted // replicas)
-    workload = Workload.fixed(isl, osl)
+    workload = _fixed(isl, osl)
     memory, max_batch = _memory(perf, p, workload, per_instance)
     instances = Instances(parallelism=p, batch=min(per_instance, max_batch), replicas=replicas)
-    return _colocated(perf, instances, workload, mode, memory, max_batch)
+    found = _colocated(perf, instances, workload, mode, memory, max_batch)
+    return replace(
+        found,
+        waiting=max(0, wanted - instances.batch * replicas) if concurrency is not None else per_instance - instances.batch,
+    )
+
+
+def _fixed(isl: int, osl: int) -> Workload:
+    workload = Workload.fixed(isl, osl)
+    if osl < 2:
+        raise SpecError(f"osl={osl}: must be at least 2, or there is no time per output token to predict")
+    return workload
 
 
 def _replicas(p: Parallelism, gpus: int | None) -> int:
@@ -149,7 +166,7 @@ def _colocated(
         )
     load = perf.decode_load(it.layout, batch, workload)
     rate = float(served.requests_per_s[0]) / it.parallelism.gpus
-    return _result(perf, it.layout, load, served.ttft_s, served.tpot_s, rate * workload.mean_osl, max_batch, memory)
+    return _result(perf, it.layout, load, served.ttft_s, served.tpot_s, rate * workload.mean_osl, max_batch, memory, it.batch)
 
 
 def estimate_disaggregated(
@@ -172,7 +189,7 @@ def estimate_disaggregated(
     perf = perf_model(model, hardware, precision, backend)
     for pool in (prefill, decode):
         check_fits(perf, pool.parallelism)
-    workload = Workload.fixed(isl, osl)
+    workload = _fixed(isl, osl)
     memory, max_batch = _memory(perf, decode.parallelism, workload, decode.batch)
     done = perf.prefill(prefill.layout, np.array([float(prefill.batch)]), workload)
     batch = np.array([float(min(decode.batch, max_batch))])
@@ -184,7 +201,7 @@ def estimate_disaggregated(
     gpus = prefill.replicas * prefill.parallelism.gpus + decode.replicas * decode.parallelism.gpus
     load = perf.decode_load(decode.layout, batch, workload)
     per_gpu = float(rate[0]) * osl / gpus
-    return _result(perf, decode.layout, load, done.ttft_s, tpot, per_gpu, max_batch, memory, margin=MATCHED_LOW)
+    return _result(perf, decode.layout, load, done.ttft_s, tpot, per_gpu, max_batch, memory, int(batch[0]), margin=MATCHED_LOW)
 
 
 def _result(
@@ -196,12 +213,14 @@ def _result(
     per_gpu: float,
     max_batch: int,
     memory: dict[str, float],
+    batch: int,
     *,
     margin: float = 1.0,
 ) -> EstimateResult:
     times = {"ttft_s": float(ttft_s[0]), "tpot_s": float(tpot_s[0]), "tokens_per_s_per_gpu": per_gpu}
     found = intervals(perf, layout, load, **times, margin=margin)
-    return EstimateResult(**found, max_batch=max_batch, memory=memory, evidence=found["tpot_s"].evidence)
+    evidence = found["tpot_s"].evidence
+    return EstimateResult(**found, max_batch=max_batch, memory=memory, evidence=evidence, batch=batch, waiting=0)
 
 
 def intervals(

@@ -20,7 +20,9 @@ from tandem.spec.workload import MAX_TOKENS
 COLLECTIVE_BYTES = 400 * 2**20
 """Buffers of the collective library once an instance spans GPUs (aiconfigurator-core 0.12.0 systems/*.yaml: 342 to 392 MiB)."""
 DEFAULT_STEP_TOKENS = 2048
-"""Tokens of a prefill step whose activations are kept free when no chunk size is given (vLLM's max_num_batched_tokens)."""
+"""Tokens of the largest step whose activations are kept free when no chunk size is given (vLLM's max_num_batched_tokens)."""
+LARGEST_STEP_TOKENS = 16384
+"""A prefill pool without a chunk size is priced as if it took whole prompts at once, but keeps room for this many tokens."""
 
 
 class MemoryUse(NamedTuple):

@@ -44,8 +44,9 @@ class ServeTime(NamedTuple):
 
 
 def mean_attended(isl: Array, osl: Array, window: int) -> Array:
-    """Mean of min(context, window) while the context grows from isl to isl + osl."""
-    return attended_pairs(osl, isl, window) / osl
+    """Mean of min(context, window) over the osl - 1 decode steps, whose contexts are isl + 1 to isl + osl - 1."""
+    steps = np.maximum(osl - 1.0, 1.0)
+    return attended_pairs(steps, isl, window) / steps
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ class PerfModel:
     ) -> ServeTime:
         """In-flight batching: prompts are prefilled whole between decode steps, which all others wait for.
 
-        While a request decodes its OSL tokens, each of the other sequences of its group is replaced once, so a step
-        carries b / OSL prefills on average: that is steady traffic, and what a plan assumes.
+        While a request decodes its OSL - 1 further tokens, each of the b - 1 other sequences of its group is replaced
+        once, so a step waits for (b - 1) / (OSL - 1) prefills on average: that is steady traffic, what a plan assumes.
 
         A benchmark at fixed concurrency (`closed_loop`) starts its requests together, and they keep finishing together:
         a backend then shows only a share of the prefills in TPOT, and for the rest newcomers wait for one another, half
@@ -176,10 +177,11 @@ class PerfModel:
         stall_s = layout.dp * layout.pp / alone.requests_per_s
         measured = self.backend_fit.prefill_scale
         shown, others = measured if closed_loop else max(measured, 1.0), np.maximum(load.decode_seqs - 1.0, 0.0)
-        tpot = decode_s + shown * stall_s * load.decode_seqs / workload.mean_osl
+        steps = max(workload.mean_osl - 1.0, 1.0)
+        tpot = decode_s + shown * stall_s * others / steps
         waiting = max(1.0 - shown, 0.0) * stall_s * others
         ttft = alone.ttft_s + decode_s + waiting / 2
-        rate = batch / (alone.ttft_s + decode_s + waiting + tpot * (workload.mean_osl - 1.0))
+        rate = batch / (stall_s + decode_s + waiting + tpot * (workload.mean_osl - 1.0))
         return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, True))
 
     def piggybacked(
@@ -194,7 +196,7 @@ class PerfModel:
     ) -> ServeTime:
         """Chunked piggybacking: decode steps carry prompt chunks of `chunk_tokens` minus the decoding sequences' tokens.
 
-        A share f = (b / OSL) * (ISL / room) of the steps carries a chunk; where f exceeds 1 prompts arrive faster than
+        A share f = (b / (OSL - 1)) * (ISL / room) of the steps carries a chunk; where f exceeds 1 prompts arrive faster than
         chunks can take them in and the batch cannot be kept up: not feasible, and prefill alone sets the rate.
         """
         load = self.decode_load(layout, batch, workload)
@@ -206,13 +208,13 @@ class PerfModel:
         alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
         pure_s = host + self._step_s(alone)
         extra_s = np.maximum(self._step_s(together) - self._step_s(alone), 0.0)
-        carrying = load.decode_seqs / osl * chunks
+        carrying = load.decode_seqs / max(osl - 1.0, 1.0) * chunks
         tpot = pure_s + np.minimum(carrying, 1.0) * extra_s
         points = _by_isl(workload)
         isl_at = points[_percentile_index([w for _, w in points], percentile)][0]
         ttft = np.maximum(np.ceil(isl_at / room), 1.0) * (pure_s + extra_s)
-        taken_in = layout.dp * layout.pp / (chunks * (pure_s + extra_s))
-        rate = np.minimum(batch / (ttft + tpot * (osl - 1.0)), taken_in)
+        prompt_s = chunks * (pure_s + extra_s)
+        rate = np.minimum(batch / (prompt_s + tpot * (osl - 1.0)), layout.dp * layout.pp / prompt_s)
         return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, (carrying <= 1.0) & (chunk_tokens > load.decode_seqs)))
 
 

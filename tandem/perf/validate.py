@@ -36,12 +36,13 @@ class Predictions:
     rows: list[MeasuredRow]
     ttft_s: NDArray[np.float64]
     tpot_s: NDArray[np.float64]
-    tpot_low_s: NDArray[np.float64]
-    tpot_high_s: NDArray[np.float64]
+    low: dict[str, NDArray[np.float64]]
+    high: dict[str, NDArray[np.float64]]
+    """Ends of the 80 % interval of either metric, seconds."""
 
 
 def predict(rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambda _: None) -> Predictions:
-    """Predict TTFT (without queueing) and TPOT of every row as `tandem estimate` would."""
+    """Predict TTFT and TPOT of every row as `tandem estimate` would."""
     ordered: list[MeasuredRow] = []
     columns: list[NDArray[np.float64]] = []
     for group in group_rows(rows).values():
@@ -52,9 +53,14 @@ def predict(rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambd
         served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl), closed_loop=True)
         fit = perf.backend_fit
         ordered += group
-        low, high = min(fit.tpot_p10, 1.0) * served.tpot_s, max(fit.tpot_p90, 1.0) * served.tpot_s
-        columns.append(np.stack([served.ttft_s, served.tpot_s, low, high]))
-    return Predictions(ordered, *np.concatenate(columns, axis=1))
+        ends = (fit.ttft_p10, fit.ttft_p90), (fit.tpot_p10, fit.tpot_p90)
+        times = served.ttft_s, served.tpot_s
+        lows = [t * min(low, 1.0) for t, (low, _) in zip(times, ends, strict=True)]
+        highs = [t * max(high, 1.0) for t, (_, high) in zip(times, ends, strict=True)]
+        columns.append(np.stack([*times, *lows, *highs]))
+    ttft, tpot, ttft_low, tpot_low, ttft_high, tpot_high = np.concatenate(columns, axis=1)
+    low, high = {"ttft_s": ttft_low, "tpot_s": tpot_low}, {"ttft_s": ttft_high, "tpot_s": tpot_high}
+    return Predictions(ordered, ttft, tpot, low, high)
 
 
 def error_sets(p: Predictions) -> list[ErrorSet]:
@@ -82,7 +88,7 @@ def _errors(p: Predictions, members: NDArray[np.int64], name: str, side: str, me
     measured = np.array([getattr(p.rows[i], metric) for i in members])
     ratio = getattr(p, metric)[members] / measured
     ape = np.abs(ratio - 1.0)
-    inside = (p.tpot_low_s[members] <= measured) & (measured <= p.tpot_high_s[members])
+    inside = (p.low[metric][members] <= measured) & (measured <= p.high[metric][members])
     return ErrorSet(
         name=name,
         side=side,
@@ -91,5 +97,5 @@ def _errors(p: Predictions, members: NDArray[np.int64], name: str, side: str, me
         median_ape=float(np.median(ape)),
         mean_ape=float(np.mean(ape)),
         ratio=float(np.median(ratio)),
-        coverage=float(np.mean(inside)) if metric == "tpot_s" else float("nan"),
+        coverage=float(np.mean(inside)),
     )

@@ -174,6 +174,7 @@ class OptionMaker:
             "egress_bytes_per_s_per_gpu": float(out[0] * each_p),
             "ingress_bytes_per_s_per_gpu": float(into[0] * each_d),
             "link_bytes_per_s_per_gpu": self._perf.hardware.scale_out_bytes_per_s,
+            "windowed": float(model.kv_bytes(prompt, kv=precision.kv) < prompt * model.kv_bytes_per_token(kv=precision.kv)),
             "exposed_s": float(s.transfer_s(p.points.take(rows[0]), p.ttft_s[rows[0]])[0]),
         }
 

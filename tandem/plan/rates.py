@@ -18,7 +18,7 @@ from tandem.spec.units import require_int
 
 TOLERANCE = 0.03
 """Relative mismatch of the pools' rates that counts as balanced (paper B, Appendix B)."""
-MAX_UNIT = 64
+MAX_UNIT = 1024
 """Largest number of decode instances in one balanced unit; bigger pools are multiples of a unit."""
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.memory import total_weight_bytes
+from tandem.perf.memory import DEFAULT_STEP_TOKENS, LARGEST_STEP_TOKENS, total_weight_bytes
 from tandem.perf.phases import PerfModel
 from tandem.plan.rates import TOLERANCE, Matches, fill_budget
 from tandem.plan.space import (
@@ -129,9 +129,13 @@ class Searched:
     def _max_batch(self, mode: str, p: Points) -> Array:
         prefill = mode == "prefill"
         context = max(self.workload.isl) if prefill else self.workload.final_context
-        whole = p.batch / p.layout.dp / p.layout.pp * self.workload.mean_isl if prefill else self.workload.mean_isl
-        step_tokens = np.minimum(p.chunk_tokens, np.minimum(whole, 16384.0))
-        tokens = 1.0 * p.batch / p.layout.dp if mode == "decode" else step_tokens
+        prompts = np.ceil(p.batch / (p.layout.dp * p.layout.pp))
+        tokens = {
+            "prefill": np.minimum(p.chunk_tokens, np.minimum(prompts * self.workload.mean_isl, LARGEST_STEP_TOKENS)),
+            "decode": prompts,
+            "colocated": np.full_like(p.batch, min(self.workload.mean_isl, DEFAULT_STEP_TOKENS)),
+            "piggybacked": p.chunk_tokens,
+        }[mode]
         return self.perf.memory.use(p.layout, context, tokens).max_batch(p.layout)
 
     def _colocated(self, p: Points) -> tuple[Array, ...]:
@@ -257,19 +261,32 @@ class Searched:
 
     def explain_nothing(self, slo: Slo) -> NoPlanError:
         """Why no deployment meets the SLO: what is missing, with the best value that the space offers."""
+        perf, n = self.perf, self.budget
+        where = f"{perf.model.name} on {n} x {perf.hardware.name}"
         served = [p for m, p in self.priced.items() if m in ("colocated", "piggybacked") and len(p.points)]
         if not served:
-            weights = total_weight_bytes(self.perf.model, self.perf.precision)
+            weights = total_weight_bytes(perf.model, perf.precision)
+            each = perf.model.kv_bytes(round(self.workload.final_context), kv=perf.precision.kv)
+            each += perf.model.state_bytes_per_sequence(state=perf.precision.state)
             return NoPlanError(
-                f"gpus={self.budget}: {self.perf.model.name} needs {weights:,} B of weights and does not fit "
-                f"on {self.budget} x {self.perf.hardware.name} with one sequence; use more GPUs, fewer bits or a smaller model"
+                f"gpus={n}: {where} does not fit: {weights:,} B of weights and {each:,} B for one sequence of "
+                f"{self.workload.final_context:,.0f} tokens; use more GPUs, fewer bits, shorter sequences or a smaller model"
             )
-        ttft = min(float(np.min(p.ttft_s)) for p in (*served, *(q for q in [self.priced["prefill"]] if len(q.points))))
-        tpot = min(float(np.min(p.tpot_s)) for p in (*served, *(q for q in [self.priced["decode"]] if len(q.points))))
-        asked = f"ttft_s={slo.ttft_s}, tpot_s={slo.tpot_s}"
+        ttft_bound, tpot_bound = slo.ttft_s or PAPER_TTFT_CUTOFF_S, slo.tpot_s or np.inf
+        assumed = "" if slo.ttft_s else f" (no --ttft given: {PAPER_TTFT_CUTOFF_S:g} s is assumed)"
+        prompts = [*served, *(q for q in [self.priced["prefill"]] if len(q.points))]
+        tokens = [*served, *(q for q in [self.priced["decode"]] if len(q.points))]
+        ttft = min(float(np.min(p.ttft_s)) for p in prompts)
+        tpot = min(float(np.min(p.tpot_s)) for p in tokens)
+        if ttft > ttft_bound:
+            return NoPlanError(
+                f"ttft_s={ttft_bound:g}{assumed}: no deployment of {where} is faster than {ttft:.4g} s; relax it"
+            )
+        if tpot > tpot_bound:
+            return NoPlanError(f"tpot_s={tpot_bound:g}: no deployment of {where} is faster than {tpot:.4g} s; relax it")
         return NoPlanError(
-            f"{asked}: nobody can meet both with {self.perf.model.name} on {self.budget} x {self.perf.hardware.name}; "
-            f"the fastest TTFT here is {ttft:.4g} s, the fastest TPOT {tpot:.4g} s: relax the bound or add GPUs"
+            f"ttft_s={ttft_bound:g}{assumed}, tpot_s={tpot_bound:g}: either can be met by {where}, but not both at once; "
+            "relax one or add GPUs"
         )
 
 

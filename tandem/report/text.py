@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -53,18 +53,19 @@ def span_ms(e: Estimate) -> str:
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table; a column whose name starts with > is aligned right, with ! it is never broken over lines."""
+    """An empty table; marks before a column's name: > aligns it right, ! never breaks it over lines."""
     t = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        justify: Literal["left", "right"] = "right" if name.startswith(">") else "left"
-        t.add_column(name.lstrip(">!"), justify=justify, no_wrap=name.startswith("!"), overflow="fold")
+        title_text = name.lstrip(">!")
+        marks = name[: len(name) - len(title_text)]
+        t.add_column(title_text, justify="right" if ">" in marks else "left", no_wrap="!" in marks, overflow="fold")
     return t
 
 
 def console() -> Console:
-    """Standard output; 110 columns where it is not a terminal, so that logs read well."""
+    """Standard output; 120 columns where it is not a terminal, so that logs read well."""
     out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=110)
+    return out if out.is_terminal else Console(highlight=False, width=120)
 
 
 def progress_console() -> Console:
@@ -75,8 +76,12 @@ def progress_console() -> Console:
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str], None]]:
     """A bar on standard error with what is being done and for how long; gone when done, silent where no terminal is."""
+    out = progress_console()
+    if not out.is_terminal:
+        yield lambda _: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
-    with Progress(*columns, console=progress_console(), transient=True) as bar:
+    with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda what: bar.update(task, description=f"{title}: {what}")
 
@@ -86,16 +91,21 @@ def short(name: str) -> str:
     return name.rpartition("/")[2]
 
 
+_SHORT = {"multi-token prediction": "MTP", "vision encoder": "vision"}
+
+
 def models_table(specs: list[ModelSpec]) -> Table:
     """One line a model."""
     t = table(
-        "Models (KV: bytes of one token in bf16; state: constant MiB of one sequence)",
-        "!name", "family", ">layers", ">parameters", ">active", ">KV", ">state", "not counted",
+        "Models (mixers: layers of one mixer each, two to a transformer block; KV: bytes of a token in bf16; "
+        "state: constant MiB of a sequence)",
+        "!name", "!family", ">!mixers", ">!weights", ">!active", ">!KV", ">!state", "!not counted",
     )  # fmt: skip
     for s in specs:
         t.add_row(
             short(s.name), s.family, str(len(s.layers)), f"{s.parameters / 1e9:,.2f} B", f"{s.active_parameters / 1e9:,.2f} B",
-            f"{s.kv_bytes_per_token():,}", f"{s.state_bytes_per_sequence() / 2**20:,.1f}", ", ".join(s.omitted),
+            f"{s.kv_bytes_per_token():,}", f"{s.state_bytes_per_sequence() / 2**20:,.1f}",
+            ", ".join(_SHORT.get(part, part) for part in s.omitted),
         )  # fmt: skip
     return t
 
@@ -103,8 +113,8 @@ def models_table(specs: list[ModelSpec]) -> Table:
 def hardware_table(specs: list[HardwareSpec]) -> Table:
     """One line a GPU."""
     t = table(
-        "GPUs (memory in GiB and TB/s; dense peaks in TFLOP/s; links in GB/s a GPU and direction; kernels: whose measurements)",
-        "!name", ">GiB", ">TB/s", ">bf16", ">fp8", ">fp4", ">domain", ">in it", ">beyond", ">USD/h", "!kernels",
+        "GPUs (memory in GiB and TB/s; dense peaks in TFLOP/s; links in GB/s a GPU and direction; kernels: whose timings)",
+        "!name", ">GiB", ">TB/s", ">bf16", ">fp8", ">fp4", ">GPUs linked", ">link", ">network", ">USD/h", "!kernels",
     )  # fmt: skip
     for s in specs:
         peaks = [f"{s.peak_flops[d] / 1e12:,.0f}" if d in s.peak_flops else "-" for d in ("bf16", "fp8", "fp4")]
@@ -118,7 +128,7 @@ def hardware_table(specs: list[HardwareSpec]) -> Table:
 
 def inspect_table(spec: ModelSpec, data: dict[str, Any]) -> Table:
     """Memory and make-up of one model."""
-    t = table(f"{spec.name} at {data['context']:,} tokens x batch {data['batch']}, {data['dtype']}", "what", ">value")
+    t = table(f"{spec.name} at {data['context']:,} tokens x batch {data['batch']}, {data['dtype']}", "!what", "value")
     t.add_row("parameters", f"{data['parameters']:,}")
     t.add_row("active parameters a token", f"{data['active_parameters']:,}")
     t.add_row("layers", ", ".join(f"{n['count']} {kind}" for kind, n in data["layers"].items()))
@@ -135,15 +145,17 @@ def inspect_table(spec: ModelSpec, data: dict[str, Any]) -> Table:
 
 def estimate_table(title: str, e: EstimateResult) -> Table:
     """The predictions of one case."""
-    t = table(title, "what", ">value (80 % interval)")
+    t = table(title, "!what", "value (80 % interval)")
     t.add_row("TTFT at this concurrency", span_ms(e.ttft_s))
     t.add_row("TPOT", span_ms(e.tpot_s))
     t.add_row("interactivity", span(e.tokens_per_s_per_user, " tok/s/user"))
     t.add_row("throughput", span(e.tokens_per_s_per_gpu, " tok/s/GPU"))
-    t.add_row("largest batch of an instance", f"{e.max_batch:,}")
+    t.add_row("batch of an instance", f"{e.batch:,} of at most {e.max_batch:,}")
+    if e.waiting:
+        t.add_row("waiting for a place", f"{e.waiting:,} requests, which TTFT does not include")
     m = e.memory
     held = m["weight_bytes"] + m["kv_bytes"] + m["state_bytes"] + m["workspace_bytes"]
-    t.add_row("memory, fullest GPU", f"{gib(held)} of {gib(m['usable_bytes'])} usable")
+    t.add_row("memory at that batch, fullest GPU", f"{gib(held)} of {gib(m['usable_bytes'])} usable")
     t.add_row("evidence", f"{e.evidence}: {EVIDENCE_TEXT[e.evidence]}")
     return t
 
@@ -164,10 +176,10 @@ def plan_table(plan: Plan) -> Table:
         f"{label} <= {ms(value)}" for label, value in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s)) if value is not None
     )
     title = (
-        f"{plan.model.name} on {plan.gpus} x {plan.hardware.title}, {w.name}: "
-        f"ISL {w.mean_isl:,.0f}, OSL {w.mean_osl:,.0f} on average; {bounds or 'no latency bound'}"
+        f"{plan.model.name} on {plan.gpus} x {plan.hardware.title}, {w.name + ': ' if len(w.isl) > 1 else ''}"
+        f"ISL {w.mean_isl:,.0f}, OSL {w.mean_osl:,.0f}{' on average' if len(w.isl) > 1 else ''}; {bounds or 'no latency bound'}"
     )
-    t = table(title, "", "deployment", ">GPUs", ">tok/s", ">tok/s/GPU", ">tok/s/user", ">TTFT", ">TPOT")
+    t = table(title, "", "deployment", ">GPUs", ">!tok/s", ">!tok/s/GPU (80 %)", ">tok/s/user", ">!TTFT", ">!TPOT")
     for mode, o in plan.options.items():
         mark = "->" if o is plan.best else ""
         t.add_row(
@@ -216,7 +228,8 @@ def _transfer(option: Option) -> str:
     need = max(t["egress_bytes_per_s_per_gpu"], t["ingress_bytes_per_s_per_gpu"])
     return (
         f"state transfer: {t['bytes_per_request'] / 2**20:,.0f} MiB a request "
-        f"({t['state_bytes_per_request'] / 2**20:,.1f} MiB + {t['kv_bytes_per_token'] / 2**10:,.1f} KiB a token), "
+        f"({t['state_bytes_per_request'] / 2**20:,.1f} MiB + {t['kv_bytes_per_token'] / 2**10:,.1f} KiB a token"
+        f"{', less beyond attention windows' if t['windowed'] else ''}), "
         f"{bandwidth(need)} a GPU needed of {bandwidth(t['link_bytes_per_s_per_gpu'])}; {ms(t['exposed_s'])} not hidden"
     )
 

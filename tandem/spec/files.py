@@ -19,7 +19,10 @@ def require_folder(field: str, path: Path | None) -> None:
 
 def write_whole(path: Path, content: str) -> None:
     """Write a file by renaming a finished one over it; on any failure the old content stays."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as wrong:
+        raise SpecError(f"{path}: cannot be written ({wrong.strerror}); name a folder that you may write to") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(content)

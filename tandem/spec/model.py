@@ -40,7 +40,7 @@ __all__ = [
     "SparseIndex",
 ]
 
-Family = Literal["dense", "moe", "mla", "linear"]
+Family = Literal["dense", "moe", "mla", "hybrid"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,10 @@ class ModelSpec:
 
     @cached_property
     def family(self) -> Family:
-        """`linear` with a recurrent layer (hybrids), else `mla`, `moe` or `dense`: the groups that errors are told by."""
+        """`hybrid` with a recurrent layer, else `mla`, `moe` or `dense`: the groups that errors are told by."""
         kinds = {type(m) for m, _ in self.mixers}
         if kinds & {Mamba2, GatedDeltaNet}:
-            return "linear"
+            return "hybrid"
         if MLA in kinds:
             return "mla"
         return "moe" if MoE in kinds else "dense"

@@ -139,9 +139,9 @@ def read_trace(name_or_path: str | Path) -> Trace:
         raise TraceError(f"trace={text!r}: no such file; bundled traces are {', '.join(BUNDLED_TRACES)}")
     try:
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8", newline="") as stream:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
             return _read_csv(stream, path.name)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as wrong:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as wrong:
         raise TraceError(f"{path}: not a readable CSV file ({wrong})") from None
 
 
@@ -162,6 +162,8 @@ def _read_csv(stream: TextIO, name: str) -> Trace:
 
 
 def _read_row(row: dict[str, str], where: str) -> tuple[float, int, int]:
+    if None in row:
+        raise TraceError(f"{where}: has more cells than the first line has columns")
     values = []
     for field, kind, low in (("arrival_s", float, 0.0), ("isl", int, 1), ("osl", int, 1)):
         text = row[field]
@@ -169,7 +171,8 @@ def _read_row(row: dict[str, str], where: str) -> tuple[float, int, int]:
             value = kind(text)
         except (TypeError, ValueError):
             raise TraceError(f"{where}: {field}={text!r}: must be a number") from None
-        if not low <= value <= (MAX_TOKENS if kind is int else 1e12):
-            raise TraceError(f"{where}: {field}={text}: must be at least {low} and finite")
+        high = MAX_TOKENS if kind is int else 1e12
+        if not low <= value <= high:
+            raise TraceError(f"{where}: {field}={text}: must be at least {low:g} and at most {high:,.0f}")
         values.append(value)
     return float(values[0]), int(values[1]), int(values[2])

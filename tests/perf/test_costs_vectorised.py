@@ -42,7 +42,11 @@ def test_an_array_of_points_costs_what_each_costs_alone(name: str) -> None:
     costs = LayerCosts(load_spec(name), Precision.parse(None, native=load_spec(name).native_precision))
     layouts = np.array(POINTS, dtype=np.float64)
     decode, context = np.array([1.0, 0, 7, 64, 0, 3]), np.array([10.0, 5, 4000, 100, 9, 77])
-    prompts, isl, chunks = np.array([0.0, 1, 2, 0, 3, 1]), np.array([64.0, 640, 128, 1, 99, 4096]), np.array([1.0, 5, 1, 1, 3, 8])
+    prompts, isl, chunks = (
+        np.array([0.0, 1, 2, 0, 3, 1]),
+        np.array([64.0, 640, 128, 1, 99, 4096]),
+        np.array([1.0, 5, 1, 1, 3, 8]),
+    )
     together = totals(costs, Layout(*layouts.T), StepLoad(decode, context, prompts, isl, chunks))
     for i, point in enumerate(layouts):
         alone = totals(costs, Layout(*point), StepLoad(decode[i], context[i], prompts[i], isl[i], chunks[i]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -42,9 +43,7 @@ def check(found: Estimate) -> None:
 def test_intervals_are_ordered_and_agree(
     model: str, gpu: str, backend: str, mode: str, precision: str, isl: int, osl: int, batch: int
 ) -> None:
-    found = estimate(
-        model=model, hardware=gpu, backend=backend, mode=mode, precision=precision, isl=isl, osl=osl, batch=batch
-    )
+    found = estimate(model=model, hardware=gpu, backend=backend, mode=mode, precision=precision, isl=isl, osl=osl, batch=batch)
     for value in (found.ttft_s, found.tpot_s, found.tokens_per_s_per_gpu, found.tokens_per_s_per_user):
         check(value)
         assert value.evidence == found.evidence
@@ -172,11 +171,14 @@ def test_parallelism_refuses_what_contradicts_itself() -> None:
 
 
 def test_too_big_a_model_says_how_much_it_needs() -> None:
-    gpu = load_hardware("l4")
-    with pytest.raises(SpecError, match="needs .* B a GPU, l4 offers") as caught:
+    with pytest.raises(SpecError) as caught:
         estimate(**ask(model="Qwen/Qwen3-32B", hardware="l4"))
-    assert f"{2 * load_spec('Qwen/Qwen3-32B').parameters:,}"[:3] in str(caught.value)
-    assert f"{gpu.usable_memory_bytes:,}" in str(caught.value)
+    said = re.search(r"needs ([\d,]+) B a GPU, l4 offers ([\d,]+) B", str(caught.value))
+    assert said is not None
+    needed, offered = (int(number.replace(",", "")) for number in said.groups())
+    weights = 2 * load_spec("Qwen/Qwen3-32B").parameters
+    assert weights < needed < 1.05 * weights
+    assert offered == load_hardware("l4").usable_memory_bytes
 
 
 def test_a_bad_pool_is_refused_in_a_disaggregated_estimate() -> None:
@@ -185,3 +187,33 @@ def test_a_bad_pool_is_refused_in_a_disaggregated_estimate() -> None:
     for pools in ({"prefill": odd, "decode": POOL}, {"prefill": POOL, "decode": odd}):
         with pytest.raises(SpecError, match="tp=3"):
             estimate_disaggregated(**one, **pools)
+
+
+@pytest.mark.xfail(reason="Instances takes any batch and replicas; 0, -1, True and 2.5 pass into a disaggregated estimate")
+@pytest.mark.parametrize("field", ["batch", "replicas"])
+@pytest.mark.parametrize("value", [0, -1, True, 2.5, 10**12])
+def test_a_pool_refuses_what_is_no_count(field: str, value: Any) -> None:
+    with pytest.raises(SpecError, match=f"^{field}="):
+        Instances(**{"parallelism": Parallelism(), "batch": 4, field: value})
+
+
+@pytest.mark.xfail(reason="estimate_disaggregated never checks its concurrency")
+@pytest.mark.parametrize("value", [0, True, 2.5, 10**12])
+def test_a_disaggregated_estimate_refuses_impossible_concurrency(value: Any) -> None:
+    with pytest.raises(SpecError, match="^concurrency="):
+        estimate_disaggregated(
+            model=LLAMA, hardware="h100-sxm", isl=1024, osl=128, prefill=POOL, decode=POOL, concurrency=value
+        )
+
+
+@pytest.mark.xfail(reason="estimate_disaggregated checks the memory of the decode pool only")
+def test_a_prefill_pool_that_cannot_hold_the_model_is_refused() -> None:
+    with pytest.raises(SpecError, match="needs .* B a GPU"):
+        estimate_disaggregated(
+            model="meta-llama/Meta-Llama-3.1-405B",
+            hardware="h100-sxm",
+            isl=1024,
+            osl=128,
+            prefill=POOL,
+            decode=Instances(parallelism=Parallelism(tp=8, pp=4), batch=4),
+        )

@@ -201,7 +201,9 @@ def test_longer_sequences_never_raise_the_batch(name: str, context: int, more: i
     assert batches[0] >= batches[1] >= 0
 
 
-@pytest.mark.parametrize(("field", "value"), [("context", 0), ("context", -1), ("context", 10**12), ("batch", 0), ("batch", True)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("context", 0), ("context", -1), ("context", 10**12), ("batch", 0), ("batch", True)]
+)
 def test_inspect_refuses_impossible_sizes(field: str, value: int) -> None:
     with pytest.raises(SpecError, match=f"{field}={value}"):
         inspect_model(load_spec(NANO_9B), **{"context": 1024, "batch": 1, field: value})

@@ -35,7 +35,7 @@ def test_tpot_grows_with_batch_and_context(name: str, b: int, isl: int, osl: int
     here, more = perf.decode_tpot_s(ONE, np.array([b, b + 8.0]), workload)
     longer = perf.decode_tpot_s(ONE, one(b), Workload.fixed(isl + 1000, osl))[0]
     assert 0 < here < more
-    assert here < longer 
+    assert here < longer
 
 
 def test_decode_time_of_recurrent_layers_does_not_depend_on_context() -> None:
@@ -209,7 +209,9 @@ def test_the_rate_does_not_depend_on_the_percentile_that_ttft_is_told_at() -> No
     assert rates == pytest.approx([rates[0]] * 3)
 
 
-@pytest.mark.xfail(reason="phases.mean_attended counts OSL contexts, decode_context the OSL - 1 of the decode steps: half a token")
+@pytest.mark.xfail(
+    reason="phases.mean_attended counts OSL contexts, decode_context the OSL - 1 of the decode steps: half a token"
+)
 def test_a_window_that_never_binds_changes_nothing() -> None:
     perf = PERF["openai/gpt-oss-20b"]
     load = perf.decode_load(ONE, one(1), Workload.fixed(40, 10))
