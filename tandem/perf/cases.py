@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from tandem.spec.errors import SpecError, TandemError, TraceError
 _SHARED = ["tp", "pp", "dp", "ep", "moe_tp", "gpus"]
 _POOLS = [f"{role}_{field}" for role in ("prefill", "decode") for field in ("workers", "tp", "pp", "dp", "ep", "batch")]
 COLUMNS = ["id", "model", "hardware", "backend", "precision", "mode", "isl", "osl", "concurrency", "batch", *_SHARED, *_POOLS]
-"""Columns that a cases file may have; empty cells take the default."""
+"""Columns that a cases file may have; empty cells take the default, and cells of the other mode are not read."""
 
 
 def read_cases(path: Path) -> list[dict[str, str]]:
@@ -62,7 +63,7 @@ def _int(row: dict[str, str], field: str, default: int | None = None) -> int | N
         value = float(text)
     except ValueError:
         value = -1.0
-    if value != int(value) or value < 1:
+    if not math.isfinite(value) or value != int(value) or value < 1:
         raise SpecError(f"{field}={text!r}: must be a whole number of at least 1")
     return int(value)
 

@@ -55,6 +55,10 @@ class Instances:
     batch: int
     replicas: int = 1
 
+    def __post_init__(self) -> None:
+        require_int("batch", self.batch)
+        require_int("replicas", self.replicas, high=16384)
+
     @property
     def layout(self) -> Layout:
         """Its parallelism as arrays of one design point."""
@@ -187,9 +191,12 @@ def estimate_disaggregated(
     prefill are not decoding. The slower pool sets the rate; the interval's low end carries the rate-matching margin.
     """
     perf = perf_model(model, hardware, precision, backend)
+    if concurrency is not None:
+        require_int("concurrency", concurrency)
     for pool in (prefill, decode):
         check_fits(perf, pool.parallelism)
     workload = _fixed(isl, osl)
+    _memory(perf, prefill.parallelism, Workload.fixed(isl, 1), prefill.batch)
     memory, max_batch = _memory(perf, decode.parallelism, workload, decode.batch)
     done = perf.prefill(prefill.layout, np.array([float(prefill.batch)]), workload)
     batch = np.array([float(min(decode.batch, max_batch))])

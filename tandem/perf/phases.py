@@ -175,9 +175,11 @@ class PerfModel:
         alone = self.prefill(layout, layout.dp * layout.pp * one, workload, percentile=percentile)
         # `alone` handles one prompt in every group and stage at once, so each group loses dp * pp / rate for its own.
         stall_s = layout.dp * layout.pp / alone.requests_per_s
-        measured = self.backend_fit.prefill_scale
-        shown, others = measured if closed_loop else max(measured, 1.0), np.maximum(load.decode_seqs - 1.0, 0.0)
-        steps = max(workload.mean_osl - 1.0, 1.0)
+        measured, steps = self.backend_fit.prefill_scale, max(workload.mean_osl - 1.0, 1.0)
+        shown = measured if closed_loop else max(measured, 1.0)
+        if workload.mean_osl <= 1.0:
+            shown = 0.0  # no decode step to show them in
+        others = np.maximum(load.decode_seqs - 1.0, 0.0)
         tpot = decode_s + shown * stall_s * others / steps
         waiting = max(1.0 - shown, 0.0) * stall_s * others
         ttft = alone.ttft_s + decode_s + waiting / 2

@@ -61,7 +61,6 @@ def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         out, err = capfd.readouterr()
         assert stopped.value.code == 2
         assert out == ""
-        err = err.removeprefix("\n")  # until test_a_refusal_while_planning_has_no_empty_line passes
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         assert err.endswith("\n")

@@ -127,11 +127,11 @@ def test_a_bad_command_line_is_refused_in_one_line(refused: Refused, line: list[
 
 
 NOBODY: list[tuple[list[str], list[str]]] = [
-    (plan(tpot="1e-9"), ["tpot_s=1e-09", "nobody can meet", "relax the bound or add GPUs"]),
-    (plan(ttft="1e-9"), ["ttft_s=1e-09", "nobody can meet"]),
+    (plan(tpot="1e-9"), ["tpot_s=1e-09", "no deployment", "is faster than", "relax it"]),
+    (plan(ttft="1e-9"), ["ttft_s=1e-09", "no deployment", "is faster than"]),
     (
         words("plan", {**FIXED, "-m": "llama-3.1-405b", "--hardware": "a10g"}),
-        ["gpus=2", "does not fit on 2 x a10g", "use more"],
+        ["gpus=2", "on 2 x a10g does not fit", "use more"],
     ),
 ]
 
@@ -143,7 +143,6 @@ def test_an_objective_nobody_can_meet_is_refused_in_one_line(refused: Refused, l
         assert part in message
 
 
-@pytest.mark.xfail(reason="report.text.progress writes an empty line where standard error is no terminal")
 def test_a_refusal_while_planning_has_no_empty_line(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["tandem", *plan(backend="tgi")])
     with pytest.raises(SystemExit):
@@ -203,7 +202,6 @@ def test_a_bad_cases_file_is_refused_before_anything_runs(refused: Refused, cont
         assert part in message
 
 
-@pytest.mark.xfail(reason="csv.Error of an oversized field is not caught in perf/cases.py and spec/workload.py")
 @pytest.mark.parametrize("kind", ["cases", "trace"])
 def test_an_oversized_field_is_refused(refused: Refused, kind: str) -> None:
     Path("f.csv").write_text(f"model,hardware,isl,osl\n{HUGE},h100,1,1\n" if kind == "cases" else f"{HEAD}0,{HUGE},5\n")
@@ -211,7 +209,6 @@ def test_an_oversized_field_is_refused(refused: Refused, kind: str) -> None:
     assert "f.csv" in refused(*line)
 
 
-@pytest.mark.xfail(reason="perf/cases.py answers a file without rows with an empty table and exit 0")
 def test_a_cases_file_without_rows_is_refused(refused: Refused) -> None:
     Path("c.csv").write_text("model,hardware,isl,osl,batch\n")
     assert "c.csv" in refused("estimate", "--cases", "c.csv")

@@ -75,16 +75,17 @@ def test_an_array_of_points_takes_the_time_that_each_takes_alone(name: str) -> N
             assert array[i] == pytest.approx(float(np.ravel(value)[0]), rel=1e-12)
 
 
-@given(st.integers(1, 300), st.integers(1, 200), st.integers(1, 600))
-def test_mean_attended_is_the_mean_over_every_generated_token(isl: int, osl: int, window: int) -> None:
-    seen = [min(isl + token + 1, window) for token in range(osl)]
-    assert float(mean_attended(float(isl), float(osl), window)) == pytest.approx(sum(seen) / osl, rel=1e-9)
+@given(st.integers(1, 300), st.integers(2, 200), st.integers(1, 600))
+def test_mean_attended_is_the_mean_over_every_decode_step(isl: int, osl: int, window: int) -> None:
+    """Prefill gives the first token; each of osl - 1 decode steps feeds one more, which sees all before it and itself."""
+    seen = [min(isl + fed, window) for fed in range(1, osl)]
+    assert float(mean_attended(float(isl), float(osl), window)) == pytest.approx(sum(seen) / len(seen), rel=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 120), st.integers(1, 120), st.integers(1, 200), st.integers(1, 9))
-def test_windowed_decode_averaged_over_the_output_is_the_mean_of_its_steps(isl: int, osl: int, window: int, b: int) -> None:
-    """`min(mean context, window)` overstates it while the window fills; the load must carry the mean of the minimum."""
+@given(st.integers(1, 120), st.integers(2, 120), st.none() | st.integers(1, 200), st.integers(1, 9))
+def test_decode_averaged_over_the_output_is_the_mean_of_its_steps(isl: int, osl: int, window: int | None, b: int) -> None:
+    """`min(mean context, window)` overstates a filling window; the load must carry the mean of the minimum."""
     layer = Attention(num_heads=4, num_kv_heads=2, head_dim=8, window=window)
     model = ModelSpec(name="toy", vocab_size=64, hidden_size=16, layers=(layer,))
     perf = PerfModel(model, load_hardware("h100-sxm"), Precision())
@@ -92,13 +93,13 @@ def test_windowed_decode_averaged_over_the_output_is_the_mean_of_its_steps(isl: 
     load = perf.decode_load(one, np.array([float(b)]), Workload.fixed(isl, osl))
     found = totals(LayerCosts(model, Precision()), one, load)
     flops = moved = 0.0
-    for token in range(osl):
+    for fed in range(1, osl):
         for _ in range(b):
-            seen = min(isl + token + 1, window)
+            seen = isl + fed if window is None else min(isl + fed, window)
             flops += 2 * 2 * 4 * 8 * seen
             moved += 2 * 2 * 4 * 8 + 2 * 2 * 2 * 8 * seen
-    assert float(found["attention_decode flops"][0]) == pytest.approx(flops / osl, rel=1e-9)
-    assert float(found["attention_decode bytes"][0]) == pytest.approx(moved / osl, rel=1e-9)
+    assert float(found["attention_decode flops"][0]) == pytest.approx(flops / (osl - 1), rel=1e-9)
+    assert float(found["attention_decode bytes"][0]) == pytest.approx(moved / (osl - 1), rel=1e-9)
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 200))

@@ -5,6 +5,8 @@ Sources: facts/paper-a.md sections 0.2, 1.1, 1.4 and 4.1 (paper A, arXiv:2508.14
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from tandem.perf.memory import MemoryModel, ModelMemory, inspect_model, total_we
 from tandem.spec.catalog import load_hardware, load_spec, model_names
 from tandem.spec.design import Parallelism, Precision
 from tandem.spec.errors import SpecError
-from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, ModelSpec
+from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, ModelSpec, MoE
 from tandem.spec.units import GIB
 
 NANO_12B = "nvidia/NVIDIA-Nemotron-Nano-12B-v2"
@@ -126,6 +128,33 @@ def test_sharding_loses_no_weight_and_tp_lightens_every_gpu(name: str, precision
         last = each
 
 
+@pytest.mark.parametrize(
+    "name", ["deepseek-ai/DeepSeek-R1", "Qwen/Qwen3-30B-A3B", "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8"]
+)
+def test_experts_are_spread_over_all_gpus_whole_or_in_slices(name: str) -> None:
+    """Eight expert groups, four groups of two slices, or eight slices: each GPU holds an eighth of all routed weights."""
+    spec = load_spec(name)
+    memory = ModelMemory(spec, Precision())
+    spread = [float(memory.weight_bytes(Layout(8.0, 1.0, ep, 1.0, 1.0))) for ep in (8.0, 4.0, 1.0)]
+    assert spread == pytest.approx([spread[0]] * 3, rel=1e-12)
+    bare = replace(spec, layers=tuple(m for m in spec.layers if not isinstance(m, MoE)))
+    experts = [m for m in spec.layers if isinstance(m, MoE)]
+    routed = sum(m.num_experts * m.expert_parameters(spec.hidden_size) for m in experts)
+    always = sum(m.parameters(spec.hidden_size) + spec.hidden_size for m in experts) - routed
+    rest = spread[0] - float(ModelMemory(bare, Precision()).weight_bytes(Layout(8.0, 1.0, 1.0, 1.0, 1.0)))
+    assert 2 * (routed + always) / 8 <= rest <= 2 * (routed / 8 + always)
+
+
+def test_the_fullest_stage_holds_whole_layers() -> None:
+    """Seven layers on two stages are four and three, and one of embedding and head is on either end."""
+    layer = MLP(ffn_size=64, gated=False)
+    spec = ModelSpec(name="toy", vocab_size=100, hidden_size=16, layers=(layer,) * 7)
+    one_layer, ends = layer.parameters(16) + 16, 100 * 16
+    found = float(ModelMemory(spec, Precision()).weight_bytes(Layout(1.0, 2.0, 1.0, 1.0, 1.0)))
+    assert found == pytest.approx(2 * (4 * one_layer + ends), abs=2 * 16)
+    assert total_weight_bytes(spec, Precision()) == 2 * (7 * one_layer + 2 * ends + 16)
+
+
 def test_kv_heads_are_copied_once_tp_exceeds_them() -> None:
     """Nemotron-3-Nano has two KV heads: eight GPUs hold four copies, so a GPU's share stops falling at tp=2."""
     memory = ModelMemory(load_spec("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"), Precision())
@@ -153,7 +182,7 @@ def test_recurrent_state_is_cut_by_tp_and_pp_and_never_grows() -> None:
 
 toy_layers = st.lists(
     st.one_of(
-        st.builds(Attention, num_heads=st.just(8), num_kv_heads=st.sampled_from([1, 2, 8]), head_dim=st.sampled_from([64, 128])),
+        st.builds(Attention, num_heads=st.just(8), num_kv_heads=st.sampled_from([1, 2, 8]), head_dim=st.just(128)),
         st.builds(Attention, num_heads=st.just(8), num_kv_heads=st.just(2), head_dim=st.just(64), window=st.integers(1, 9000)),
         st.builds(MLA, num_heads=st.just(8), q_lora_rank=st.none(), kv_lora_rank=st.just(512), qk_nope_head_dim=st.just(64),
                   qk_rope_head_dim=st.just(64), v_head_dim=st.just(64)),

@@ -118,7 +118,7 @@ def test_steps_across_boxes_use_the_slower_link() -> None:
     times = {}
     for tp in (8.0, 16.0):
         classes = pricer.breakdown(Layout(tp, 1.0, 1.0, 1.0, 1.0), load)["allreduce"]
-        items = [i for i in LayerCosts(pricer.model, Precision()).step_items(Layout(tp, 1.0, 1.0, 1.0, 1.0), load)]
+        items = LayerCosts(pricer.model, Precision()).step_items(Layout(tp, 1.0, 1.0, 1.0, 1.0), load)
         sent = sum(float(i.work.moved_bytes * i.count) for i in items if i.op == "allreduce")
         times[tp] = (classes["seconds"] - classes["fixed"]) / sent
     assert times[16.0] / times[8.0] == pytest.approx(gpu.scale_up_bytes_per_s / gpu.scale_out_bytes_per_s)

@@ -145,7 +145,6 @@ def test_a_filled_budget_serves_what_the_best_of_all_pairs_serves(
     assert size <= min(ties)
 
 
-@pytest.mark.xfail(reason="units of fill_budget hold at most MAX_UNIT = 64 decode instances; match_rates finds 1 to 98")
 def test_a_filled_budget_finds_a_balance_wherever_match_rates_does() -> None:
     assert match_rates(100.0, 1.0, budget=200)
     found = fill_budget(*(np.array([x]) for x in (100.0, 1.0, 1.0, 1.0)), budget=200)

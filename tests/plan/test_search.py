@@ -14,6 +14,7 @@ import tandem
 from tandem.perf.estimate import perf_model
 from tandem.plan.option import layout_of
 from tandem.plan.planner import find_plan
+from tandem.plan.rates import TOLERANCE
 from tandem.plan.search import Searched, price_blocks
 from tandem.plan.space import parallelisms
 from tandem.spec.design import Pool
@@ -62,17 +63,17 @@ def test_looser_bounds_and_more_gpus_never_serve_less_from_shared_gpus(
 
 @settings(deadline=None, max_examples=150)
 @given(st.sampled_from(QUESTIONS[:2]), index, index, st.integers(1, 15), st.sampled_from(["ttft", "tpot", "gpus"]))
-def test_one_step_of_relaxing_never_lowers_the_best(
+def test_one_step_of_relaxing_never_lowers_the_best_by_more_than_balance_costs(
     question: tuple[str, str, int, int, int], ttft: int, tpot: int, budget: int, axis: str
 ) -> None:
     found = searched(*question)
     before = rates(found, Slo(ttft_s=TTFTS[ttft], tpot_s=TPOTS[tpot]), budget)
     ttft, tpot = min(ttft + (axis == "ttft"), len(TTFTS) - 1), min(tpot + (axis == "tpot"), len(TPOTS) - 1)
     after = rates(found, Slo(ttft_s=TTFTS[ttft], tpot_s=TPOTS[tpot]), budget + (axis == "gpus"))
-    assert max(after.values(), default=0.0) >= max(before.values(), default=0.0) * TIE
+    allowed = (1 - TOLERANCE) * TIE  # what preferring a balanced pair may cost, see below
+    assert max(after.values(), default=0.0) >= max(before.values(), default=0.0) * allowed
 
 
-@pytest.mark.xfail(reason="a balanced pair displaces a faster unbalanced one, so a relaxed request can serve up to 3 % less")
 @pytest.mark.parametrize(
     ("question", "tight", "loose"),
     [
@@ -83,12 +84,13 @@ def test_one_step_of_relaxing_never_lowers_the_best(
     ],
     ids=["gpus", "gpus of a mixture", "ttft", "tpot"],
 )
-def test_relaxing_never_lowers_the_best_where_disaggregation_wins(
+def test_relaxing_costs_at_most_the_balance_tolerance_where_disaggregation_wins(
     question: tuple[str, str, int, int, int], tight: tuple[float, float, int], loose: tuple[float, float, int]
 ) -> None:
+    """A balanced pair is preferred to an unbalanced one that is up to 3 % faster (docs/adr/0004), so this much can be lost."""
     found = searched(*question)
     before, after = (max(rates(found, Slo(ttft_s=t, tpot_s=p), g).values()) for t, p, g in (tight, loose))
-    assert after >= before * TIE
+    assert after >= before * (1 - TOLERANCE) * TIE
 
 
 @settings(deadline=None, max_examples=60)
@@ -151,9 +153,6 @@ def test_the_colocated_optimum_equals_a_search_one_point_at_a_time(
     assert best * TIE <= chosen.tokens_per_s <= best * (1 + 1e-9)
 
 
-@pytest.mark.xfail(
-    reason="planner keeps workspace for a whole prompt of up to 16,384 tokens, estimate for 2,048: 48 against 49"
-)
 def test_the_largest_batch_of_a_long_prompt_is_the_same_in_plan_and_estimate() -> None:
     found = searched("qwen3-8b", "h100", 8192, 128, 1)
     table = found.priced["colocated"]

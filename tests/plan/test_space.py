@@ -112,12 +112,7 @@ def test_a_larger_budget_offers_all_that_a_smaller_one_does(name: str, two: tupl
         (DENSE, {"tp": 3}, "tp=3: does not divide num_heads=32"),
         (DENSE, {"tp": 64}, "tp=64: does not divide num_heads=32"),
         (DENSE, {"pp": 65}, "pp=65: the model has only 64 layers"),
-        pytest.param(
-            DENSE,
-            {"cpp": 65},
-            "cpp=65: the model has only 64 layers",
-            marks=pytest.mark.xfail(reason="perf/divide.py says pp=65 where the user gave cpp=65"),
-        ),
+        (DENSE, {"cpp": 65}, "cpp=65: the model has only 64 layers"),
         (DENSE, {"dp": 2}, "dp=2: attention data parallelism shares experts, and the model has none; use more replicas"),
         (DENSE, {"tp": 2, "ep": 2}, "ep=2: the model has no experts"),
         (HYBRID, {"tp": 16}, "tp=16: does not divide"),
@@ -135,7 +130,6 @@ def test_a_refusal_names_the_axis_its_value_and_what_it_fails_to_divide(
     assert refused.reason.startswith(reason)
 
 
-@pytest.mark.xfail(reason="perf/divide.py says tp=1024 where the expert is cut in moe_tp = tp * dp / ep = 1024 slices")
 def test_a_refusal_names_the_axes_that_cut_the_experts() -> None:
     """Slices of an expert come from tp * dp / ep, so a message that says `tp` must be about tp."""
     refused = refuse_parallelism(load_spec(EXPERTS), Parallelism(tp=4, dp=256))
