@@ -18,7 +18,7 @@ import numpy as np
 
 from tandem.perf import ops
 from tandem.perf.ops import OUT, Array, OpClass, Work
-from tandem.spec.design import Precision
+from tandem.spec.design import Parallelism, Precision
 from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, Mixer, ModelSpec, MoE
 from tandem.spec.units import itemsize
 
@@ -31,6 +31,11 @@ class Layout(NamedTuple):
     ep: Array
     dp: Array
     cpp: Array
+
+    @classmethod
+    def of(cls, p: Parallelism) -> Layout:
+        """One design point."""
+        return cls(float(p.tp), float(p.pp), float(p.ep), float(p.dp), float(p.cpp))
 
     @property
     def gpus(self) -> Array:

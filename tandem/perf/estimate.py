@@ -62,8 +62,7 @@ class Instances:
     @property
     def layout(self) -> Layout:
         """Its parallelism as arrays of one design point."""
-        p = self.parallelism
-        return Layout(float(p.tp), float(p.pp), float(p.ep), float(p.dp), float(p.cpp))
+        return Layout.of(self.parallelism)
 
 
 def perf_model(
@@ -260,10 +259,11 @@ def memory_json(perf: PerfModel, layout: Layout, use: MemoryUse, batch: float) -
     """Bytes on the fullest GPU of an instance with `batch` requests in flight, by what they are for."""
     seqs = float(np.ceil(batch / layout.dp))
     state = float(perf.memory.sequence_bytes(layout, 0.0))
+    weights, sequence, workspace = (float(np.max(x)) for x in use[:3])
     return {
-        "weight_bytes": float(use.weight_bytes),
-        "kv_bytes": seqs * (float(use.sequence_bytes) - state),
+        "weight_bytes": weights,
+        "kv_bytes": seqs * (sequence - state),
         "state_bytes": seqs * state,
-        "workspace_bytes": float(use.workspace_bytes),
+        "workspace_bytes": workspace,
         "usable_bytes": use.usable_bytes,
     }

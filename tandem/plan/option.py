@@ -73,9 +73,11 @@ class OptionMaker:
         s, split = self.searched, choice.mode == "disaggregated"
         main = s.priced["decode" if split else choice.mode]
         pools = {}
+        tables = {"colocated": (choice.mode, choice.row), "decode": ("decode", choice.row)}
         if split:
             assert choice.prefill_row is not None
             prefill = s.priced["prefill"]
+            tables["prefill"] = "prefill", choice.prefill_row
             pools["prefill"] = _pool(prefill, choice.prefill_row, choice.num_prefill, "prefill")
             pools["decode"] = _pool(main, choice.row, choice.replicas, "decode")
             ttft = float(prefill.ttft_s[choice.prefill_row])
@@ -100,7 +102,7 @@ class OptionMaker:
             prefill_requests_per_s=float(s.priced["prefill"].requests_per_s[choice.prefill_row]) if split else None,
             decode_requests_per_s=float(main.requests_per_s[choice.row]) if split else None,
             transfer=self._transfer(choice) if split else None,
-            memory={role: self._memory(pool) for role, pool in pools.items()} if detail else {},
+            memory={role: self._memory(*tables[role]) for role in pools} if detail else {},
             time_by_class={role: self._breakdown(pool) for role, pool in pools.items()} if detail else {},
             binds={role: self._binds(pool, main, choice) for role, pool in pools.items()} if detail else {},
         )
@@ -110,7 +112,7 @@ class OptionMaker:
         assert pool is not None
         return intervals(
             self._perf,
-            layout_of(pool),
+            Layout.of(pool.parallelism),
             self._load(pool),
             ttft_s=ttft,
             tpot_s=tpot,
@@ -119,7 +121,7 @@ class OptionMaker:
         )
 
     def _load(self, pool: Pool) -> StepLoad:
-        layout = layout_of(pool)
+        layout = Layout.of(pool.parallelism)
         if pool.role == "prefill":
             seqs = float(np.ceil(pool.batch / (pool.parallelism.dp * pool.parallelism.pp)))
             isl = self.searched.workload.mean_isl
@@ -129,7 +131,7 @@ class OptionMaker:
 
     def _breakdown(self, pool: Pool) -> dict[str, dict[str, float]]:
         load = self._load(pool)
-        classes = self._perf.pricer.breakdown(layout_of(pool), load)
+        classes = self._perf.pricer.breakdown(Layout.of(pool.parallelism), load)
         fit = self._perf.backend_fit
         seqs = float(load.decode_seqs) + float(load.prefill_seqs)
         host = fit.step_s + fit.sequence_s * seqs
@@ -150,10 +152,12 @@ class OptionMaker:
             text += "; memory capacity caps the batch"
         return text
 
-    def _memory(self, pool: Pool) -> dict[str, float]:
-        layout, w = layout_of(pool), self.searched.workload
-        use = self._perf.memory.use(layout, w.mean_isl if pool.role == "prefill" else w.final_context)
-        return memory_json(self._perf, layout, use, float(pool.batch))
+    def _memory(self, table: str, row: int) -> dict[str, float]:
+        """Bytes on the fullest GPU at a row of a priced table, as the search counted them."""
+        points = self.searched.priced[table].points
+        point = points.take(np.array([row]))
+        use = self.searched.memory_use(table, point)
+        return memory_json(self._perf, Layout.of(points.parallelism(row)), use, float(point.batch[0]))
 
     def _transfer(self, choice: Choice) -> dict[str, float]:
         """Bytes a request moves between the pools and the bandwidth that takes, per GPU (paper B, Equations 1 and 2)."""
@@ -177,12 +181,6 @@ class OptionMaker:
             "windowed": float(model.kv_bytes(prompt, kv=precision.kv) < prompt * model.kv_bytes_per_token(kv=precision.kv)),
             "exposed_s": float(s.transfer_s(p.points.take(rows[0]), p.ttft_s[rows[0]])[0]),
         }
-
-
-def layout_of(pool: Pool) -> Layout:
-    """A pool's parallelism as the performance model takes it."""
-    p = pool.parallelism
-    return Layout(float(p.tp), float(p.pp), float(p.ep), float(p.dp), float(p.cpp))
 
 
 def _pool(priced: Priced, row: int, replicas: int, role: Role) -> Pool:

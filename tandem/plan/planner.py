@@ -19,6 +19,9 @@ from tandem.spec.model import ModelSpec
 from tandem.spec.units import require_int
 from tandem.spec.workload import Slo, Workload
 
+WORTH_SPLITTING = 1.05
+"""Disaggregation must serve this many times as much as the best co-located deployment to be recommended: less is below what
+any prediction here can tell apart, and two pools with a transfer between them are more to run."""
 MODES: tuple[Mode, ...] = ("colocated", "piggybacked", "disaggregated")
 
 
@@ -157,10 +160,14 @@ def find_plan(
 
 
 def _winner(choices: dict[Mode, Choice]) -> Mode:
-    """Most requests/s; of nearly equal ones (0.1 %) the one with fewer GPUs, then the simpler mode."""
-    top = max(c.requests_per_s for c in choices.values())
-    near = [m for m in MODES if m in choices and choices[m].requests_per_s >= 0.999 * top]
-    return min(near, key=lambda m: (choices[m].gpus, MODES.index(m)))
+    """The mode with the most requests/s, but disaggregation only where it gains more than WORTH_SPLITTING."""
+    shared = max(
+        (m for m in MODES if m in choices and m != "disaggregated"), key=lambda m: choices[m].requests_per_s, default=None
+    )
+    if shared is None:
+        return "disaggregated"
+    gain = _gain(choices)
+    return "disaggregated" if gain is not None and gain > WORTH_SPLITTING else shared
 
 
 def _gain(choices: dict[Mode, Choice]) -> float | None:

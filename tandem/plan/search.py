@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.memory import DEFAULT_STEP_TOKENS, LARGEST_STEP_TOKENS, total_weight_bytes
+from tandem.perf.memory import DEFAULT_STEP_TOKENS, LARGEST_STEP_TOKENS, MemoryUse, total_weight_bytes
 from tandem.perf.phases import PerfModel
 from tandem.plan.rates import TOLERANCE, Matches, fill_budget
 from tandem.plan.space import (
@@ -110,7 +110,7 @@ class Searched:
 
     def _add(self, mode: str, points: Points, price: Price) -> None:
         self.points_evaluated += len(points)
-        max_batch = price_blocks(lambda p: (self._max_batch(mode, p),), points)[0]
+        max_batch = price_blocks(lambda p: (self.memory_use(mode, p).max_batch(p.layout),), points)[0]
         fits = points.batch <= max_batch
         self._refuse(f"{mode}: does not fit in memory", int(np.sum(~fits)))
         points, max_batch = points.take(fits), max_batch[fits]
@@ -126,9 +126,9 @@ class Searched:
         if count:
             self.refused[reason] = self.refused.get(reason, 0) + count
 
-    def _max_batch(self, mode: str, p: Points) -> Array:
+    def memory_use(self, mode: str, p: Points) -> MemoryUse:
+        """Bytes on the fullest GPU of every point of a mode, with room for the activations of its largest step."""
         prefill = mode == "prefill"
-        context = max(self.workload.isl) if prefill else self.workload.final_context
         prompts = np.ceil(p.batch / (p.layout.dp * p.layout.pp))
         tokens = {
             "prefill": np.minimum(p.chunk_tokens, np.minimum(prompts * self.workload.mean_isl, LARGEST_STEP_TOKENS)),
@@ -136,7 +136,8 @@ class Searched:
             "colocated": np.full_like(p.batch, min(self.workload.mean_isl, DEFAULT_STEP_TOKENS)),
             "piggybacked": p.chunk_tokens,
         }[mode]
-        return self.perf.memory.use(p.layout, context, tokens).max_batch(p.layout)
+        context = max(self.workload.isl) if prefill else self.workload.final_context
+        return self.perf.memory.use(p.layout, context, tokens)
 
     def _colocated(self, p: Points) -> tuple[Array, ...]:
         served = self.perf.colocated(p.layout, p.batch, self.workload, percentile=self.percentile)

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tandem
+from tandem.perf.costs import Layout
 from tandem.perf.estimate import perf_model
-from tandem.plan.option import layout_of
 from tandem.plan.planner import find_plan
 from tandem.plan.rates import TOLERANCE
 from tandem.plan.search import Searched, price_blocks
 from tandem.plan.space import parallelisms
-from tandem.spec.design import Pool
 from tandem.spec.errors import SpecError
 from tandem.spec.workload import Slo, Workload
 
@@ -137,7 +136,7 @@ def test_the_colocated_optimum_equals_a_search_one_point_at_a_time(
     perf, traffic = perf_model(model, hardware, None, "vllm"), Workload.fixed(isl, osl)
     best = 0.0
     for p in parallelisms(tandem.load_spec(model), gpus, phase="decode"):
-        layout = layout_of(Pool(parallelism=p, batch=1))
+        layout = Layout.of(p)
         try:
             most = tandem.estimate(model=model, hardware=hardware, isl=isl, osl=osl, batch=1, parallelism=p).max_batch
         except SpecError:
