@@ -37,11 +37,11 @@ CASES = [  # model, GPU, the peer's names of both, and a layout of the peer
     ("llama-3.1-70b", "h100-sxm", "meta-llama/Meta-Llama-3.1-70B", "h100_sxm", 4, 1),
     ("nano-9b-v2", "h100-sxm", None, None, 0, 0),
 ]
-QUESTION = "plan -m deepseek-r1 --hardware h200-sxm --gpus 64 --isl 4096 --osl 1024 --ttft 2 --tpot 0.03".split()
+QUESTION = "plan -m deepseek-r1 --hardware h200-sxm --gpus 64 --isl 4096 --osl 1024 --ttft 2 --tpot 0.03"
 PEER_QUESTION = (
     "cli default --model-path deepseek-ai/DeepSeek-R1 --system h200_sxm --total-gpus 64 "
     "--isl 4096 --osl 1024 --ttft 2000 --tpot 30"
-).split()
+)
 
 
 def points_per_s(model: str, hardware: str) -> tuple[int, float]:
@@ -118,8 +118,8 @@ def measure() -> dict[str, Any]:
         peer = peer_points_per_s(python, path, system, tp, ep) if python and path and system else None
         pricing.append({"model": model, "hardware": hardware, "points": count, "points_per_s": rate, "peer_points_per_s": peer})
     ours = str(Path(sys.executable).parent / "tandem")
-    plan_s, plan_bytes = median_run([ours, *QUESTION])
-    peer_plan = run([str(PEER_VENV / "bin" / "aiconfigurator"), *PEER_QUESTION]) if python else (None, None)
+    plan_s, plan_bytes = median_run([ours, *QUESTION.split()])
+    peer_plan = run([str(PEER_VENV / "bin" / "aiconfigurator"), *PEER_QUESTION.split()]) if python else (None, None)
     return {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__},
         "date": time.strftime("%Y-%m-%d"),

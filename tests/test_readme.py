@@ -24,12 +24,20 @@ def commands() -> list[str]:
     return [line.removeprefix("$ ").strip() for line in lines if line.startswith("$ tandem")]
 
 
+def shown() -> list[tuple[str, str]]:
+    """Each command that the README shows the output of, and that output."""
+    pattern = r"^```console\n\$ (tandem[^\n]*)\n```\n```text\n(.*?)^```$"
+    return re.findall(pattern, TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
 def programs() -> list[str]:
     return [body for kind, body in BLOCK.findall(TEXT) if kind == "python"]
 
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=folder, env=dict(os.environ), check=False)
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=300, cwd=folder, env=dict(os.environ, COLUMNS="126"), check=False
+    )
 
 
 def test_the_readme_shows_commands_and_a_program() -> None:
@@ -46,6 +54,14 @@ def test_a_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("line", "output"), shown())
+def test_the_readme_shows_what_the_command_prints(line: str, output: str, tmp_path: Path) -> None:
+    done = run([sys.executable, "-m", "tandem.cli", *line.split()[1:]], tmp_path)
+    printed = " ".join(done.stdout.split())
+    for row in filter(None, (" ".join(row.split()) for row in output.splitlines())):
+        assert row in printed, row
 
 
 @pytest.mark.parametrize("number", range(len(programs())))
