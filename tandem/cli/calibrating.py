@@ -10,7 +10,7 @@ from typing import Any
 from tandem.cli.app import emit
 from tandem.perf import silicon
 from tandem.perf.calibrate_ops import calibrate_ops, write_fits
-from tandem.perf.calibrate_serving import calibrate_serving, format_backends, package_source
+from tandem.perf.calibrate_serving import calibrate_serving, format_fits, package_source
 from tandem.perf.validate import ErrorSet, error_sets, predict
 from tandem.report import text
 from tandem.spec.files import require_folder, write_whole
@@ -47,27 +47,24 @@ def run_serving(out: Path | None, json_out: bool) -> None:
     with text.progress("calibrating backends") as step:
         fits = calibrate_serving(rows, step)
     if out is not None:
-        write_whole(out, format_backends(fits, package_source(path)))
+        write_whole(out, format_fits(fits, package_source(path)))
+    settings = sorted({(r.backend, r.hardware.name, r.precision.weights, r.model.name): r for r in rows}.items())
+    found = [(key, fits.find(r.backend, r.hardware, r.model, r.precision.weights)[0]) for key, r in settings]
     if json_out:
-        spread = {f"{f.backend} {f.generation} {f.family}": [f.tpot_p10, f.tpot_p90] for f in fits}
-        return emit({"fits": [asdict(f) for f in fits], "error": spread})
+        names = ("backend", "hardware", "weights", "model")
+        listed = [dict(zip(names, key, strict=True)) | asdict(fit) for key, fit in found]
+        return emit({"fits": listed, "error": {m: {k: list(v) for k, v in g.items()} for m, g in fits.spread.items()}})
     t = text.table(
-        "Backend overheads",
-        "backend",
-        "generation",
-        "family",
-        ">rows",
-        ">step",
-        ">sequence",
-        ">launch x",
-        ">work x",
-        ">prefill x",
-        ">80 %",
-    )
-    for f in fits:
+        "What backends make of the kernels",
+        "backend", "GPU", "weights", "!model", ">rows", ">step", ">sequence", ">launch x", ">gemm x", ">attention x",
+        ">experts x", ">network x", ">prefill x", ">TPOT 80 %",
+    )  # fmt: skip
+    for (backend, gpu, weights, model), f in found:
+        gemm = f.gemm if weights == "bf16" else f.quantised_gemm
         t.add_row(
-            f.backend, f.generation, f.family, str(f.num_rows), text.ms(f.step_s), f"{f.sequence_s * 1e6:.1f} us",
-            f"{f.launch_scale:.2f}", f"{f.work_scale:.2f}", f"{f.prefill_scale:.2f}", f"{f.tpot_p10:.2f} to {f.tpot_p90:.2f}",
+            backend, gpu, weights, model.split("/")[-1], str(f.num_rows), text.ms(f.step_s), f"{f.sequence_s * 1e6:.0f} us",
+            *(f"{x:.2f}" for x in (f.launch, gemm, f.attention, f.moe, f.network, f.prefill)),
+            f"{f.tpot_p10:.2f} to {f.tpot_p90:.2f}",
         )  # fmt: skip
     text.console().print(t)
 
@@ -95,7 +92,6 @@ def run_validate(json_out: bool) -> None:
         )  # fmt: skip
     out = text.console()
     out.print(t)
-    out.print("TTFT: measured rows wait in queues that this model only sketches; take it for an order of magnitude.")
     out.print("median, mean error: absolute percentage error; ratio: predicted / measured, median; interval: the 80 % one.")
     out.print("aiconfigurator 0.12.0: TPOT median error on the 69 % of rows that it answers; moe and mla are one group there.")
 

@@ -1,110 +1,175 @@
-"""What a serving backend adds to the kernels: host time, what graphs hide, and how prefill disturbs decode.
+"""What a serving backend makes of the kernels: host time, what graphs hide, how prefill disturbs decode, how prompts wait.
 
-    TPOT = step + sequence * b + launch * T0 + work * T1 + prefill * (b - 1) / (OSL - 1) * T_prefill
+At a fixed number of requests in flight, with b of them in a pipeline stage and p prompt seconds (work and half the launches):
 
-T0 and T1 are the decode step's fixed and remaining kernel seconds, b the sequences of an attention group.
+    TPOT = step + sequence*b + launch*T0 + gemm*Tg + quantised_gemm*Tq + attention*Ta
+         + (moe + imbalance if ep > 1)*Tm + network*Tn + other*To + prefill * (g - 1) / (OSL - 1) * p
+    TTFT = host + prompt*p + burst*g*p + queue*W + pause*TPOT
 
-Five coefficients for each (backend, GPU generation), fitted on the calibration rows of the measured silicon samples
-(`tandem calibrate serving`) and shipped with the spread of what they leave unexplained.
+T0 are a decode step's fixed kernel seconds, T. its remaining ones by class, g the sequences of one attention group, W the
+wait of requests that memory does not hold. Each coefficient is its physical default times exp(sum of deviations): of the
+backend, the backend on a GPU generation, the backend with a model family, and one factor over all terms for the backend with
+a model, and with a model on a GPU in a weight format (docs/adr/0007). `tandem calibrate serving` fits the deviations.
 """
 
 from __future__ import annotations
 
-import csv
-from dataclasses import dataclass
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import resources
+from typing import Any
+
+import yaml
 
 from tandem.spec.design import Evidence
 from tandem.spec.errors import SpecError
+from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec, MoE
+
+TPOT_TERMS = (
+    "step_s",
+    "sequence_s",
+    "launch",
+    "gemm",
+    "quantised_gemm",
+    "attention",
+    "moe",
+    "network",
+    "other",
+    "prefill",
+    "imbalance",
+)
+TTFT_TERMS = ("host_s", "prompt", "burst", "queue", "pause")
+TERMS = {"tpot": TPOT_TERMS, "ttft": TTFT_TERMS}
+Metric = str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackendFit:
-    """Coefficients of one (backend, generation, family), the 10th and 90th percentile of measured / predicted, and the
-    largest batch of an attention group and prompt among the rows: beyond twice these a prediction is `transferred`."""
+    """Coefficients of one backend for one model, GPU and weight format, and the 10th and 90th percentile of measured /
+    predicted. The defaults are what physics expects before any serving row is seen; `scoped` says where rows stood:
+    beyond twice their batch or prompt a prediction is `transferred`."""
 
-    backend: str
-    generation: str
-    family: str
-    num_rows: int
-    step_s: float
-    sequence_s: float
-    launch_scale: float
-    work_scale: float
-    prefill_scale: float
-    sequences_max: float
-    isl_max: float
-    tpot_p10: float
-    tpot_p90: float
-    ttft_p10: float
-    ttft_p90: float
+    step_s: float = 2e-3
+    sequence_s: float = 1e-5
+    launch: float = 0.5
+    gemm: float = 1.0
+    quantised_gemm: float = 1.0
+    attention: float = 1.0
+    moe: float = 1.0
+    network: float = 1.0
+    other: float = 1.0
+    prefill: float = 1.0
+    imbalance: float = 0.3
+    host_s: float = 0.03
+    prompt: float = 1.0
+    burst: float = 0.05
+    queue: float = 1.0
+    pause: float = 1.0
+    num_rows: int = 0
+    sequences_max: float = 0.0
+    isl_max: float = 0.0
+    tpot_p10: float = 0.5
+    tpot_p90: float = 2.0
+    ttft_p10: float = 0.5
+    ttft_p90: float = 2.0
 
     def __post_init__(self) -> None:
-        for field in ("step_s", "sequence_s", "launch_scale", "work_scale", "prefill_scale"):
-            if getattr(self, field) < 0:
-                raise SpecError(f"{field}={getattr(self, field)}: must be >= 0")
+        for name in (*TPOT_TERMS, *TTFT_TERMS):
+            if not getattr(self, name) >= 0:
+                raise SpecError(f"{name}={getattr(self, name)}: must be >= 0")
 
 
-KERNELS_ONLY = BackendFit(
-    backend="kernels",
-    generation="any",
-    family="any",
-    num_rows=0,
-    step_s=0.0,
-    sequence_s=0.0,
-    launch_scale=1.0,
-    work_scale=1.0,
-    prefill_scale=1.0,
-    sequences_max=0.0,
-    isl_max=0.0,
-    tpot_p10=0.5,
-    tpot_p90=2.0,
-    ttft_p10=0.5,
-    ttft_p90=2.0,
-)
+PHYSICS = BackendFit()
+"""The defaults of every coefficient: what a deviation of 0 means."""
+
+KERNELS_ONLY = BackendFit(step_s=0.0, sequence_s=0.0, launch=1.0, imbalance=0.0, host_s=0.0, burst=0.0)
 """No serving software at all: kernels back to back. Its interval is a guess of a factor of two, and evidence says so."""
 
 
-def parse_backends(text: str) -> list[BackendFit]:
-    """Fits from the CSV text that `tandem calibrate serving --out` writes; lines starting with # are provenance."""
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    names = ("backend", "generation", "family")
-    return [
-        BackendFit(
-            backend=row["backend"],
-            generation=row["generation"],
-            family=row["family"],
-            num_rows=int(row["num_rows"]),
-            **{k: float(v) for k, v in row.items() if k not in (*names, "num_rows")},
-        )
-        for row in csv.DictReader(lines)
-    ]
+def fingerprint(model: ModelSpec) -> str:
+    """The same text for models of the same arithmetic, whatever their names and weight formats."""
+    return f"{zlib.crc32(repr((model.mixers, model.hidden_size, model.vocab_size)).encode()):08x}"
+
+
+def fit_family(model: ModelSpec) -> str:
+    """The family whose coefficients a model takes; a hybrid without experts takes after dense models, because the measured
+    linear-attention rows are all of a large mixture of experts."""
+    has_experts = any(isinstance(m, MoE) for m, _ in model.mixers)
+    return "dense" if model.family == "hybrid" and not has_experts else model.family
+
+
+def group_keys(backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str) -> tuple[str, str, str, str, str]:
+    """The five groups that a setting belongs to, widest first; the last two have one factor, the others one for each term."""
+    arch = fingerprint(model)
+    return (
+        backend,
+        f"{backend} on {hardware.generation}",
+        f"{backend} with {fit_family(model)}",
+        f"{backend} with {arch}",
+        f"{backend} on {hardware.name} with {arch} in {weights}",
+    )
+
+
+SHARED_LEVELS = 3
+"""The first so many of `group_keys` deviate term by term, the rest by one factor over all of a metric's terms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingFits:
+    """All fitted deviations: natural logarithms by metric, group and term; the spread of residuals by evidence and group."""
+
+    common: Mapping[Metric, Mapping[str, float]]
+    groups: Mapping[str, Mapping[str, Any]]
+    spread: Mapping[str, Mapping[str, tuple[float, float]]]
+    models: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def find(self, backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str) -> tuple[BackendFit, Evidence]:
+        """Coefficients for a setting. `calibrated` where rows of this model on this GPU in this format were fitted;
+        `transferred` where only wider groups know it; `roofline` and KERNELS_ONLY for a backend nobody measured."""
+        keys = group_keys(backend, hardware, model, weights)
+        if keys[0] not in self.groups:
+            return KERNELS_ONLY, "roofline"
+        own = self.groups.get(keys[-1])
+        evidence: Evidence = "calibrated" if own else "transferred"
+        values: dict[str, Any] = {}
+        for metric, terms in TERMS.items():
+            for term in terms:
+                log = self.common[metric].get(term, 0.0)
+                for level, key in enumerate(keys):
+                    deviation = self.groups.get(key, {}).get(metric, 0.0)
+                    log += deviation.get(term, 0.0) if level < SHARED_LEVELS and deviation else deviation or 0.0
+                values[term] = getattr(PHYSICS, term) * math.exp(log)
+            group = f"{evidence} {backend}"
+            finer = self.spread[metric].get(f"{group} {fit_family(model)}", self.spread[metric][group])
+            values |= dict(zip((f"{metric}_p10", f"{metric}_p90"), finer, strict=True))
+        widest = own or self.groups[keys[0]]
+        values |= {k: float(widest[k]) for k in ("sequences_max", "isl_max")} | {"num_rows": int(widest["num_rows"])}
+        return BackendFit(**values), evidence
+
+
+def parse_fits(text: str) -> ServingFits:
+    """Fits from the YAML that `tandem calibrate serving --out` writes; SpecError where it is not that."""
+    try:
+        data = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        spread = {m: {k: (float(v[0]), float(v[1])) for k, v in groups.items()} for m, groups in data["spread"].items()}
+        names = {f.name for f in fields(ServingFits)}
+        return ServingFits(**{k: v for k, v in data.items() if k in names and k != "spread"}, spread=spread)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as wrong:
+        raise SpecError(f"serving fits: not what `tandem calibrate serving --out` writes ({wrong})") from None
 
 
 @cache
-def load_backends() -> tuple[BackendFit, ...]:
+def load_serving_fits() -> ServingFits:
     """The fits that ship with Tandem."""
-    source = resources.files("tandem.perf") / "data" / "backend_fits.csv"
-    return tuple(parse_backends(source.read_text(encoding="utf-8")))
+    source = resources.files("tandem.perf") / "data" / "serving_fits.yaml"
+    return parse_fits(source.read_text(encoding="utf-8"))
 
 
-def find_backend(backend: str, generation: str, model: ModelSpec) -> tuple[BackendFit, Evidence]:
-    """The fit of this backend on this generation and model family, else its nearest relative, marked `transferred`.
-
-    A hybrid without experts takes after dense models: the measured linear-attention rows are all of a large MoE.
-    """
-    rows = [f for f in load_backends() if f.backend == backend]
-    if not rows:
-        return KERNELS_ONLY, "roofline"
-    has_experts = any(isinstance(m, MoE) for m, _ in model.mixers)
-    relatives = {"hybrid": ("hybrid", "moe", "dense"), "mla": ("mla", "moe", "dense"), "moe": ("moe", "mla", "dense")}
-    families = relatives.get(model.family, ("dense", "moe", "mla")) if has_experts else ("dense", "hybrid", "moe")
-    for family in families:
-        related = [f for f in rows if f.family == family]
-        if related:
-            best = max(related, key=lambda f: (f.generation == generation, f.num_rows))
-            own = best.generation == generation and family == model.family
-            return best, "calibrated" if own else "transferred"
-    return max(rows, key=lambda f: f.num_rows), "transferred"
+def find_backend(backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str) -> tuple[BackendFit, Evidence]:
+    """Coefficients of the shipped fits for a setting, and what they rest on."""
+    return load_serving_fits().find(backend, hardware, model, weights)

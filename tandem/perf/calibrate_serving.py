@@ -1,11 +1,7 @@
-"""Fit what serving backends add to the kernels, on the calibration side of the measured rows only.
+"""Fit what serving backends make of the kernels, on the calibration side of the measured rows only.
 
-For each (backend, GPU generation, model family) five non-negative coefficients explain measured TPOT:
-
-    TPOT = step + sequence * b + launch * T0 + work * T1 + prefill * (b - 1) / (OSL - 1) * T_prefill
-
-by iteratively reweighted non-negative least squares on the relative error, drawn softly towards the coefficients of all
-generations of the backend, so that a small group does not run away (facts: serving-fit.md).
+The formulas are those of backend.py; the fit is hierarchical (hierarchy.py), so that a backend's many rows carry its few, and
+a model on a GPU that nobody measured still gets what its backend, GPU generation and family have shown (docs/adr/0007).
 """
 
 from __future__ import annotations
@@ -13,30 +9,65 @@ from __future__ import annotations
 import datetime as dt
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-from tandem.perf.backend import BackendFit
-from tandem.perf.costs import Layout, StepLoad
+from tandem.perf.backend import (
+    PHYSICS,
+    SHARED_LEVELS,
+    TERMS,
+    TPOT_TERMS,
+    TTFT_TERMS,
+    ServingFits,
+    fingerprint,
+    fit_family,
+    group_keys,
+)
+from tandem.perf.costs import Layout
+from tandem.perf.hierarchy import Hierarchy, Level, fit_hierarchy
 from tandem.perf.phases import PerfModel
 from tandem.perf.silicon import MeasuredRow
 from tandem.spec.errors import TandemError
 from tandem.spec.workload import Workload
 
 Array = NDArray[np.float64]
-TERMS = ("step_s", "sequence_s", "launch_scale", "work_scale", "prefill_scale")
-PARENT_ROWS = 8.0
-"""Weight, in rows, of the family's coefficients when one generation of it is fitted."""
-FOLDS = 4
+PRIOR_SD = {"tpot": (0.4, 0.2, 0.2, 0.2, 0.2), "ttft": (0.5, 0.3, 0.3, 0.3, 0.2)}
+"""Prior standard deviation of a group's logarithms, by level of `group_keys`: a backend may differ from another by a third,
+one GPU generation or model of it by a fifth. TTFT is noisier (facts/validation.md)."""
+COMMON_SD = {"tpot": 0.5, "ttft": 1.0}
+SOFTNESS = {"tpot": 0.25, "ttft": 0.5}
+FIRM = {
+    "network": 2.5,
+    "sequence_s": 2.0,
+    "gemm": 6.0,
+    "quantised_gemm": 1.5,
+    "attention": 1.5,
+    "moe": 1.5,
+    "other": 1.5,
+    "prefill": 1.5,
+}
+"""How much smaller the prior standard deviation of a term is: work was measured operator by operator, so it is held closer to
+its curve than host time and collectives inside a graph; bf16 matrix multiplications are known best."""
+FOLDS = 5
 """Parts in which settings are held out to measure what the coefficients leave unexplained."""
-PHYSICS = np.array([0.0, 0.0, 0.5, 1.0, 1.0])
-"""What kernels should show: half of their launch times, all of their work, all of the prefill; host terms are free."""
-PHYSICS_SHARE = 0.1
-"""Weight of that expectation, as a share of the family's rows."""
+MIN_SPREAD_ROWS = 40
+"""Fewest held-out rows for which a backend's family has an interval of its own."""
+
+
+class RowTerms(NamedTuple):
+    """What the coefficients weigh, in measured rows: `tpot` seconds [rows, TPOT_TERMS]; for TTFT the prompt's seconds, the
+    sequences of a group, and requests that wait per request served."""
+
+    tpot: Array
+    prompt_s: Array
+    sequences: Array
+    waiting: Array
 
 
 def group_rows(rows: Iterable[MeasuredRow]) -> dict[tuple[str, ...], list[MeasuredRow]]:
@@ -47,169 +78,225 @@ def group_rows(rows: Iterable[MeasuredRow]) -> dict[tuple[str, ...], list[Measur
     return groups
 
 
-def layout_arrays(rows: list[MeasuredRow]) -> Layout:
+def layout_arrays(rows: Sequence[MeasuredRow]) -> Layout:
     """Parallelism of many rows."""
     axes = [[p.tp, p.pp, p.ep, p.dp, p.cpp] for p in (r.parallelism for r in rows)]
     return Layout(*np.array(axes, dtype=np.float64).T)
 
 
-def row_terms(rows: list[MeasuredRow]) -> Array:
-    """The five terms of rows that `group_rows` put together, seconds for one unit of each coefficient; axes: row, term."""
+def served_batch(perf: PerfModel, layout: Layout, concurrency: Array, workload: Workload) -> Array:
+    """Requests that memory holds of those in flight; where not even one seems to fit, one is served (the row exists)."""
+    use = perf.memory.use(layout, workload.final_context, min(2048.0, workload.mean_isl))
+    return np.clip(use.max_batch(layout), 1.0, concurrency)
+
+
+def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
+    """The terms of rows that `group_rows` put together."""
     first = rows[0]
     perf = PerfModel(first.model, first.hardware, first.precision, first.backend)
     layout, workload = layout_arrays(rows), Workload.fixed(first.isl, first.osl)
-    batch = np.array([float(r.concurrency) for r in rows])
-    seqs = np.asarray(perf.decode_load(layout, batch, workload).decode_seqs)
-    one = np.ones(len(rows))
-    prompt = perf.pricer.kernels(layout, StepLoad(prefill_seqs=one, isl=float(first.isl)))
-    step = perf.pricer.kernels(layout, perf.decode_load(layout, batch, workload))
-    prefill = (prompt.launch_s + prompt.work_s) * (seqs - 1.0) / max(first.osl - 1.0, 1.0)
-    return np.stack([one, seqs, step.launch_s * one, step.work_s * one, prefill], axis=1)
+    asked, one = np.array([float(r.concurrency) for r in rows]), np.ones(len(rows))
+    batch = served_batch(perf, layout, asked, workload)
+    load = perf.decode_load(layout, batch, workload)
+    launch, work = perf.pricer.classes(layout, load)
+    prompt_s = perf.prefill_kernels_s(layout, one, float(first.isl), one)
+    seqs = np.asarray(load.decode_seqs)
+    columns = {
+        "step_s": one,
+        "sequence_s": np.ceil(batch / layout.pp),
+        "launch": launch,
+        **work,
+        "prefill": prompt_s * (seqs - 1.0) / max(first.osl - 1.0, 1.0),
+        "imbalance": work["moe"] * (np.asarray(layout.ep) > 1),
+    }
+    tpot = np.stack([getattr(PHYSICS, name) * columns[name] * one for name in TPOT_TERMS], axis=1)
+    return RowTerms(tpot, prompt_s, seqs, (asked - batch) / batch)
 
 
-def fit_terms(terms: Array, measured: Array, prior: Array, prior_rows: Array) -> Array:
-    """Non-negative coefficients that minimise the absolute relative error, drawn towards `prior`.
-
-    Moving one term's mean share of TPOT away from its prior costs as much as missing `prior_rows` rows by that share;
-    0 leaves a coefficient free.
-    """
-    from scipy.optimize import nnls
-
-    relative = terms / measured[:, None]
-    size = np.mean(relative, axis=0) * np.sqrt(prior_rows)
-    weight = np.ones(len(measured))
-    coefficients = np.zeros(terms.shape[1])
-    for _ in range(60):
-        root = np.sqrt(weight)
-        a = np.vstack([relative * root[:, None], np.diag(size)])
-        coefficients, _ = nnls(a, np.concatenate([root, size * prior]))
-        off = np.abs(relative @ coefficients - 1.0)
-        weight = 1.0 / np.maximum(off, 0.01)
-        weight *= len(weight) / weight.sum()
-    return coefficients
-
-
-def fit_family(terms: Array, measured: Array) -> Array:
-    """Coefficients of one backend and family over all generations, drawn towards what physics expects of kernels."""
-    free = np.array([0.0, 0.0, 1.0, 1.0, 1.0])
-    return fit_terms(terms, measured, PHYSICS, free * PHYSICS_SHARE * len(measured))
+def ttft_terms(terms: RowTerms, tpot_s: Array, osl: Array) -> Array:
+    """Seconds of TTFT's terms [rows, TTFT_TERMS], given the TPOT that the rows are predicted to have."""
+    columns = {
+        "host_s": np.ones_like(tpot_s),
+        "prompt": terms.prompt_s,
+        "burst": terms.sequences * terms.prompt_s,
+        "queue": terms.waiting * (terms.prompt_s + tpot_s * (osl - 1.0)),
+        "pause": tpot_s,
+    }
+    return np.stack([getattr(PHYSICS, name) * columns[name] for name in TTFT_TERMS], axis=1)
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Rows of one backend and family: their terms, measured TPOT, generation and fold."""
+class Table:
+    """Measured rows with all that fitting and judging them needs, in one order."""
 
     rows: list[MeasuredRow]
-    terms: Array
-    tpot_s: Array
-    generation: NDArray[np.str_]
-    fold: NDArray[np.int64]
+    terms: RowTerms
+    keys: list[tuple[str, ...]]
 
-    def coefficients(self, keep: NDArray[np.bool_]) -> dict[str, Array]:
-        """Coefficients of every generation, fitted on the kept rows."""
-        family = fit_family(self.terms[keep], self.tpot_s[keep])
-        pull = np.full(len(TERMS), PARENT_ROWS)
-        found = {}
-        for generation in np.unique(self.generation):
-            cell = keep & (self.generation == generation)
-            found[str(generation)] = fit_terms(self.terms[cell], self.tpot_s[cell], family, pull) if cell.any() else family
+    @classmethod
+    def of(cls, rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambda _: None) -> Table:
+        """Price the terms of rows, setting by setting."""
+        members: list[MeasuredRow] = []
+        parts = []
+        for group in group_rows(rows).values():
+            progress(f"{group[0].model.name} on {group[0].hardware.name}")
+            members += group
+            parts.append(row_terms(group))
+        keys = [group_keys(r.backend, r.hardware, r.model, r.precision.weights) for r in members]
+        return cls(members, RowTerms(*(np.concatenate(column) for column in zip(*parts, strict=True))), list(keys))
+
+    def measured(self, metric: str) -> Array:
+        """Measured seconds of a metric."""
+        return np.array([getattr(r, f"{metric}_s") for r in self.rows])
+
+    def take(self, kept: NDArray[np.bool_]) -> Table:
+        """Some of the rows."""
+        index = np.flatnonzero(kept)
+        picked = RowTerms(*(column[index] for column in self.terms))
+        return Table([self.rows[i] for i in index], picked, [self.keys[i] for i in index])
+
+    def metric_terms(self, metric: str, tpot_s: Array) -> Array:
+        """Terms of a metric; TTFT's need the predicted TPOT."""
+        osl = np.array([float(r.osl) for r in self.rows])
+        return self.terms.tpot if metric == "tpot" else ttft_terms(self.terms, tpot_s, osl)
+
+    def fit(self) -> dict[str, Hierarchy]:
+        """Both metrics' coefficients on these rows; TTFT stands on the TPOT that they predict."""
+        found: dict[str, Hierarchy] = {}
+        tpot_s = self.measured("tpot")
+        for metric in TERMS:
+            levels = [
+                Level([key[i] for key in self.keys], sd, by_term=i < SHARED_LEVELS) for i, sd in enumerate(PRIOR_SD[metric])
+            ]
+            found[metric] = fit_hierarchy(
+                self.metric_terms(metric, tpot_s),
+                self.measured(metric),
+                levels,
+                common_sd=COMMON_SD[metric],
+                softness=SOFTNESS[metric],
+                stiffness=np.array([FIRM.get(term, 1.0) for term in TERMS[metric]]),
+            )
+            tpot_s = found["tpot"].predict(self.terms.tpot, self.keys)
         return found
 
-    def held_out_ratios(self) -> Array:
-        """Measured / predicted TPOT of every row by coefficients that have not seen its setting."""
-        ratios = np.empty(len(self.tpot_s))
-        for fold in range(FOLDS):
-            out = self.fold == fold
-            if out.any() and not out.all():
-                found = self.coefficients(~out)
-                predicted = np.array([t @ found[g] for t, g in zip(self.terms[out], self.generation[out], strict=True)])
-                ratios[out] = self.tpot_s[out] / predicted
-            elif out.all():
-                found = self.coefficients(out)
-                ratios = self.tpot_s / np.array([t @ found[g] for t, g in zip(self.terms, self.generation, strict=True)])
-        return ratios
+    def predict(self, fits: dict[str, Hierarchy]) -> dict[str, Array]:
+        """Predicted seconds of both metrics."""
+        tpot_s = fits["tpot"].predict(self.terms.tpot, self.keys)
+        return {m: fits[m].predict(self.metric_terms(m, tpot_s), self.keys) for m in TERMS}
+
+    def held_out(self, parts: Sequence[str], fit_on: NDArray[np.bool_] | None = None) -> dict[str, Array]:
+        """Predictions of every row by coefficients fitted without its part; `fit_on` restricts what is ever fitted."""
+        labels = np.array(parts)
+        allowed = np.ones(len(labels), dtype=bool) if fit_on is None else fit_on
+        found = {metric: np.full(len(labels), np.nan) for metric in TERMS}
+        for part in np.unique(labels):
+            out = labels == part
+            train = allowed & ~out
+            if not train.any():
+                continue
+            predicted = self.take(out).predict(self.take(train).fit())
+            for metric in TERMS:
+                found[metric][out] = predicted[metric]
+        return found
 
 
-def _tables(rows: Iterable[MeasuredRow], progress: Callable[[str], None]) -> dict[tuple[str, str], _Table]:
-    gathered: dict[tuple[str, str], list[tuple[list[MeasuredRow], Array, int]]] = defaultdict(list)
-    for key, group in group_rows(rows).items():
-        progress(f"{group[0].model.name} on {group[0].hardware.name}")
-        fold = zlib.crc32("|".join(key).encode()) % FOLDS
-        gathered[(group[0].backend, group[0].model.family)].append((group, row_terms(group), fold))
-    tables = {}
-    for kind, parts in gathered.items():
-        members = [r for group, _, _ in parts for r in group]
-        tables[kind] = _Table(
-            rows=members,
-            terms=np.concatenate([terms for _, terms, _ in parts]),
-            tpot_s=np.array([r.tpot_s for r in members]),
-            generation=np.array([r.hardware.generation for r in members]),
-            fold=np.repeat([fold for _, _, fold in parts], [len(group) for group, _, _ in parts]),
-        )
-    return tables
+def fold_of(row: MeasuredRow) -> str:
+    """The part of a row for cross-validation: rows of one setting (model, GPU, format, lengths) stay together."""
+    key = f"{fingerprint(row.model)}|{row.hardware.name}|{row.precision.weights}|{row.isl}|{row.osl}"
+    return str(zlib.crc32(key.encode()) % FOLDS)
 
 
-def calibrate_serving(rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambda _: None) -> list[BackendFit]:
-    """Backend fits from rows of the calibration side; rows of the validation side are refused, not dropped in silence.
+def calibrate_serving(rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambda _: None) -> ServingFits:
+    """Serving fits from rows of the calibration side; rows of the validation side are refused, not dropped in silence.
 
-    The percentiles are those of rows whose setting was held out of the fit, so that an interval tells what to expect of
-    a setting nobody measured.
+    The percentiles are those of rows held out of the fit: by setting for `calibrated` predictions, by whole model and
+    by whole GPU for `transferred` ones, so that an interval tells what to expect of what nobody measured.
     """
     kept = list(rows)
     if any(r.side != "calibration" for r in kept):
         raise TandemError("calibration rows: validation rows among them; the split keeps them for judging")
     if not kept:
         raise TandemError("calibration rows: none left to fit")
-    fits = []
-    for (backend, family), table in sorted(_tables(kept, progress).items(), key=lambda kv: kv[0]):
-        ratios = table.held_out_ratios()
-        for generation, found in table.coefficients(np.ones(len(ratios), dtype=bool)).items():
-            cell = table.generation == generation
-            fit = BackendFit(
-                backend=backend,
-                generation=generation,
-                family=family,
-                num_rows=int(cell.sum()),
-                **dict(zip(TERMS, found.tolist(), strict=True)),
-                sequences_max=float(table.terms[cell, 1].max()),
-                isl_max=float(max(r.isl for r, c in zip(table.rows, cell, strict=True) if c)),
-                tpot_p10=float(np.quantile(ratios[cell], 0.1)),
-                tpot_p90=float(np.quantile(ratios[cell], 0.9)),
-                ttft_p10=1.0,
-                ttft_p90=1.0,
-            )
-            low, high = _ttft_spread([r for r, c in zip(table.rows, cell, strict=True) if c], fit)
-            fits.append(replace(fit, ttft_p10=low, ttft_p90=high))
-    return fits
+    table = Table.of(kept, progress)
+    progress("fitting")
+    fits = table.fit()
+    groups = _groups(table, fits)
+    common = {m: dict(zip(TERMS[m], _rounded(fits[m].common), strict=True)) for m in TERMS}
+    models = {fingerprint(r.model): r.model.name for r in reversed(kept)}
+    return ServingFits(common=common, groups=groups, spread=_spread(table, progress), models=models)
 
 
-def _ttft_spread(rows: list[MeasuredRow], fit: BackendFit) -> tuple[float, float]:
-    """10th and 90th percentile of measured / predicted TTFT under a fit."""
-    ratios = []
-    for group in group_rows(rows).values():
-        first = group[0]
-        perf = PerfModel(first.model, first.hardware, first.precision, first.backend, given_fit=fit)
-        batch = np.array([float(r.concurrency) for r in group])
-        served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl), closed_loop=True)
-        ratios.append(np.array([r.ttft_s for r in group]) / served.ttft_s)
-    low, high = np.quantile(np.concatenate(ratios), [0.1, 0.9])
-    return float(low), float(high)
+def _rounded(values: Array) -> list[float]:
+    return [round(float(v), 4) for v in values]
 
 
-def format_backends(fits: list[BackendFit], source: str) -> str:
-    """The CSV text that `backend.parse_backends` reads, with where it comes from in # lines."""
-    names = [f.name for f in fields(BackendFit)]
-    lines = [
-        "# What serving backends add to the kernels, fitted by `tandem calibrate serving`",
-        f"# source: {source}, calibration side only; {sum(f.num_rows for f in fits)} rows; {dt.date.today()}",
-        "# TPOT = step + sequence*b + launch*T0 + work*T1 + prefill*(b-1)/(OSL-1)*T_prefill",
-        "# tpot_p10, tpot_p90: measured / predicted, each setting held out of the fit that predicts it; ttft: in sample",
-        ",".join(names),
-    ]
-    for fit in fits:
-        values = (getattr(fit, name) for name in names)
-        lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
-    return "\n".join(lines) + "\n"
+def _groups(table: Table, fits: dict[str, Hierarchy]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    sequences, isl = table.terms.sequences, np.array([r.isl for r in table.rows])
+    for level in range(len(table.keys[0])):
+        names = np.array([key[level] for key in table.keys])
+        for name in np.unique(names):
+            inside = names == name
+            entry: dict[str, Any] = {"num_rows": int(inside.sum())}
+            for metric, terms in TERMS.items():
+                values = _rounded(fits[metric].deviations[str(name)])
+                entry[metric] = dict(zip(terms, values, strict=True)) if level < SHARED_LEVELS else values[0]
+            if level in (0, len(table.keys[0]) - 1):
+                entry |= {"sequences_max": float(sequences[inside].max()), "isl_max": float(isl[inside].max())}
+            groups[str(name)] = entry
+    return groups
+
+
+def _spread(table: Table, progress: Callable[[str], None]) -> dict[str, dict[str, tuple[float, float]]]:
+    """10th and 90th percentile of measured / predicted of held-out rows, by metric and `evidence backend [family]`."""
+    cuts = {
+        "calibrated": [[fold_of(r) for r in table.rows]],
+        "transferred": [[fingerprint(r.model) for r in table.rows], [r.hardware.name for r in table.rows]],
+    }
+    ratios: dict[str, dict[str, list[Array]]] = {m: defaultdict(list) for m in TERMS}
+    for evidence, ways in cuts.items():
+        for parts in ways:
+            progress(f"holding out rows: {evidence}")
+            found = table.held_out(parts)
+            for metric, predicted in found.items():
+                ratio = table.measured(metric) / predicted
+                for i in np.flatnonzero(np.isfinite(ratio)):
+                    row = table.rows[i]
+                    ratios[metric][f"{evidence} {row.backend}"].append(ratio[i])
+                    ratios[metric][f"{evidence} {row.backend} {fit_family(row.model)}"].append(ratio[i])
+    spread: dict[str, dict[str, tuple[float, float]]] = {m: {} for m in TERMS}
+    for metric, groups in ratios.items():
+        for name, values in sorted(groups.items()):
+            if name.count(" ") > 1 and len(values) < MIN_SPREAD_ROWS:
+                continue
+            low, high = np.quantile(np.array(values), [0.1, 0.9])
+            spread[metric][name] = (round(float(low), 4), round(float(high), 4))
+    for intervals in spread.values():  # too few rows to hold anything out: a factor of two, as for KERNELS_ONLY
+        for backend in {key[0] for key in table.keys}:
+            for evidence in cuts:
+                intervals.setdefault(f"{evidence} {backend}", (0.5, 2.0))
+    return spread
+
+
+def format_fits(fits: ServingFits, source: str) -> str:
+    """The YAML text that `backend.parse_fits` reads, with where it comes from."""
+    rows = sum(g["num_rows"] for name, g in fits.groups.items() if " " not in name)
+    data = {
+        "provenance": {
+            "source": source,
+            "side": "calibration (facts/validation.md: crc32 of the setting, three quarters)",
+            "num_rows": rows,
+            "fitted": str(dt.date.today()),
+            "by": "tandem calibrate serving",
+            "values": "natural logarithms over the defaults of tandem.perf.backend.BackendFit",
+            "spread": "measured / predicted, 10th and 90th percentile, of rows held out of the fit",
+        },
+        "models": dict(sorted(fits.models.items())),
+        "common": fits.common,
+        "spread": {m: {k: list(v) for k, v in groups.items()} for m, groups in fits.spread.items()},
+        "groups": dict(fits.groups),
+    }
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=160)
 
 
 def package_source(path: Path) -> str:

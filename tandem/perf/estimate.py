@@ -40,7 +40,7 @@ class EstimateResult:
     batch: int
     """Requests in flight in one instance, as predicted for: what was asked, or less where memory holds no more."""
     waiting: int
-    """Requests of the asked concurrency that find no place and wait, which TTFT does not include."""
+    """Requests of the asked concurrency that find no place in memory and wait; TTFT includes their wait."""
 
     def to_json(self) -> dict[str, Any]:
         """The object that `tandem estimate --json` prints."""
@@ -96,7 +96,7 @@ def estimate(
 
     `concurrency` counts the requests of the whole deployment, `batch` those of one instance; give one. `gpus` beyond
     one instance means replicas. A concurrency above what memory holds is served at the largest batch; the rest waits,
-    which TTFT does not include. Raises SpecError on impossible values, naming the field.
+    and TTFT includes that wait. Raises SpecError on impossible values, naming the field.
     """
     perf = perf_model(model, hardware, precision, backend)
     p = parallelism or Parallelism()
@@ -111,7 +111,7 @@ def estimate(
     workload = _fixed(isl, osl)
     memory, max_batch = _memory(perf, p, workload, per_instance)
     instances = Instances(parallelism=p, batch=min(per_instance, max_batch), replicas=replicas)
-    found = _colocated(perf, instances, workload, mode, memory, max_batch)
+    found = _colocated(perf, instances, workload, mode, memory, max_batch, per_instance - instances.batch)
     return replace(
         found,
         waiting=max(0, wanted - instances.batch * replicas) if concurrency is not None else per_instance - instances.batch,
@@ -156,13 +156,13 @@ def _memory(perf: PerfModel, p: Parallelism, workload: Workload, batch: int) -> 
 
 
 def _colocated(
-    perf: PerfModel, it: Instances, workload: Workload, mode: str, memory: dict[str, float], max_batch: int
+    perf: PerfModel, it: Instances, workload: Workload, mode: str, memory: dict[str, float], max_batch: int, waiting: int
 ) -> EstimateResult:
     batch = np.array([float(it.batch)])
     if mode == "piggybacked":
         served = perf.piggybacked(it.layout, batch, workload, np.array([float(max(PIGGYBACK_TOKENS, 2 * it.batch))]))
     elif mode == "colocated":
-        served = perf.colocated(it.layout, batch, workload, closed_loop=True)
+        served = perf.colocated(it.layout, batch, workload, closed_loop=True, waiting=float(waiting))
     else:
         raise SpecError(
             f"mode={mode!r}: must be colocated or piggybacked; a disaggregated case names both pools, in a --cases file"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.backend import BackendFit, find_backend
+from tandem.perf.backend import PHYSICS, BackendFit, find_backend
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.memory import MemoryModel
 from tandem.perf.ops import Array, attended_pairs
@@ -41,6 +41,15 @@ class ServeTime(NamedTuple):
     tpot_s: Result
     requests_per_s: Result
     feasible: NDArray[np.bool_]
+
+
+def prompt_wait_s(prompt_s: Array, requests_per_s: Array, others: Array) -> Result:
+    """Mean wait of a prompt for those before it: M/D/1, and never more than half of all `others` of its group.
+
+    With service S and load r = rate * S it is r * S / (2 * (1 - r)) (Pollaczek-Khinchine, no variance of service).
+    """
+    busy = np.minimum(np.asarray(requests_per_s) * prompt_s, 1.0 - 1e-9)
+    return np.asarray(prompt_s * np.minimum(busy / (2.0 * (1.0 - busy)), others / 2.0))
 
 
 def mean_attended(isl: Array, osl: Array, window: int) -> Array:
@@ -71,22 +80,26 @@ class PerfModel:
         return MemoryModel(self.model, self.precision, self.hardware)
 
     @cached_property
+    def _found(self) -> tuple[BackendFit, Evidence]:
+        return find_backend(self.backend, self.hardware, self.model, self.precision.weights)
+
+    @cached_property
     def backend_fit(self) -> BackendFit:
-        """Host overheads of the serving backend."""
-        return self.given_fit or find_backend(self.backend, self.hardware.generation, self.model)[0]
+        """What the serving backend makes of the kernels."""
+        return self.given_fit or self._found[0]
 
     def evidence(self, layout: Layout, load: StepLoad) -> Evidence:
         """What a prediction of this load rests on: the weaker of kernels and backend, the latter within twice its rows."""
-        fit, backend = find_backend(self.backend, self.hardware.generation, self.model)
+        fit, backend = self._found
         seqs, tokens = np.max(load.decode_seqs), np.max(load.context) + np.max(load.isl)
         beyond = seqs > 2 * fit.sequences_max or tokens > 2 * fit.isl_max
         if backend == "calibrated" and beyond:
             backend = "transferred"
         return weakest([self.pricer.evidence(layout, load), backend])
 
-    def _host_s(self, seqs: Array) -> Array:
+    def _host_s(self, requests: Array) -> Array:
         fit = self.backend_fit
-        return fit.step_s + fit.sequence_s * seqs
+        return fit.step_s + fit.sequence_s * requests
 
     def decode_load(self, layout: Layout, batch: Array, workload: Workload) -> StepLoad:
         """One decode step of a pipeline stage's micro-batch, at the mean context of the workload."""
@@ -104,23 +117,30 @@ class PerfModel:
         share = w * o / np.sum(w * o)
         return {size: float(np.sum(share * mean_attended(i, o, size))) for size in windows}
 
-    def _step_s(self, kernels: KernelTime) -> Result:
+    def _step_s(self, layout: Layout, load: StepLoad) -> Result:
         """What a backend shows of a decode step's kernels."""
-        return np.asarray(self.backend_fit.launch_scale * kernels.launch_s + self.backend_fit.work_scale * kernels.work_s)
+        kernels = self.pricer.kernels(layout, load, self.backend_fit)
+        return np.asarray(self.backend_fit.launch * kernels.launch_s + kernels.work_s)
 
     def decode_tpot_s(self, layout: Layout, batch: Array, workload: Workload) -> Result:
         """TPOT of a decode instance that does nothing else: one pass of its micro-batch through every stage."""
         load = self.decode_load(layout, batch, workload)
-        return np.asarray(self._host_s(load.decode_seqs) + self._step_s(self.pricer.kernels(layout, load)))
+        return np.asarray(self._host_s(np.ceil(batch / layout.pp)) + self._step_s(layout, load))
 
     def prefill_kernels_s(self, layout: Layout, seqs: Array, isl: Array, chunks: Array, *, cached_up: bool = False) -> Result:
         """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each attention group, in equal chunks."""
         load = StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks, cached_up=cached_up)
         return np.asarray(chunks * self._prompt_s(self.pricer.kernels(layout, load)))
 
+    @cached_property
+    def _prompt_cost(self) -> float:
+        """GPU time of a prompt over its kernels' time. A backend may show less than all of it in TPOT, since newcomers wait
+        for one another; the GPUs do all of the work."""
+        return max(self.backend_fit.prefill, PHYSICS.prefill)
+
     def _prompt_s(self, kernels: KernelTime) -> Result:
-        """Prefill kernels: launches hide as in decode, the work counts as the operator fits have it."""
-        return np.asarray(self.backend_fit.launch_scale * kernels.launch_s + kernels.work_s)
+        """Prompt seconds of prefill kernels: all of their work, and the share of launches that physics expects to show."""
+        return np.asarray(PHYSICS.launch * kernels.launch_s + kernels.work_s)
 
     def prefill(
         self, layout: Layout, batch: Array, workload: Workload, chunk_tokens: Array = np.inf, *, percentile: float = 50.0
@@ -130,24 +150,23 @@ class PerfModel:
         With chunked pipeline parallelism the chunks of a prompt follow one another through the stages, so TTFT shrinks
         towards 1/cpp of the work plus the fill of the pipeline by the last, costliest chunk (paper B, Figure 5).
         """
+        fit = self.backend_fit
         seqs = np.ceil(batch / (layout.dp * layout.pp))
         host = self._host_s(seqs)
         mean_busy: Array = 0.0
         ttfts = []
+        piped = np.any(np.asarray(layout.cpp) > 1)
         for isl, weight in _by_isl(workload):
             chunks = np.maximum(np.ceil(seqs * isl / chunk_tokens), 1.0)
-            busy = self.prefill_kernels_s(layout, seqs, isl, chunks) + host * chunks
-            ttft = busy
-            if np.any(np.asarray(layout.cpp) > 1):
-                last = self._last_chunk_s(layout, seqs, isl, chunks) + host
-                piped = busy / layout.cpp + (layout.cpp - 1.0) / layout.cpp * last
-                ttft = np.where(np.asarray(layout.cpp) > 1, piped, busy)
-                busy = busy / layout.cpp
-            ttfts.append(np.asarray(ttft))
-            mean_busy = mean_busy + weight * busy
+            kernels = self.prefill_kernels_s(layout, seqs, isl, chunks)
+            ttft = fit.prompt * kernels + host * chunks
+            if piped:
+                last = fit.prompt * self._last_chunk_s(layout, seqs, isl, chunks) + host
+                ttft = ttft / layout.cpp + (layout.cpp - 1.0) / layout.cpp * last
+            ttfts.append(np.asarray(fit.host_s + ttft))
+            mean_busy = mean_busy + weight * (self._prompt_cost * kernels + host * chunks) / layout.cpp
         index = _percentile_index([w for _, w in _by_isl(workload)], percentile)
-        rate = batch / mean_busy
-        return PrefillTime(*np.broadcast_arrays(ttfts[index], rate))
+        return PrefillTime(*np.broadcast_arrays(ttfts[index], batch / mean_busy))
 
     def _last_chunk_s(self, layout: Layout, seqs: Array, isl: Array, chunks: Array) -> Result:
         """Kernel seconds of the last chunk: as many new tokens as the mean chunk, but all earlier ones to attend to."""
@@ -157,33 +176,43 @@ class PerfModel:
         return np.asarray(np.where(np.asarray(chunks) > 1, 2.0 * mean - first, mean))
 
     def colocated(
-        self, layout: Layout, batch: Array, workload: Workload, *, percentile: float = 50.0, closed_loop: bool = False
+        self,
+        layout: Layout,
+        batch: Array,
+        workload: Workload,
+        *,
+        percentile: float = 50.0,
+        closed_loop: bool = False,
+        waiting: Array = 0.0,
     ) -> ServeTime:
-        """In-flight batching: prompts are prefilled whole between decode steps, which all others wait for.
+        """In-flight batching: prompts are prefilled between decode steps, which the others of their attention group wait for.
 
-        While a request decodes its OSL - 1 further tokens, each of the b - 1 other sequences of its group is replaced
-        once, so a step waits for (b - 1) / (OSL - 1) prefills on average: that is steady traffic, what a plan assumes.
-
-        A benchmark at fixed concurrency (`closed_loop`) starts its requests together, and they keep finishing together:
-        a backend then shows only a share of the prefills in TPOT, and for the rest newcomers wait for one another, half
-        a batch of prefills on average. Either way the GPUs do all the work, so the rate is the same: b requests in the
-        time of b prefills and OSL - 1 decode steps.
+        While a request decodes its OSL - 1 further tokens, each of the g - 1 other sequences of its group is replaced
+        once, so a step waits for (g - 1) / (OSL - 1) prefills on average. In steady traffic (what a plan assumes) newcomers
+        wait for one another as in an M/D/1 queue of prompts. A benchmark at fixed concurrency (`closed_loop`) starts its
+        requests together: TTFT averages that first burst over the waves of requests that follow it, and `waiting` requests
+        an instance find no place in memory and wait for one (backend.py has the formulas); the rate follows from Little's law.
         """
+        fit = self.backend_fit
         load = self.decode_load(layout, batch, workload)
         decode_s = self.decode_tpot_s(layout, batch, workload)
-        one = np.ones_like(np.asarray(batch, dtype=np.float64))
-        alone = self.prefill(layout, layout.dp * layout.pp * one, workload, percentile=percentile)
-        # `alone` handles one prompt in every group and stage at once, so each group loses dp * pp / rate for its own.
-        stall_s = layout.dp * layout.pp / alone.requests_per_s
-        measured, steps = self.backend_fit.prefill_scale, max(workload.mean_osl - 1.0, 1.0)
-        shown = measured if closed_loop else max(measured, 1.0)
-        if workload.mean_osl <= 1.0:
-            shown = 0.0  # no decode step to show them in
+        points = [(isl, weight, self.prefill_kernels_s(layout, 1.0, isl, 1.0)) for isl, weight in _by_isl(workload)]
+        prompt_s = np.asarray(sum(weight * seconds for _, weight, seconds in points))
+        asked_s = points[_percentile_index([w for _, w, _ in points], percentile)][2]
+        steps = workload.mean_osl - 1.0
         others = np.maximum(load.decode_seqs - 1.0, 0.0)
-        tpot = decode_s + shown * stall_s * others / steps
-        waiting = max(1.0 - shown, 0.0) * stall_s * others
-        ttft = alone.ttft_s + decode_s + waiting / 2
-        rate = batch / (stall_s + decode_s + waiting + tpot * (workload.mean_osl - 1.0))
+        shown = 0.0 if steps <= 0 else (fit.prefill if closed_loop else self._prompt_cost)
+        tpot = decode_s + shown * prompt_s * others / max(steps, 1.0)
+        busy_s = load.decode_seqs * (self._prompt_cost * prompt_s + self._host_s(1.0)) + steps * decode_s
+        request_s = np.maximum(self._prompt_cost * prompt_s + decode_s + tpot * steps, busy_s)
+        rate = batch / request_s
+        ttft = fit.host_s + fit.prompt * asked_s + fit.pause * tpot
+        if closed_loop:
+            served_s = prompt_s + tpot * steps
+            ttft = ttft + fit.burst * load.decode_seqs * prompt_s + fit.queue * waiting / batch * served_s
+            rate = np.minimum(rate, (batch + waiting) / (ttft + tpot * steps))
+        else:
+            ttft = ttft + prompt_wait_s(self._prompt_cost * prompt_s, load.decode_seqs / request_s, others)
         return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, True))
 
     def piggybacked(
@@ -206,15 +235,15 @@ class PerfModel:
         room = np.maximum(chunk_tokens - load.decode_seqs, 1.0)
         chunks = np.maximum(isl / room, 1.0)
         mixed = load._replace(prefill_seqs=np.ones_like(room), isl=isl, chunks=chunks, cached_up=cached_up)
-        host = self._host_s(load.decode_seqs)
+        fit = self.backend_fit
+        pure_s = self._host_s(np.ceil(batch / layout.pp)) + self._step_s(layout, load)
         alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
-        pure_s = host + self._step_s(alone)
-        extra_s = np.maximum(self._step_s(together) - self._step_s(alone), 0.0)
+        extra_s = self._prompt_cost * np.maximum(self._prompt_s(together) - self._prompt_s(alone), 0.0)
         carrying = load.decode_seqs / max(osl - 1.0, 1.0) * chunks
         tpot = pure_s + np.minimum(carrying, 1.0) * extra_s
         points = _by_isl(workload)
         isl_at = points[_percentile_index([w for _, w in points], percentile)][0]
-        ttft = np.maximum(np.ceil(isl_at / room), 1.0) * (pure_s + extra_s)
+        ttft = fit.host_s + np.maximum(np.ceil(isl_at / room), 1.0) * (pure_s + extra_s)
         prompt_s = chunks * (pure_s + extra_s)
         rate = np.minimum(batch / (prompt_s + tpot * (osl - 1.0)), layout.dp * layout.pp / prompt_s)
         return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, (carrying <= 1.0) & (chunk_tokens > load.decode_seqs)))

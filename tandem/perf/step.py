@@ -9,14 +9,31 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.perf.backend import KERNELS_ONLY, BackendFit
 from tandem.perf.costs import Item, LayerCosts, Layout, StepLoad
 from tandem.perf.efficiency import OpTimer, bind
-from tandem.perf.ops import NETWORK
+from tandem.perf.ops import NETWORK, Array
 from tandem.spec.design import Evidence, Precision
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
 
 EVIDENCE_ORDER: tuple[Evidence, ...] = ("calibrated", "transferred", "roofline")
+
+
+WORK_CLASSES = ("gemm", "quantised_gemm", "attention", "moe", "network", "other")
+"""Kinds of work that a backend's fit scales apart; each is a field of BackendFit."""
+
+
+def work_class(item: Item) -> str:
+    """Which of WORK_CLASSES an operation belongs to. Matrix multiplications in bf16 follow their curve within 10 %, those in
+    fewer bits within 15 to 25 % only, so that a backend may deviate from the latter more."""
+    if item.op in NETWORK:
+        return "network"
+    if item.op.startswith(("attention", "mla")):
+        return "attention"
+    if item.op == "gemm":
+        return "gemm" if item.dtype == "bf16" else "quantised_gemm"
+    return "moe" if item.op == "moe" else "other"
 
 
 def weakest(evidence: list[Evidence]) -> Evidence:
@@ -64,14 +81,26 @@ class StepPricer:
             link = np.where(fits, self.hardware.scale_up_bytes_per_s, self.hardware.scale_out_bytes_per_s)
         return self._timer(item).work_s(item.work, link) * item.count
 
-    def kernels(self, layout: Layout, load: StepLoad) -> KernelTime:
-        """Kernel and network time of one pass through all layers, for every design point."""
+    def kernels(self, layout: Layout, load: StepLoad, shown: BackendFit = KERNELS_ONLY) -> KernelTime:
+        """Kernel and network time of one pass through all layers, for every design point, as a backend shows its classes."""
         launch: NDArray[np.float64] = np.zeros(())
         work: NDArray[np.float64] = np.zeros(())
+        scales: dict[str, Array] = {kind: getattr(shown, kind) for kind in WORK_CLASSES}
+        if shown.imbalance:
+            scales["moe"] = shown.moe + shown.imbalance * (np.asarray(layout.ep) > 1)
         for item in self._costs.step_items(layout, load):
             launch = launch + self._timer(item).fit.t0_s * item.count
-            work = work + self._item_work_s(item)
+            work = work + self._item_work_s(item) * scales[work_class(item)]
         return KernelTime(launch, work)
+
+    def classes(self, layout: Layout, load: StepLoad) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        """Launch seconds of a step, and its work seconds by `work_class`: what calibration weighs one by one."""
+        launch: NDArray[np.float64] = np.zeros(())
+        work: dict[str, NDArray[np.float64]] = {kind: np.zeros(()) for kind in WORK_CLASSES}
+        for item in self._costs.step_items(layout, load):
+            launch = launch + self._timer(item).fit.t0_s * item.count
+            work[work_class(item)] = work[work_class(item)] + self._item_work_s(item)
+        return launch, work
 
     def breakdown(self, layout: Layout, load: StepLoad) -> dict[str, dict[str, float]]:
         """For one design point: seconds by operation class, cut into fixed, compute and memory (or network) shares."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.calibrate_serving import group_rows, layout_arrays
+from tandem.perf.calibrate_serving import group_rows, layout_arrays, served_batch
 from tandem.perf.phases import PerfModel
 from tandem.perf.silicon import MeasuredRow
 from tandem.spec.workload import Workload
@@ -49,8 +49,10 @@ def predict(rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambd
         first = group[0]
         progress(f"{first.model.name} on {first.hardware.name}")
         perf = PerfModel(first.model, first.hardware, first.precision, first.backend)
-        batch = np.array([float(r.concurrency) for r in group])
-        served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl), closed_loop=True)
+        layout, workload = layout_arrays(group), Workload.fixed(first.isl, first.osl)
+        asked = np.array([float(r.concurrency) for r in group])
+        batch = served_batch(perf, layout, asked, workload)
+        served = perf.colocated(layout, batch, workload, closed_loop=True, waiting=asked - batch)
         fit = perf.backend_fit
         ordered += group
         ends = (fit.ttft_p10, fit.ttft_p90), (fit.tpot_p10, fit.tpot_p90)

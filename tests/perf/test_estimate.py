@@ -18,6 +18,10 @@ from tandem.spec.errors import SpecError
 LLAMA = "meta-llama/Meta-Llama-3.1-8B"
 NANO = "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
 GOOD: dict[str, Any] = {"model": LLAMA, "hardware": "h100-sxm", "isl": 1024, "osl": 256, "batch": 8}
+MEASURED: dict[str, Any] = {
+    "model": "meta-llama/Meta-Llama-3.1-70B", "hardware": "h100-sxm", "isl": 1024, "osl": 1024, "batch": 8,
+    "parallelism": Parallelism(tp=4), "precision": "fp8", "backend": "vllm",
+}  # fmt: skip
 POOL = Instances(parallelism=Parallelism(), batch=8)
 
 
@@ -55,18 +59,20 @@ def test_intervals_are_ordered_and_agree(
 
 
 def test_evidence_says_what_a_prediction_rests_on() -> None:
-    """Own fits and own rows: calibrated; a GPU that borrows its curves: transferred; no measured backend: roofline."""
-    assert estimate(**ask()).evidence == "calibrated"
+    """Own curves and own rows: calibrated; a GPU or model nobody measured: transferred; no measured backend: roofline."""
+    assert estimate(**MEASURED).evidence == "calibrated"
+    assert estimate(**{**MEASURED, "hardware": "h200-sxm", "precision": "fp4"}).evidence == "transferred"
+    assert estimate(**ask()).evidence == "transferred"
     assert estimate(**ask(hardware="a10g", batch=1)).evidence == "transferred"
     assert estimate(**ask(backend="tandem")).evidence == "roofline"
     assert estimate(**ask(hardware="a10g", backend="tandem", batch=1)).evidence == "roofline"
     assert estimate(**ask(model=NANO)).evidence == "transferred"  # a dense hybrid: only large linear MoEs were measured
 
 
-@pytest.mark.parametrize(("field", "inside", "beyond"), [("isl", 16_000, 40_000), ("batch", 256, 257)])
+@pytest.mark.parametrize(("field", "inside", "beyond"), [("isl", 16_000, 40_000), ("batch", 128, 129)])
 def test_evidence_ends_at_twice_what_was_measured(field: str, inside: int, beyond: int) -> None:
-    """vLLM on Hopper, dense: rows reach batch 128 and 8,192 prompt tokens (backend_fits.csv)."""
-    base = ask(precision="fp8", osl=64, isl=512)
+    """vLLM, Llama-70B in FP8 on H100: rows reach 64 requests and 8,192 prompt tokens (serving_fits.yaml)."""
+    base = {**MEASURED, "parallelism": Parallelism(tp=8), "osl": 64, "isl": 512}
     assert estimate(**{**base, field: inside}).evidence == "calibrated"
     assert estimate(**{**base, field: beyond}).evidence == "transferred"
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.perf.backend import PHYSICS
 from tandem.perf.costs import LayerCosts, Layout, StepLoad
 from tandem.perf.estimate import perf_model
-from tandem.perf.phases import PerfModel
+from tandem.perf.phases import PerfModel, prompt_wait_s
 from tandem.spec.catalog import load_spec
 from tandem.spec.design import Precision
 from tandem.spec.workload import Workload
@@ -23,6 +24,8 @@ MODELS = [NANO, QWEN, R1, "openai/gpt-oss-20b", "Qwen/Qwen3-30B-A3B", "Qwen/Qwen
 PERF = {name: perf_model(name, "h200-sxm", "fp8", "vllm") for name in MODELS}
 names = st.sampled_from(MODELS)
 ONE = Layout(1.0, 1.0, 1.0, 1.0, 1.0)
+BARE = replace(PHYSICS, host_s=0.0, burst=0.0)
+"""A backend that shows kernels as physics has them and answers at once."""
 NOISE = 1 + 1e-9
 
 
@@ -66,7 +69,7 @@ def test_pipeline_stages_carry_more_sequences_not_faster_ones(name: str, pp: int
     staged = perf.decode_tpot_s(ONE._replace(pp=float(pp)), one(b * pp), workload)[0]
     hop = perf.pricer.breakdown(ONE._replace(pp=float(pp)), perf.decode_load(ONE._replace(pp=float(pp)), one(b * pp), workload))
     fit, sent = perf.backend_fit, hop["send"]
-    hops = fit.launch_scale * sent["fixed"] + fit.work_scale * (sent["seconds"] - sent["fixed"])
+    hops = fit.launch * sent["fixed"] + fit.network * (sent["seconds"] - sent["fixed"])
     assert staged == pytest.approx(single + hops, rel=1e-9)
 
 
@@ -138,7 +141,7 @@ def test_chunked_pipelines_shorten_ttft_at_the_same_rate() -> None:
 @given(st.integers(2, 32), st.integers(1, 64), st.integers(10, 200_000))
 def test_a_chunked_pipeline_is_bounded_by_its_work_and_by_one_stage_set(stages: int, chunks: int, isl: int) -> None:
     """TTFT is never below 1/cpp of the busy time (all stages work) and hardly above all of it (one works at a time)."""
-    perf, workload = PERF[NANO], Workload.fixed(isl, 100)
+    perf, workload = replace(PERF[NANO], given_fit=BARE), Workload.fixed(isl, 100)
     chunk = np.ceil(isl / chunks)
     piped = perf.prefill(ONE._replace(cpp=float(stages)), one(1), workload, chunk)
     busy = stages / piped.requests_per_s
@@ -150,7 +153,7 @@ def test_a_chunked_pipeline_is_bounded_by_its_work_and_by_one_stage_set(stages: 
 @given(st.sampled_from([NANO, QWEN]), st.integers(2, 32), st.integers(1, 40), st.integers(16, 4000))
 def test_a_chunked_pipeline_ends_when_a_simulated_one_does(name: str, stages: int, chunks: int, new: int) -> None:
     """Chunk j enters stage s when chunk j-1 has left it and stage s-1 is done with j; later chunks attend to more."""
-    perf, isl = PERF[name], float(chunks * new)
+    perf, isl = replace(PERF[name], given_fit=BARE), float(chunks * new)
     layout = ONE._replace(cpp=float(stages))
     host = perf.backend_fit.step_s + perf.backend_fit.sequence_s
     mean = perf.prefill_kernels_s(layout, 1.0, isl, float(chunks)) / chunks + host
@@ -166,16 +169,40 @@ def test_a_chunked_pipeline_ends_when_a_simulated_one_does(name: str, stages: in
 
 
 @pytest.mark.parametrize("b", [1, 8, 64])
-def test_in_a_closed_loop_newcomers_wait_for_one_another(b: int) -> None:
-    """A backend that shows no prefill in TPOT: b prompts start together and run in turn, the i-th waits for i others."""
-    fit, workload = replace(PERF[QWEN].backend_fit, prefill_scale=0.0), Workload.fixed(2048, 256)
+def test_a_burst_of_prompts_is_averaged_over_the_waves_that_follow(b: int) -> None:
+    """b prompts that start together run in turn, the i-th waits for i others; nine more waves of b do not wait at all."""
+    fit, workload = replace(BARE, burst=0.05, prompt=0.95, pause=0.0), Workload.fixed(2048, 256)
     perf = replace(PERF[QWEN], given_fit=fit)
     served = perf.colocated(ONE, one(b), workload, closed_loop=True)
-    alone = perf.prefill(ONE, one(1), workload).ttft_s[0]
+    prompt = perf.prefill_kernels_s(ONE, 1.0, 2048.0, 1.0)
+    waves = [np.mean([(i + 0.5) * prompt for i in range(b)])] + [0.0] * 9
+    assert served.ttft_s[0] == pytest.approx(0.95 * prompt + np.mean(waves))
     decode = perf.decode_tpot_s(ONE, one(b), workload)[0]
-    assert served.tpot_s[0] == pytest.approx(decode)
-    assert served.ttft_s[0] == pytest.approx(np.mean([(i + 1) * alone for i in range(b)]) + decode)
-    assert b / served.requests_per_s[0] == pytest.approx(b * alone + 256 * decode)
+    assert served.tpot_s[0] == pytest.approx(decode + (b - 1) / 255 * prompt)
+    host = perf.backend_fit.step_s + perf.backend_fit.sequence_s
+    assert b / served.requests_per_s[0] == pytest.approx(max(b * (prompt + host), b * prompt + decode) + 255 * decode)
+
+
+def test_requests_beyond_memory_wait_for_a_whole_request_of_others() -> None:
+    """Little's law: with as many waiting as served, a newcomer waits as long as one request is served."""
+    perf, workload = replace(PERF[QWEN], given_fit=replace(BARE, pause=0.0)), Workload.fixed(2048, 256)
+    free, queued = (perf.colocated(ONE, one(16), workload, closed_loop=True, waiting=w) for w in (0.0, 16.0))
+    served = perf.prefill_kernels_s(ONE, 1.0, 2048.0, 1.0) + 255 * free.tpot_s[0]
+    assert queued.ttft_s[0] - free.ttft_s[0] == pytest.approx(served)
+    assert queued.tpot_s == free.tpot_s
+
+
+@pytest.mark.parametrize("load", [0.2, 0.5, 0.8])
+def test_prompts_of_steady_traffic_wait_as_a_simulated_queue_does(load: float) -> None:
+    """200,000 Poisson arrivals at one server of constant service (seed 0); the mean wait is known to 2 or 3 %."""
+    rng, service = np.random.default_rng(0), 0.3
+    gaps = rng.exponential(service / load, 200_000)
+    wait = waited = 0.0
+    for gap in gaps:
+        wait = max(0.0, wait + service - gap)
+        waited += wait
+    found = prompt_wait_s(service, load / service, np.inf)
+    assert found == pytest.approx(waited / len(gaps), rel=0.05)
 
 
 layouts = st.sampled_from([ONE, ONE._replace(pp=2.0), Layout(2.0, 1.0, 2.0, 1.0, 1.0), Layout(1.0, 1.0, 4.0, 4.0, 1.0)])
@@ -206,8 +233,8 @@ def test_piggybacked_gpus_work_at_most_all_the_time(name: str, b: int, isl: int,
     room = max(chunk - b, 1)
     load = perf.decode_load(ONE, one(b), workload)
     mixed = load._replace(prefill_seqs=1.0, isl=float(isl), chunks=max(isl / room, 1.0))
-    pure, together = (perf._step_s(perf.pricer.kernels(ONE, x))[0] for x in (load, mixed))
-    extra = max(together - pure, 0.0)
+    pure, together = (perf._prompt_s(perf.pricer.kernels(ONE, x))[0] for x in (load, mixed))
+    extra = perf._prompt_cost * max(together - pure, 0.0)
     decode = perf.decode_tpot_s(ONE, one(b), workload)[0]
     busy = served.requests_per_s[0] * (max(isl / room, 1.0) * extra + (osl - 1) * decode / b)
     if served.feasible[0]:
@@ -218,15 +245,14 @@ def test_piggybacked_gpus_work_at_most_all_the_time(name: str, b: int, isl: int,
 @settings(max_examples=100, deadline=None)
 @given(names, layouts, st.integers(1, 300), lengths, st.integers(1, 4000))
 def test_littles_law(name: str, layout: Layout, b: int, isl: int, osl: int) -> None:
-    """Requests in an instance = rate x time in it; a closed loop's TTFT has the newcomers' mean wait, half the longest."""
+    """At fixed concurrency rate x time of a request = requests in flight, or less where the GPUs cannot keep up; in steady
+    traffic no more than the batch is decoding; a batch of prompts is done in TTFT where the host answers at once."""
     workload = Workload.fixed(isl, osl)
-    for closed in (False, True):
-        served = PERF[name].colocated(layout, one(b), workload, closed_loop=closed)
-        inside = served.requests_per_s[0] * (served.ttft_s[0] + served.tpot_s[0] * (osl - 1))
-        assert inside <= b * NOISE
-        if not closed and osl > 1:
-            assert inside == pytest.approx(b, rel=1e-9)
-    filled = PERF[name].prefill(layout, one(b), workload)
+    closed = PERF[name].colocated(layout, one(b), workload, closed_loop=True)
+    assert closed.requests_per_s[0] * (closed.ttft_s[0] + closed.tpot_s[0] * (osl - 1)) <= b * NOISE
+    steady = PERF[name].colocated(layout, one(b), workload)
+    assert steady.requests_per_s[0] * steady.tpot_s[0] * (osl - 1) <= b * NOISE
+    filled = replace(PERF[name], given_fit=BARE).prefill(layout, one(b), workload)
     assert filled.requests_per_s[0] * filled.ttft_s[0] == pytest.approx(b, rel=1e-9)
 
 

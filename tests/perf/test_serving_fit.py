@@ -11,16 +11,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.perf.backend import KERNELS_ONLY, BackendFit, find_backend, load_backends, parse_backends
-from tandem.perf.calibrate_serving import (
+from tandem.perf.backend import (
+    KERNELS_ONLY,
+    PHYSICS,
     TERMS,
+    BackendFit,
+    ServingFits,
+    find_backend,
+    fingerprint,
+    load_serving_fits,
+    parse_fits,
+)
+from tandem.perf.calibrate_serving import (
+    Table,
     calibrate_serving,
-    fit_terms,
-    format_backends,
+    format_fits,
     group_rows,
     layout_arrays,
     row_terms,
+    ttft_terms,
 )
+from tandem.perf.hierarchy import Level, fit_hierarchy
 from tandem.perf.phases import PerfModel
 from tandem.perf.silicon import MeasuredRow, read_colocated, sample_path, side_of
 from tandem.perf.validate import ErrorSet, Predictions, error_sets, predict
@@ -30,7 +41,7 @@ from tandem.spec.errors import SpecError, TandemError
 from tandem.spec.workload import Workload
 
 LLAMA = "meta-llama/Meta-Llama-3.1-8B"
-NO_PULL = np.zeros(5)
+MOE = "Qwen/Qwen3-30B-A3B"
 COLUMNS = [
     "id", "silicon_data_source", "backend", "model_path", "system", "precision", "mode", "isl", "osl", "batch_size", "tp_size",
     "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size", "silicon_ttft_ms", "silicon_tpot_ms",
@@ -48,68 +59,116 @@ def row(**changes: object) -> MeasuredRow:
     return replace(base, **changes)
 
 
+def one_level(names: list[str], sd: float = 5.0) -> list[Level]:
+    return [Level(names, sd, by_term=True)]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0.05, 2), min_size=5, max_size=5), st.integers(0, 10**6))
-def test_fit_terms_recovers_known_coefficients(known: list[float], seed: int) -> None:
+def test_the_fit_recovers_known_coefficients(known: list[float], seed: int) -> None:
     rng = np.random.default_rng(seed)
-    terms = np.exp(rng.normal(0, 1, (200, 5)))
-    assert fit_terms(terms, terms @ known, np.ones(5), NO_PULL) == pytest.approx(known, rel=1e-6)
+    terms = np.exp(rng.normal(0, 1, (300, 5)))
+    found = fit_hierarchy(terms, terms @ known, [], common_sd=100.0, softness=0.1)
+    assert np.exp(found.common) == pytest.approx(known, rel=0.02)
 
 
-def test_fit_terms_shrugs_off_outliers_and_never_goes_below_zero() -> None:
+def test_the_fit_shrugs_off_outliers() -> None:
     rng = np.random.default_rng(3)
-    terms, known = np.exp(rng.normal(0, 1, (400, 5))), np.array([1.0, 0.0, 0.5, 2.0, 0.3])
+    terms, known = np.exp(rng.normal(0, 1, (400, 4))), np.array([1.0, 0.5, 2.0, 0.3])
     measured = terms @ known
     measured[::10] *= 3
-    found = fit_terms(terms, measured, np.zeros(5), NO_PULL)
-    assert found == pytest.approx(known, abs=0.004)
-    opposed = terms @ np.array([1.0, 0.0, 1.0, 1.0, 1.0]) - 0.2 * terms[:, 1]
-    assert np.all(fit_terms(terms, np.maximum(opposed, 0.01), np.zeros(5), NO_PULL) >= 0)
+    found = fit_hierarchy(terms, measured, [], common_sd=100.0, softness=0.02)
+    assert np.exp(found.common) == pytest.approx(known, rel=0.03)
 
 
-def test_a_prior_holds_what_the_rows_cannot_tell() -> None:
-    """Two terms that are always alike: the data fix their sum, the prior their shares; many rows outweigh it."""
-    one = np.linspace(1, 3, 50)
-    terms = np.stack([one, one, np.zeros(50), np.zeros(50), np.zeros(50)], axis=1)
-    found = fit_terms(terms, 2.0 * one, np.array([1.5, 0.5, 0, 0, 0]), np.full(5, 8.0))
-    assert found[:2] == pytest.approx([1.5, 0.5], rel=1e-3)
-    weak = fit_terms(terms[:, :5] * [1, 0, 0, 0, 0], 2.0 * one, np.array([1.0, 0, 0, 0, 0]), np.full(5, 1.0))
-    assert weak[0] == pytest.approx(2.0, rel=0.02)
+def test_a_small_group_stays_near_its_parent_and_a_large_one_finds_its_own() -> None:
+    """Two groups deviate alike, by a factor of 1.5 in one term; 2 rows move less than 200 rows do."""
+    rng = np.random.default_rng(5)
+    terms = np.exp(rng.normal(0, 0.3, (602, 2)))
+    names = ["base"] * 400 + ["large"] * 200 + ["small"] * 2
+    factor = np.where(np.array(names) == "base", 1.0, 1.5)
+    measured = terms[:, 0] * factor + terms[:, 1]
+    found = fit_hierarchy(terms, measured, one_level(names, 0.05), common_sd=1.0, softness=0.1)
+    moved = {name: float(found.deviations[name][0]) for name in ("large", "small")}
+    assert 0 < moved["small"] < 0.5 * moved["large"] < np.log(1.5)
+    loose = fit_hierarchy(terms, measured, one_level(names, 5.0), common_sd=1.0, softness=0.1)
+    assert loose.common[0] + loose.deviations["large"][0] == pytest.approx(np.log(1.5), abs=0.02)
+    assert loose.predict(terms[:1], [["never seen"]]) == pytest.approx(np.exp(loose.common) @ terms[0])
 
 
-def synthetic(fit: BackendFit) -> list[MeasuredRow]:
-    """Rows that a backend with exactly these coefficients would show, by the formula in backend.py."""
-    settings_ = [(isl, osl, tp) for isl in (256, 1024, 8192) for osl in (128, 2048) for tp in (1, 2, 4)]
-    rows = []
-    for isl, osl, tp in settings_:
-        for concurrency in (1, 4, 16, 64, 128):
-            rows.append(row(isl=isl, osl=osl, concurrency=concurrency, parallelism=Parallelism(tp=tp)))
+def synthetic(fit: BackendFit, **changes: object) -> list[MeasuredRow]:
+    """Rows that a backend with exactly these coefficients would show, by the formulas in backend.py."""
+    rows = [
+        row(isl=isl, osl=osl, concurrency=c, parallelism=Parallelism(tp=tp), **changes)
+        for isl in (256, 1024, 8192)
+        for osl in (128, 2048)
+        for tp in (1, 2, 4)
+        for c in (1, 4, 16, 64, 128)
+    ]
     made = []
     for group in group_rows(rows).values():
-        seconds = row_terms(group) @ [getattr(fit, name) for name in TERMS]
-        made += [replace(r, tpot_s=float(s)) for r, s in zip(group, seconds, strict=True)]
+        first = group[0]
+        perf = PerfModel(first.model, first.hardware, first.precision, first.backend, given_fit=fit)
+        batch = np.array([float(r.concurrency) for r in group])
+        served = perf.colocated(layout_arrays(group), batch, Workload.fixed(first.isl, first.osl), closed_loop=True)
+        made += [replace(r, ttft_s=t, tpot_s=p) for r, t, p in zip(group, served.ttft_s, served.tpot_s, strict=True)]
     return made
 
 
 def test_calibration_recovers_the_backend_that_made_the_rows() -> None:
-    true = replace(KERNELS_ONLY, step_s=2e-3, sequence_s=3e-5, launch_scale=0.5, work_scale=0.9, prefill_scale=0.8)
-    (found,) = calibrate_serving(synthetic(true))
-    assert (found.backend, found.generation, found.family, found.num_rows) == ("vllm", "Hopper", "dense", 90)
-    for name in TERMS:
-        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.15), name
-    assert (found.sequences_max, found.isl_max) == (128, 8192)
-    assert 0.97 < found.tpot_p10 <= found.tpot_p90 < 1.03
+    """Predictions, not single coefficients: terms that always go together share what they explain."""
+    true = replace(PHYSICS, step_s=3e-3, sequence_s=2e-5, launch=0.6, prefill=0.8, host_s=0.05, prompt=1.4, burst=0.08)
+    made = synthetic(true)
+    fits = calibrate_serving(made)
+    found, evidence = fits.find("vllm", made[0].hardware, made[0].model, "fp8")
+    assert evidence == "calibrated"
+    assert (found.num_rows, found.sequences_max, found.isl_max) == (90, 128, 8192)
+    again = synthetic(found)
+    for metric in TERMS:
+        ratio = [getattr(a, f"{metric}_s") / getattr(b, f"{metric}_s") for a, b in zip(again, made, strict=True)]
+        assert np.median(np.abs(np.log(ratio))) < 0.02
+        assert 0.9 < getattr(found, f"{metric}_p10") <= getattr(found, f"{metric}_p90") < 1.1
+    assert fits.find("vllm", load_hardware("b200-sxm"), made[0].model, "fp8")[1] == "transferred"
+    assert fits.find("sglang", made[0].hardware, made[0].model, "fp8") == (KERNELS_ONLY, "roofline")
 
 
-def test_terms_are_those_that_the_prediction_adds_up() -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallelism": Parallelism(tp=2)},
+        {"model": load_spec(MOE), "parallelism": Parallelism(tp=2, dp=2, ep=4), "backend": "sglang"},
+        {"concurrency": 20_000, "isl": 8192},
+    ],
+)
+def test_terms_are_those_that_the_prediction_adds_up(changes: dict[str, object]) -> None:
     """Coefficients times terms is what `colocated` then predicts: fitting and predicting cannot drift apart."""
-    fit = find_backend("vllm", "Hopper", load_spec(LLAMA))[0]
-    r = row(concurrency=12, parallelism=Parallelism(tp=2))
-    bare = replace(KERNELS_ONLY, prefill_scale=fit.prefill_scale)
-    perf = PerfModel(r.model, r.hardware, r.precision, r.backend, given_fit=bare)
-    served = perf.colocated(layout_arrays([r]), np.array([12.0]), Workload.fixed(r.isl, r.osl), closed_loop=True)
-    summed = row_terms([r]) @ [0.0, 0.0, 1.0, 1.0, fit.prefill_scale]
-    assert served.tpot_s == pytest.approx(summed, rel=1e-9)
+    r = row(**{"concurrency": 12, **changes})
+    fit = find_backend(r.backend, r.hardware, r.model, r.precision.weights)[0]
+    (p,) = (predict([r]),)
+    terms = row_terms([r])
+    scale = {m: [getattr(fit, name) / getattr(PHYSICS, name) for name in names] for m, names in TERMS.items()}
+    tpot = terms.tpot @ scale["tpot"]
+    assert p.tpot_s == pytest.approx(tpot, rel=1e-9)
+    assert p.ttft_s == pytest.approx(ttft_terms(terms, tpot, np.array([float(r.osl)])) @ scale["ttft"], rel=1e-9)
+
+
+def test_held_out_rows_never_reach_the_fit_that_predicts_them() -> None:
+    """A part whose rows are all tripled is still predicted as the rest has it."""
+    made = synthetic(PHYSICS)
+    spoiled = [replace(r, tpot_s=r.tpot_s * (3 if r.isl == 1024 else 1)) for r in made]
+    table = Table.of(spoiled)
+    found = table.held_out([str(r.isl) for r in table.rows])
+    for r, predicted in zip(table.rows, found["tpot"], strict=True):
+        if r.isl == 1024:
+            assert predicted == pytest.approx(r.tpot_s / 3, rel=0.05)
+
+
+def test_models_of_one_arithmetic_share_a_fingerprint() -> None:
+    same = [fingerprint(load_spec(m)) for m in ("deepseek-ai/DeepSeek-R1", "deepseek-ai/DeepSeek-V3")]
+    assert same[0] == same[1] != fingerprint(load_spec(LLAMA))
+    assert fingerprint(load_spec("meta-llama/Llama-3.1-8B-Instruct")) == fingerprint(
+        load_spec("nvidia/Llama-3.1-8B-Instruct-FP8")
+    )
 
 
 def test_calibration_refuses_rows_that_are_for_judging() -> None:
@@ -187,12 +246,32 @@ def test_no_setting_is_on_both_sides_of_the_split() -> None:
 
 
 def test_fits_survive_being_written_and_read() -> None:
-    shipped = list(load_backends())
-    assert parse_backends(format_backends(shipped, "here")) == shipped
-    assert {f.backend for f in shipped} == {"vllm", "sglang", "trtllm"}
-    assert len({(f.backend, f.generation, f.family) for f in shipped}) == len(shipped)
+    shipped = load_serving_fits()
+    again = parse_fits(format_fits(shipped, "here"))
+    assert (again.common, again.groups, again.spread, again.models) == (
+        shipped.common,
+        shipped.groups,
+        shipped.spread,
+        shipped.models,
+    )
+    assert {name for name in shipped.groups if " " not in name} == {"vllm", "sglang", "trtllm"}
     with pytest.raises(SpecError, match="step_s=-1"):
-        replace(shipped[0], step_s=-1.0)
+        replace(PHYSICS, step_s=-1.0)
+    with pytest.raises(SpecError, match="not what `tandem calibrate serving --out` writes"):
+        parse_fits("groups: 3")
+
+
+def test_the_shipped_fits_stay_physical() -> None:
+    """Away from measured models bf16 matrix multiplications stay near their measured curve, and host time is milliseconds."""
+    shipped: ServingFits = load_serving_fits()
+    for backend in ("vllm", "sglang", "trtllm"):
+        for gpu in ("h100-sxm", "h200-sxm", "b200-sxm", "a10g"):
+            for model in ("Qwen/Qwen3-8B", MOE, "nvidia/NVIDIA-Nemotron-Nano-9B-v2", "deepseek-ai/DeepSeek-R1"):
+                fit, _ = shipped.find(backend, load_hardware(gpu), load_spec(model), "bf16")
+                assert 0.7 <= fit.gemm <= 1.5, (backend, gpu, model)
+                assert 0.5e-3 <= fit.step_s <= 6e-3
+                assert 0.2 <= fit.launch <= 1.6
+                assert fit.tpot_p10 < fit.tpot_p90
 
 
 def judged(rows: list[MeasuredRow], ttft: list[float], tpot: list[float], width: float) -> dict[tuple[str, str, str], ErrorSet]:
