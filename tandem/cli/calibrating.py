@@ -43,7 +43,7 @@ def run_serving(out: Path | None, json_out: bool) -> None:
     """Refit backend overheads on the calibration rows; show each with its interval."""
     require_folder("--out", out)
     path = silicon.sample_path()
-    rows = [r for r in silicon.read_colocated(path) if r.side == "calibration"]
+    rows = [r for r in silicon.read_rows(path) if r.side == "calibration"]
     with text.progress("calibrating backends") as step:
         fits = calibrate_serving(rows, step)
     if out is not None:
@@ -71,7 +71,7 @@ def run_serving(out: Path | None, json_out: bool) -> None:
 
 def run_validate(json_out: bool) -> None:
     """Predict every measured row and show the errors, validation rows first."""
-    rows = list(silicon.read_colocated(silicon.sample_path()))
+    rows = list(silicon.read_rows(silicon.sample_path()))
     with text.progress("validating") as step:
         sets = error_sets(predict(rows, step))
     if json_out:

@@ -1,14 +1,14 @@
 """What a serving backend makes of the kernels: host time, what graphs hide, how prefill disturbs decode, how prompts wait.
 
-At a fixed number of requests in flight, with b of them in a pipeline stage and p prompt seconds (work and half the launches):
+At a fixed number of requests in flight, with g sequences in an attention group and p prompt seconds (work and half the launches):
 
-    TPOT = step + sequence*b + launch*T0 + gemm*Tg + quantised_gemm*Tq + attention*Ta
+    TPOT = step + sequence*g + launch*T0 + gemm*Tg + quantised_gemm*Tq + attention*Ta
          + (moe + imbalance if ep > 1)*Tm + network*Tn + other*To + prefill * (g - 1) / (OSL - 1) * p
     TTFT = host + prompt*p + burst*g*p + queue*W + pause*TPOT
 
-T0 are a decode step's fixed kernel seconds, T. its remaining ones by class, g the sequences of one attention group, W the
+T0 are a decode step's fixed kernel seconds, T. its remaining ones by class, W the
 wait of requests that memory does not hold. Each coefficient is its physical default times exp(sum of deviations): of the
-backend, the backend on a GPU generation, the backend with a model family, and one factor over all terms for the backend with
+backend, the backend on a GPU generation, with a model family, and as separate prefill and decode pools, and one factor over all terms for the backend with
 a model, and with a model on a GPU in a weight format (docs/adr/0007). `tandem calibrate serving` fits the deviations.
 """
 
@@ -102,19 +102,23 @@ def fit_family(model: ModelSpec) -> str:
     return "dense" if model.family == "hybrid" and not has_experts else model.family
 
 
-def group_keys(backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str) -> tuple[str, str, str, str, str]:
-    """The five groups that a setting belongs to, widest first; the last two have one factor, the others one for each term."""
+def group_keys(backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str, split: bool = False) -> tuple[str, ...]:
+    """The six groups that a setting belongs to, widest first; the last two have one factor, the others one for each term.
+
+    `split`: prefill and decode in pools of their own; the group "" of the co-located never deviates.
+    """
     arch = fingerprint(model)
     return (
         backend,
         f"{backend} on {hardware.generation}",
         f"{backend} with {fit_family(model)}",
+        f"{backend} in pools" if split else "",
         f"{backend} with {arch}",
         f"{backend} on {hardware.name} with {arch} in {weights}",
     )
 
 
-SHARED_LEVELS = 3
+SHARED_LEVELS = 4
 """The first so many of `group_keys` deviate term by term, the rest by one factor over all of a metric's terms."""
 
 
@@ -128,10 +132,12 @@ class ServingFits:
     models: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def find(self, backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str) -> tuple[BackendFit, Evidence]:
+    def find(
+        self, backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str, split: bool = False
+    ) -> tuple[BackendFit, Evidence]:
         """Coefficients for a setting. `calibrated` where rows of this model on this GPU in this format were fitted;
         `transferred` where only wider groups know it; `roofline` and KERNELS_ONLY for a backend nobody measured."""
-        keys = group_keys(backend, hardware, model, weights)
+        keys = group_keys(backend, hardware, model, weights, split)
         if keys[0] not in self.groups:
             return KERNELS_ONLY, "roofline"
         own = self.groups.get(keys[-1])
@@ -145,7 +151,7 @@ class ServingFits:
                     log += deviation.get(term, 0.0) if level < SHARED_LEVELS and deviation else deviation or 0.0
                 values[term] = getattr(PHYSICS, term) * math.exp(log)
             group = f"{evidence} {backend}"
-            finer = self.spread[metric].get(f"{group} {fit_family(model)}", self.spread[metric][group])
+            finer = self.spread[metric].get(f"{group} {'pools' if split else fit_family(model)}", self.spread[metric][group])
             values |= dict(zip((f"{metric}_p10", f"{metric}_p90"), finer, strict=True))
         widest = own or self.groups[keys[0]]
         values |= {k: float(widest[k]) for k in ("sequences_max", "isl_max")} | {"num_rows": int(widest["num_rows"])}
@@ -170,6 +176,8 @@ def load_serving_fits() -> ServingFits:
     return parse_fits(source.read_text(encoding="utf-8"))
 
 
-def find_backend(backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str) -> tuple[BackendFit, Evidence]:
+def find_backend(
+    backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str, split: bool = False
+) -> tuple[BackendFit, Evidence]:
     """Coefficients of the shipped fits for a setting, and what they rest on."""
-    return load_serving_fits().find(backend, hardware, model, weights)
+    return load_serving_fits().find(backend, hardware, model, weights, split)

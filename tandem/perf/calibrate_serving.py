@@ -32,12 +32,13 @@ from tandem.perf.backend import (
 from tandem.perf.costs import Layout
 from tandem.perf.hierarchy import Hierarchy, Level, fit_hierarchy
 from tandem.perf.phases import PerfModel
+from tandem.perf.pools import PrefillPool, prompt_times
 from tandem.perf.silicon import MeasuredRow
 from tandem.spec.errors import TandemError
 from tandem.spec.workload import Workload
 
 Array = NDArray[np.float64]
-PRIOR_SD = {"tpot": (0.4, 0.2, 0.2, 0.2, 0.2), "ttft": (0.5, 0.3, 0.3, 0.3, 0.2)}
+PRIOR_SD = {"tpot": (0.4, 0.2, 0.2, 0.2, 0.2, 0.2), "ttft": (0.5, 0.3, 0.3, 0.3, 0.3, 0.2)}
 """Prior standard deviation of a group's logarithms, by level of `group_keys`: a backend may differ from another by a third,
 one GPU generation or model of it by a fifth. TTFT is noisier (facts/validation.md)."""
 COMMON_SD = {"tpot": 0.5, "ttft": 1.0}
@@ -56,25 +57,30 @@ FIRM = {
 its curve than host time and collectives inside a graph; bf16 matrix multiplications are known best."""
 FOLDS = 5
 """Parts in which settings are held out to measure what the coefficients leave unexplained."""
-MIN_SPREAD_ROWS = 40
+MIN_SPREAD_ROWS = 30
 """Fewest held-out rows for which a backend's family has an interval of its own."""
 
 
 class RowTerms(NamedTuple):
-    """What the coefficients weigh, in measured rows: `tpot` seconds [rows, TPOT_TERMS]; for TTFT the prompt's seconds, the
-    sequences of a group, and requests that wait per request served."""
+    """What the coefficients weigh, in measured rows: `tpot` seconds [rows, TPOT_TERMS]; for TTFT the prompt's seconds, those of
+    all prompts that start together, requests that wait per request served, and a prefill pool's seconds for all requests."""
 
     tpot: Array
     prompt_s: Array
-    sequences: Array
+    burst_s: Array
     waiting: Array
+    cycle_s: Array
+    sequences: Array
+    """Of an attention group; a record of where rows stood, no term."""
 
 
 def group_rows(rows: Iterable[MeasuredRow]) -> dict[tuple[str, ...], list[MeasuredRow]]:
     """Rows that share a performance model and lengths, so that one vectorised call prices them all."""
     groups: dict[tuple[str, ...], list[MeasuredRow]] = defaultdict(list)
     for r in rows:
-        groups[(r.model.name, r.hardware.name, r.backend, str(r.precision), str(r.isl), str(r.osl))].append(r)
+        groups[
+            (r.model.name, r.hardware.name, r.backend, str(r.precision), str(r.isl), str(r.osl), str(r.prefill is None))
+        ].append(r)
     return groups
 
 
@@ -82,6 +88,14 @@ def layout_arrays(rows: Sequence[MeasuredRow]) -> Layout:
     """Parallelism of many rows."""
     axes = [[p.tp, p.pp, p.ep, p.dp, p.cpp] for p in (r.parallelism for r in rows)]
     return Layout(*np.array(axes, dtype=np.float64).T)
+
+
+def prefill_arrays(rows: Sequence[MeasuredRow]) -> PrefillPool:
+    """Prefill pools of many disaggregated rows."""
+    pools = [r.prefill for r in rows if r.prefill is not None]
+    axes = [[p.tp, p.pp, p.ep, p.dp, p.cpp] for p in (pool.parallelism for pool in pools)]
+    batch, replicas = np.array([[pool.batch, pool.replicas] for pool in pools], dtype=np.float64).T
+    return PrefillPool(Layout(*np.array(axes, dtype=np.float64).T), batch, replicas)
 
 
 def served_batch(perf: PerfModel, layout: Layout, concurrency: Array, workload: Workload) -> Array:
@@ -93,33 +107,46 @@ def served_batch(perf: PerfModel, layout: Layout, concurrency: Array, workload: 
 def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
     """The terms of rows that `group_rows` put together."""
     first = rows[0]
-    perf = PerfModel(first.model, first.hardware, first.precision, first.backend)
+    split = first.prefill is not None
+    perf = PerfModel(first.model, first.hardware, first.precision, first.backend, split=split)
     layout, workload = layout_arrays(rows), Workload.fixed(first.isl, first.osl)
-    asked, one = np.array([float(r.concurrency) for r in rows]), np.ones(len(rows))
+    asked, one = np.array([float(r.concurrency) / r.replicas for r in rows]), np.ones(len(rows))
     batch = served_batch(perf, layout, asked, workload)
+    if split:
+        # Of the requests in flight those decode that are not in their first token: Little's law on the measured times.
+        decoding = [r.tpot_s * (r.osl - 1) / (r.ttft_s + r.tpot_s * (r.osl - 1)) for r in rows]
+        batch = np.clip(asked * decoding, 1.0, batch)
     load = perf.decode_load(layout, batch, workload)
     launch, work = perf.pricer.classes(layout, load)
-    prompt_s = perf.prefill_kernels_s(layout, one, float(first.isl), one)
     seqs = np.asarray(load.decode_seqs)
+    if split:
+        times = prompt_times(perf, prefill_arrays(rows), workload, np.array([float(r.concurrency) for r in rows]))
+        prompt_s, burst_s, cycle_s = (np.asarray(x) * one for x in times)
+        stall_s, waiting = 0.0 * one, 0.0 * one
+    else:
+        prompt_s = perf.prefill_kernels_s(layout, one, float(first.isl), one)
+        burst_s, cycle_s = seqs * prompt_s, 0.0 * one
+        stall_s, waiting = prompt_s * (seqs - 1.0) / max(first.osl - 1.0, 1.0), (asked - batch) / batch
     columns = {
         "step_s": one,
-        "sequence_s": np.ceil(batch / layout.pp),
+        "sequence_s": seqs,
         "launch": launch,
         **work,
-        "prefill": prompt_s * (seqs - 1.0) / max(first.osl - 1.0, 1.0),
+        "prefill": stall_s,
         "imbalance": work["moe"] * (np.asarray(layout.ep) > 1),
     }
     tpot = np.stack([getattr(PHYSICS, name) * columns[name] * one for name in TPOT_TERMS], axis=1)
-    return RowTerms(tpot, prompt_s, seqs, (asked - batch) / batch)
+    return RowTerms(tpot, prompt_s, burst_s, waiting, cycle_s, seqs)
 
 
 def ttft_terms(terms: RowTerms, tpot_s: Array, osl: Array) -> Array:
     """Seconds of TTFT's terms [rows, TTFT_TERMS], given the TPOT that the rows are predicted to have."""
+    served_s = terms.prompt_s + tpot_s * (osl - 1.0)
     columns = {
         "host_s": np.ones_like(tpot_s),
         "prompt": terms.prompt_s,
-        "burst": terms.sequences * terms.prompt_s,
-        "queue": terms.waiting * (terms.prompt_s + tpot_s * (osl - 1.0)),
+        "burst": terms.burst_s,
+        "queue": terms.waiting * served_s + np.maximum(terms.cycle_s - served_s, 0.0),
         "pause": tpot_s,
     }
     return np.stack([getattr(PHYSICS, name) * columns[name] for name in TTFT_TERMS], axis=1)
@@ -142,7 +169,7 @@ class Table:
             progress(f"{group[0].model.name} on {group[0].hardware.name}")
             members += group
             parts.append(row_terms(group))
-        keys = [group_keys(r.backend, r.hardware, r.model, r.precision.weights) for r in members]
+        keys = [group_keys(r.backend, r.hardware, r.model, r.precision.weights, r.prefill is not None) for r in members]
         return cls(members, RowTerms(*(np.concatenate(column) for column in zip(*parts, strict=True))), list(keys))
 
     def measured(self, metric: str) -> Array:
@@ -235,7 +262,7 @@ def _groups(table: Table, fits: dict[str, Hierarchy]) -> dict[str, dict[str, Any
     sequences, isl = table.terms.sequences, np.array([r.isl for r in table.rows])
     for level in range(len(table.keys[0])):
         names = np.array([key[level] for key in table.keys])
-        for name in np.unique(names):
+        for name in np.unique(names[names != ""]):
             inside = names == name
             entry: dict[str, Any] = {"num_rows": int(inside.sum())}
             for metric, terms in TERMS.items():
@@ -263,7 +290,8 @@ def _spread(table: Table, progress: Callable[[str], None]) -> dict[str, dict[str
                 for i in np.flatnonzero(np.isfinite(ratio)):
                     row = table.rows[i]
                     ratios[metric][f"{evidence} {row.backend}"].append(ratio[i])
-                    ratios[metric][f"{evidence} {row.backend} {fit_family(row.model)}"].append(ratio[i])
+                    kind = fit_family(row.model) if row.prefill is None else "pools"
+                    ratios[metric][f"{evidence} {row.backend} {kind}"].append(ratio[i])
     spread: dict[str, dict[str, tuple[float, float]]] = {m: {} for m in TERMS}
     for metric, groups in ratios.items():
         for name, values in sorted(groups.items()):

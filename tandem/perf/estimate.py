@@ -12,6 +12,7 @@ from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.divide import refuse_parallelism
 from tandem.perf.memory import MemoryUse
 from tandem.perf.phases import PerfModel
+from tandem.perf.pools import DecodePool, PrefillPool, split_times
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import BACKENDS, Estimate, Parallelism, Precision
 from tandem.spec.errors import Infeasible, SpecError
@@ -184,30 +185,31 @@ def estimate_disaggregated(
     precision: str | Precision | None = None,
     backend: str = "vllm",
 ) -> EstimateResult:
-    """Predict a prefill pool and a decode pool. `decode.batch` is each instance's decode batch.
+    """Predict a prefill pool and a decode pool at a fixed number of requests in flight (perf.pools).
 
-    With `concurrency` the decode batch is what the requests in flight leave for it, at most decode.batch: those in
-    prefill are not decoding. The slower pool sets the rate; the interval's low end carries the rate-matching margin.
+    `decode.batch` is the largest batch of a decode instance. `concurrency` counts the requests of the whole deployment and
+    defaults to all decode slots; those that are being prefilled, or wait for it, do not decode.
     """
-    perf = perf_model(model, hardware, precision, backend)
-    if concurrency is not None:
-        require_int("concurrency", concurrency)
+    perf = replace(perf_model(model, hardware, precision, backend), split=True)
     for pool in (prefill, decode):
         check_fits(perf, pool.parallelism)
+    slots = decode.batch * decode.replicas
+    asked = slots if concurrency is None else require_int("concurrency", concurrency)
     workload = _fixed(isl, osl)
     _memory(perf, prefill.parallelism, Workload.fixed(isl, 1), prefill.batch)
     memory, max_batch = _memory(perf, decode.parallelism, workload, decode.batch)
-    done = perf.prefill(prefill.layout, np.array([float(prefill.batch)]), workload)
-    batch = np.array([float(min(decode.batch, max_batch))])
-    if concurrency is not None:
-        batch = np.minimum(batch, np.ceil(concurrency / decode.replicas))
-    tpot = perf.decode_tpot_s(decode.layout, batch, workload)
-    decode_rate = decode.replicas * batch / (tpot * max(osl - 1, 1))
-    rate = np.minimum(prefill.replicas * done.requests_per_s, decode_rate)
+    served = split_times(
+        perf,
+        PrefillPool(prefill.layout, np.array([float(prefill.batch)]), np.array([float(prefill.replicas)])),
+        DecodePool(decode.layout, np.array([float(min(decode.batch, max_batch))]), np.array([float(decode.replicas)])),
+        workload,
+        np.array([float(asked)]),
+    )
     gpus = prefill.replicas * prefill.parallelism.gpus + decode.replicas * decode.parallelism.gpus
-    load = perf.decode_load(decode.layout, batch, workload)
-    per_gpu = float(rate[0]) * osl / gpus
-    return _result(perf, decode.layout, load, done.ttft_s, tpot, per_gpu, max_batch, memory, int(batch[0]), margin=MATCHED_LOW)
+    load = perf.decode_load(decode.layout, served.batch, workload)
+    per_gpu = float(served.requests_per_s[0]) * osl / gpus
+    batch = max(1, round(float(served.batch[0])))
+    return _result(perf, decode.layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, batch)
 
 
 def _result(
@@ -220,11 +222,9 @@ def _result(
     max_batch: int,
     memory: dict[str, float],
     batch: int,
-    *,
-    margin: float = 1.0,
 ) -> EstimateResult:
     times = {"ttft_s": float(ttft_s[0]), "tpot_s": float(tpot_s[0]), "tokens_per_s_per_gpu": per_gpu}
-    found = intervals(perf, layout, load, **times, margin=margin)
+    found = intervals(perf, layout, load, **times)
     evidence = found["tpot_s"].evidence
     return EstimateResult(**found, max_batch=max_batch, memory=memory, evidence=evidence, batch=batch, waiting=0)
 

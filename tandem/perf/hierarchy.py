@@ -19,7 +19,7 @@ STEP_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class Level:
-    """One level of groups: the group of each row (by name), the prior standard deviation of a group's logarithms, and
+    """One level of groups: the group of each row (by name; "" for none, which never deviates), the prior standard deviation of a group's logarithms, and
     whether a group deviates term by term or by one factor over all terms."""
 
     groups: Sequence[str]
@@ -66,7 +66,8 @@ def fit_hierarchy(
         for group in level.groups:
             if group not in starts:
                 starts[group] = size
-                priors.append((firm if level.by_term else np.ones(1)) / level.prior_sd)
+                held = 1e-6 if group == "" else level.prior_sd
+                priors.append((firm if level.by_term else np.ones(1)) / held)
                 size += width
         first = np.array([starts[group] for group in level.groups])[:, None]
         columns.append(first + (np.arange(num_terms) if level.by_term else np.zeros(num_terms, dtype=int)))
@@ -87,4 +88,4 @@ def fit_hierarchy(
         if np.max(np.abs(step)) < 1e-3:
             break
     widths = {group: num_terms if level.by_term else 1 for level in levels for group in level.groups}
-    return Hierarchy(logs[:num_terms], {g: logs[s : s + widths[g]] for g, s in starts.items()})
+    return Hierarchy(logs[:num_terms], {g: logs[s : s + widths[g]] for g, s in starts.items() if g})

@@ -68,6 +68,8 @@ class PerfModel:
     backend: str = "vllm"
     given_fit: BackendFit | None = None
     """A backend fit to use instead of the shipped one: while calibrating, or for a user's own measurements."""
+    split: bool = False
+    """Prefill and decode in pools of their own: the fit of deployments measured that way."""
 
     @cached_property
     def pricer(self) -> StepPricer:
@@ -81,7 +83,7 @@ class PerfModel:
 
     @cached_property
     def _found(self) -> tuple[BackendFit, Evidence]:
-        return find_backend(self.backend, self.hardware, self.model, self.precision.weights)
+        return find_backend(self.backend, self.hardware, self.model, self.precision.weights, self.split)
 
     @cached_property
     def backend_fit(self) -> BackendFit:
@@ -97,9 +99,9 @@ class PerfModel:
             backend = "transferred"
         return weakest([self.pricer.evidence(layout, load), backend])
 
-    def _host_s(self, requests: Array) -> Array:
+    def _host_s(self, seqs: Array) -> Array:
         fit = self.backend_fit
-        return fit.step_s + fit.sequence_s * requests
+        return fit.step_s + fit.sequence_s * seqs
 
     def decode_load(self, layout: Layout, batch: Array, workload: Workload) -> StepLoad:
         """One decode step of a pipeline stage's micro-batch, at the mean context of the workload."""
@@ -125,7 +127,7 @@ class PerfModel:
     def decode_tpot_s(self, layout: Layout, batch: Array, workload: Workload) -> Result:
         """TPOT of a decode instance that does nothing else: one pass of its micro-batch through every stage."""
         load = self.decode_load(layout, batch, workload)
-        return np.asarray(self._host_s(np.ceil(batch / layout.pp)) + self._step_s(layout, load))
+        return np.asarray(self._host_s(load.decode_seqs) + self._step_s(layout, load))
 
     def prefill_kernels_s(self, layout: Layout, seqs: Array, isl: Array, chunks: Array, *, cached_up: bool = False) -> Result:
         """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each attention group, in equal chunks."""
@@ -236,7 +238,7 @@ class PerfModel:
         chunks = np.maximum(isl / room, 1.0)
         mixed = load._replace(prefill_seqs=np.ones_like(room), isl=isl, chunks=chunks, cached_up=cached_up)
         fit = self.backend_fit
-        pure_s = self._host_s(np.ceil(batch / layout.pp)) + self._step_s(layout, load)
+        pure_s = self._host_s(load.decode_seqs) + self._step_s(layout, load)
         alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
         extra_s = self._prompt_cost * np.maximum(self._prompt_s(together) - self._prompt_s(alone), 0.0)
         carrying = load.decode_seqs / max(osl - 1.0, 1.0) * chunks

@@ -2,7 +2,7 @@
 
 The rows are silicon_sample.csv of the PyPI package aiconfigurator-core (Apache-2.0; extra `[calibrate]`), read from the
 installed package and never copied. A row is kept when its concurrency is known, equals batch x attention groups, and it
-uses at most 8 GPUs with consistent parallelism. Rows of one (model, GPU, precision, ISL, OSL) are all on one side.
+uses at most 8 GPUs with consistent parallelism; a disaggregated one when workers and batches of both pools are stated. Rows of one (model, GPU, precision, ISL, OSL) are all on one side.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tandem.spec.catalog import load_hardware, load_spec
-from tandem.spec.design import Parallelism, Precision
+from tandem.spec.design import Parallelism, Pool, Precision
 from tandem.spec.errors import SpecError, TandemError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
@@ -31,7 +31,10 @@ _NEEDED = (
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRow:
-    """One co-located measurement at fixed concurrency: seconds, with everything needed to predict it."""
+    """One measurement at fixed concurrency: seconds, with everything needed to predict it.
+
+    `parallelism` and `replicas` are those of the co-located instance, or of the decode pool where `prefill` is given.
+    """
 
     row_id: str
     model: ModelSpec
@@ -45,6 +48,8 @@ class MeasuredRow:
     ttft_s: float
     tpot_s: float
     side: Side
+    replicas: int = 1
+    prefill: Pool | None = None
 
 
 def sample_path() -> Path:
@@ -64,15 +69,15 @@ def side_of(model_path: str, system: str, precision: str, isl: str, osl: str) ->
     return "validation" if zlib.crc32(key) % 4 == 0 else "calibration"
 
 
-def read_colocated(path: Path) -> Iterator[MeasuredRow]:
-    """The usable co-located rows of a file in the format of silicon_sample.csv."""
+def read_rows(path: Path) -> Iterator[MeasuredRow]:
+    """The usable rows of a file in the format of silicon_sample.csv, co-located and disaggregated."""
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
         if missing:
             raise SpecError(f"{path.name}: has no column {missing[0]}; needs {', '.join(_NEEDED)}")
         for row in reader:
-            measured = _colocated_row(row) if row["mode"] == "agg" else None
+            measured = _colocated_row(row) if row["mode"] == "agg" else _disaggregated_row(row)
             if measured is not None:
                 yield measured
 
@@ -93,18 +98,44 @@ def _colocated_row(row: dict[str, str]) -> MeasuredRow | None:
     consistent = moe_tp * ep in (1, tp * dp) and tp * pp * dp <= 8
     if concurrency is None or batch * dp != concurrency or not consistent:
         return None
+    parallelism = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep if moe_tp * ep == tp * dp else 1)
+    return MeasuredRow(**_common(row), parallelism=parallelism, concurrency=concurrency)
+
+
+def _common(row: dict[str, str]) -> dict[str, Any]:
     model, hardware = load_spec(row["model_path"]), load_hardware(row["system"])
+    return {
+        "row_id": row["id"],
+        "model": model,
+        "hardware": hardware,
+        "backend": row["backend"],
+        "precision": Precision.parse(row["precision"], native=model.native_precision),
+        "isl": int(row["isl"]),
+        "osl": int(row["osl"]),
+        "ttft_s": float(row["silicon_ttft_ms"]) / 1e3,
+        "tpot_s": float(row["silicon_tpot_ms"]) / 1e3,
+        "side": side_of(row["model_path"], row["system"], row["precision"], row["isl"], row["osl"]),
+    }
+
+
+def _disaggregated_row(row: dict[str, str]) -> MeasuredRow | None:
+    """A row whose workers and batches of both pools are stated; without a stated concurrency it is that of all decode slots."""
+    stated = all(row.get(f"{role}_{field}") for role in ("prefill", "decode") for field in ("batch_size", "num_workers"))
+    if not stated or "0" in (row["prefill_moe_ep_size"], row["decode_moe_ep_size"]):
+        return None
+    prefill, decode = (_pool_of(row, role) for role in ("prefill", "decode"))
+    slots = decode.batch * decode.replicas
     return MeasuredRow(
-        row_id=row["id"],
-        model=model,
-        hardware=hardware,
-        backend=row["backend"],
-        precision=Precision.parse(row["precision"], native=model.native_precision),
-        parallelism=Parallelism(tp=tp, pp=pp, dp=dp, ep=ep if moe_tp * ep == tp * dp else 1),
-        isl=int(row["isl"]),
-        osl=int(row["osl"]),
-        concurrency=concurrency,
-        ttft_s=float(row["silicon_ttft_ms"]) / 1e3,
-        tpot_s=float(row["silicon_tpot_ms"]) / 1e3,
-        side=side_of(row["model_path"], row["system"], row["precision"], row["isl"], row["osl"]),
+        **_common(row),
+        parallelism=decode.parallelism,
+        concurrency=_concurrency(row) or slots,
+        replicas=decode.replicas,
+        prefill=prefill,
     )
+
+
+def _pool_of(row: dict[str, str], role: Literal["prefill", "decode"]) -> Pool:
+    tp, pp, dp, ep = (_count(row[f"{role}_{k}"]) for k in ("tp_size", "pp_size", "attention_dp_size", "moe_ep_size"))
+    moe_tp, replicas = _count(row[f"{role}_moe_tp_size"]), _count(row[f"{role}_num_workers"])
+    parallelism = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep if moe_tp * ep == tp * dp else 1)
+    return Pool(parallelism=parallelism, batch=_count(row[f"{role}_batch_size"]) * dp, replicas=replicas, role=role)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.calibrate_serving import group_rows, layout_arrays, served_batch
-from tandem.perf.phases import PerfModel
+from tandem.perf.calibrate_serving import group_rows, layout_arrays, prefill_arrays, served_batch
+from tandem.perf.phases import PerfModel, ServeTime
+from tandem.perf.pools import DecodePool, SplitTime, split_times
 from tandem.perf.silicon import MeasuredRow
 from tandem.spec.workload import Workload
 
@@ -48,11 +49,17 @@ def predict(rows: Iterable[MeasuredRow], progress: Callable[[str], None] = lambd
     for group in group_rows(rows).values():
         first = group[0]
         progress(f"{first.model.name} on {first.hardware.name}")
-        perf = PerfModel(first.model, first.hardware, first.precision, first.backend)
+        perf = PerfModel(first.model, first.hardware, first.precision, first.backend, split=first.prefill is not None)
         layout, workload = layout_arrays(group), Workload.fixed(first.isl, first.osl)
         asked = np.array([float(r.concurrency) for r in group])
-        batch = served_batch(perf, layout, asked, workload)
-        served = perf.colocated(layout, batch, workload, closed_loop=True, waiting=asked - batch)
+        served: ServeTime | SplitTime
+        if first.prefill is not None:
+            replicas = np.array([float(r.replicas) for r in group])
+            limit = served_batch(perf, layout, asked / replicas, workload)
+            served = split_times(perf, prefill_arrays(group), DecodePool(layout, limit, replicas), workload, asked)
+        else:
+            batch = served_batch(perf, layout, asked, workload)
+            served = perf.colocated(layout, batch, workload, closed_loop=True, waiting=asked - batch)
         fit = perf.backend_fit
         ordered += group
         ends = (fit.ttft_p10, fit.ttft_p90), (fit.tpot_p10, fit.tpot_p90)
@@ -70,6 +77,10 @@ def error_sets(p: Predictions) -> list[ErrorSet]:
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, r in enumerate(p.rows):
         family = r.model.family
+        if r.prefill is not None:
+            for name in ("disaggregated", f"disaggregated {r.backend}", f"disaggregated {r.backend} {r.hardware.name}"):
+                groups[(r.side, name)].append(i)
+            continue
         for name in (
             "all",
             family,

@@ -133,7 +133,7 @@ class OptionMaker:
         load = self._load(pool)
         classes = self._perf.pricer.breakdown(Layout.of(pool.parallelism), load)
         fit = self._perf.backend_fit
-        host = fit.step_s + fit.sequence_s * float(np.ceil(pool.batch / pool.parallelism.pp))
+        host = fit.step_s + fit.sequence_s * (float(load.decode_seqs) + float(load.prefill_seqs))
         return {**classes, "host": {"seconds": host, "fixed": host, "compute": 0.0, "moved": 0.0}}
 
     def _binds(self, pool: Pool, priced: Priced, choice: Choice) -> str:

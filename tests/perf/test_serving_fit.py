@@ -33,7 +33,7 @@ from tandem.perf.calibrate_serving import (
 )
 from tandem.perf.hierarchy import Level, fit_hierarchy
 from tandem.perf.phases import PerfModel
-from tandem.perf.silicon import MeasuredRow, read_colocated, sample_path, side_of
+from tandem.perf.silicon import MeasuredRow, read_rows, sample_path, side_of
 from tandem.perf.validate import ErrorSet, Predictions, error_sets, predict
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import Parallelism, Precision
@@ -199,7 +199,7 @@ def write(path: Path, *lines: dict[str, str], columns: list[str] = COLUMNS) -> P
 
 
 def test_a_row_is_read_in_seconds_with_all_its_parallelism(tmp_path: Path) -> None:
-    (found,) = read_colocated(write(tmp_path / "s.csv", LINE))
+    (found,) = read_rows(write(tmp_path / "s.csv", LINE))
     assert (found.ttft_s, found.tpot_s) == pytest.approx((0.1505, 0.00725))
     assert (found.isl, found.osl, found.concurrency, found.backend) == (1024, 512, 8, "vllm")
     assert found.parallelism == Parallelism(tp=2)
@@ -226,20 +226,20 @@ def test_a_row_is_read_in_seconds_with_all_its_parallelism(tmp_path: Path) -> No
     ],
 )
 def test_rows_are_kept_as_documented(tmp_path: Path, changes: dict[str, str], kept: bool) -> None:
-    assert len(list(read_colocated(write(tmp_path / "s.csv", {**LINE, **changes})))) == kept
+    assert len(list(read_rows(write(tmp_path / "s.csv", {**LINE, **changes})))) == kept
 
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_a_missing_column_is_refused(tmp_path: Path, column: str) -> None:
     file = write(tmp_path / "s.csv", LINE, columns=[c for c in COLUMNS if c != column])
     with pytest.raises(SpecError, match=f"s.csv: has no column {column};"):
-        list(read_colocated(file))
+        list(read_rows(file))
 
 
 def test_no_setting_is_on_both_sides_of_the_split() -> None:
     pytest.importorskip("aiconfigurator_core")
     sides: dict[tuple[str, ...], set[str]] = {}
-    for r in read_colocated(sample_path()):
+    for r in read_rows(sample_path()):
         sides.setdefault((r.model.name, r.hardware.name, str(r.precision), str(r.isl), str(r.osl)), set()).add(r.side)
     assert {s for group in sides.values() for s in group} == {"calibration", "validation"}
     assert {k for k, v in sides.items() if len(v) > 1} == set()

@@ -1,0 +1,79 @@
+"""Prefill and decode in pools of their own, at a fixed number of requests in flight: TTFT, TPOT, rate and decode batch.
+
+Requests circulate: N = rate * (TTFT + TPOT * (OSL - 1)), the decode pool holds those that are decoding, and where prompts are
+done more slowly than decoding would take them, the rest waits for the prefill pool.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.perf.costs import Layout
+from tandem.perf.ops import Array
+from tandem.perf.phases import PerfModel
+from tandem.spec.workload import Workload
+
+Result = NDArray[np.float64]
+ROUNDS = 40
+"""Rounds of the damped fixed point between decode batch and times; the batch then stands still to a millionth."""
+
+
+class PrefillPool(NamedTuple):
+    """A prefill pool as arrays of design points: `batch` prompts together in each of `replicas` instances."""
+
+    layout: Layout
+    batch: Array
+    replicas: Array
+
+
+class DecodePool(NamedTuple):
+    """A decode pool as arrays of design points; `batch_limit` is what an instance's memory (or its operator) admits."""
+
+    layout: Layout
+    batch_limit: Array
+    replicas: Array
+
+
+class PromptTimes(NamedTuple):
+    """Seconds: of a batch of prompts, of the burst when all requests in flight start at once (their mean wait is its
+    share `burst`), and of one round of all requests through the prefill pool."""
+
+    prompt_s: Result
+    burst_s: Result
+    cycle_s: Result
+
+
+class SplitTime(NamedTuple):
+    """TTFT and TPOT in seconds, requests/s of the deployment, and requests decoding in an instance."""
+
+    ttft_s: Result
+    tpot_s: Result
+    requests_per_s: Result
+    batch: Result
+
+
+def prompt_times(perf: PerfModel, pool: PrefillPool, workload: Workload, concurrency: Array) -> PromptTimes:
+    """What prompts take in a prefill pool that `concurrency` requests go through."""
+    groups = pool.layout.dp * pool.layout.pp
+    together = np.ceil(pool.batch / groups)
+    prompt = perf.prefill_kernels_s(pool.layout, together, workload.mean_isl, 1.0)
+    rate = pool.replicas * perf.prefill(pool.layout, pool.batch, workload).requests_per_s
+    return PromptTimes(prompt, prompt / together * concurrency / (pool.replicas * groups), concurrency / rate)
+
+
+def split_times(perf: PerfModel, prefill: PrefillPool, decode: DecodePool, workload: Workload, concurrency: Array) -> SplitTime:
+    """The closed loop of `concurrency` requests between two pools (`perf.split` chooses the coefficients)."""
+    fit, steps = perf.backend_fit, max(workload.mean_osl - 1.0, 1.0)
+    times = prompt_times(perf, prefill, workload, concurrency)
+    share = np.asarray(concurrency / decode.replicas, dtype=np.float64)
+    batch = np.minimum(share, decode.batch_limit)
+    for _ in range(ROUNDS):
+        tpot = perf.decode_tpot_s(decode.layout, np.maximum(batch, 1.0), workload)
+        queue = np.maximum(times.cycle_s - times.prompt_s - tpot * steps, 0.0)
+        ttft = fit.host_s + fit.prompt * times.prompt_s + fit.burst * times.burst_s + fit.queue * queue + fit.pause * tpot
+        decoding = share * tpot * steps / (ttft + tpot * steps)
+        batch = (batch + np.clip(decoding, 1.0, decode.batch_limit)) / 2.0
+    return SplitTime(*np.broadcast_arrays(ttft, tpot, concurrency / (ttft + tpot * steps), batch))
