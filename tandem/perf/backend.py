@@ -3,11 +3,11 @@
 At a fixed number of requests in flight, with g sequences in an attention group and p prompt seconds (work and half the launches):
 
     TPOT = step + sequence*g + launch*T0 + gemm*Tg + quantised_gemm*Tq + attention*Ta
-         + (moe + imbalance if ep > 1)*Tm + network*Tn + other*To + prefill * (g - 1) / (OSL - 1) * p
+         + (moe + i)*Tm + (moe_compute + i)*Tc + network*Tn + other*To + prefill * (g - 1) / (OSL - 1) * p
     TTFT = host + prompt*p + burst*g*p + queue*W + pause*TPOT
 
-T0 are a decode step's fixed kernel seconds, T. its remaining ones by class, W the
-wait of requests that memory does not hold. Each coefficient is its physical default times exp(sum of deviations): of the
+T0 are a decode step's fixed kernel seconds, T. its remaining ones by class (Tm: what experts move, Tc: their arithmetic), i the
+`imbalance` where ep > 1, W the wait of requests that memory does not hold. Each coefficient is its physical default times exp(sum of deviations): of the
 backend, the backend on a GPU generation, with a model family, and as separate prefill and decode pools, and one factor over all terms for the backend with
 a model, and with a model on a GPU in a weight format (docs/adr/0007). `tandem calibrate serving` fits the deviations.
 """
@@ -37,6 +37,7 @@ TPOT_TERMS = (
     "quantised_gemm",
     "attention",
     "moe",
+    "moe_compute",
     "network",
     "other",
     "prefill",
@@ -60,6 +61,7 @@ class BackendFit:
     quantised_gemm: float = 1.0
     attention: float = 1.0
     moe: float = 1.0
+    moe_compute: float = 1.0
     network: float = 1.0
     other: float = 1.0
     prefill: float = 1.0

@@ -156,7 +156,8 @@ def fit_system(tables: Iterable[OpTable], name: str, progress: Callable[[str], N
         usable = _usable([_join(parts) for parts in pool.values()], peak, wire, progress)
         if usable:
             rows = _join(usable)
-            fit = fit_op(rows.work, rows.seconds, peak, wire, system=name, op=op, dtype=dtype)
+            choices = (1,) if op == "moe" else SHARPNESS  # a backend's fit scales the two parts of experts apart (step.py)
+            fit = fit_op(rows.work, rows.seconds, peak, wire, choices, system=name, op=op, dtype=dtype)
             progress(f"{name} {op} {dtype}: {fit.num_rows:,} rows, median error {fit.median_ape:.0%}")
             yield fit
 

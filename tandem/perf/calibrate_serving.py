@@ -133,7 +133,7 @@ def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
         "launch": launch,
         **work,
         "prefill": stall_s,
-        "imbalance": work["moe"] * (np.asarray(layout.ep) > 1),
+        "imbalance": (work["moe"] + work["moe_compute"]) * (np.asarray(layout.ep) > 1),
     }
     tpot = np.stack([getattr(PHYSICS, name) * columns[name] * one for name in TPOT_TERMS], axis=1)
     return RowTerms(tpot, prompt_s, burst_s, waiting, cycle_s, seqs)

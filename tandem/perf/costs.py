@@ -260,10 +260,15 @@ class LayerCosts:
         yield Item("memory", "bf16", ops.memory(OUT * tokens * (up + ffn) / layout.tp), count)
         yield self._gemm(tokens, h, ffn / layout.tp, count)
 
+    @property
+    def _expert_input_bytes(self) -> float:
+        """Bytes of one number that enters an expert: weight-only formats compute in bf16."""
+        w = self.precision.weights
+        return itemsize(self.precision.activations if w not in ("bf16", "int4", "mxfp4") else "bf16")
+
     def _moe(self, m: MoE, count: float, layout: Layout, load: StepLoad) -> Iterator[Item]:
         h, t = self.model.hidden_size, load.tokens
         width, w = m.expert_width(h), self.precision.weights
-        a = self.precision.activations if w not in ("bf16", "int4", "mxfp4") else "bf16"
         yield Item("gemm", "bf16", ops.gemm(t, m.num_experts, h, OUT, OUT), count)
         if m.latent_size:
             yield self._gemm(t, m.latent_size, h, count)
@@ -271,7 +276,8 @@ class LayerCosts:
         if m.shared_ffn_size:
             yield from self._dense(m.shared_ffn_size, m.shared_ffn_size * (2 if m.gated else 1), count, layout, t)
         ffn = m.ffn_size / layout.moe_tp
-        work = ops.moe(t * layout.dp, width, ffn, m.top_k, m.num_experts, layout.ep, itemsize(w), itemsize(a), gated=m.gated)
+        a = self._expert_input_bytes
+        work = ops.moe(t * layout.dp, width, ffn, m.top_k, m.num_experts, layout.ep, itemsize(w), a, gated=m.gated)
         yield Item("moe", w, work, count)
         yield from self._moe_traffic(m, width, count, layout, t)
 
@@ -282,9 +288,11 @@ class LayerCosts:
             yield replace(item, count=item.count * single)
         if np.any(~single):
             spread = (~single) & (np.asarray(layout.ep) > 1)
-            # A token goes to each expert group that it picked, there to every slice of the expert.
-            copies = np.minimum(float(m.top_k), layout.ep) * layout.moe_tp
-            message = OUT * t / layout.tp * copies * width
-            yield Item("alltoall", "bf16", ops.alltoall(message, group), 2.0 * count * spread, group)
+            # A token goes to each expert group that it picked, there to every slice of the expert: in the format of the
+            # experts' inputs; their outputs come back in bf16.
+            copies = ops.distinct_groups(float(m.top_k), layout.ep) * layout.moe_tp
+            for number_bytes in (self._expert_input_bytes, OUT):
+                message = number_bytes * t / layout.tp * copies * width
+                yield Item("alltoall", "bf16", ops.alltoall(message, group), count * spread, group)
             joined = OUT * t * layout.dp * width
             yield Item("allreduce", "bf16", ops.allreduce(joined, group), count * (~single & ~spread), group)

@@ -12,8 +12,9 @@ on every table that is read:
   the group with most work was timed, so imbalance is part of the fit. Up to 8 groups the realistic token distribution
   is read, power_law_1.2; beyond, the balanced one: there the busiest group would have 2 to 16 times the mean work, which
   is why such deployments replicate their popular experts.
-- Expert all-to-all: `num_tokens` are those of one GPU. The message is tokens * min(top_k, ep) * hidden * 2 bytes, as
-  `costs` counts it; DeepEP sends one copy to each GPU, so fewer bytes really travel and the fitted share can reach 1.
+- Expert all-to-all: `num_tokens` are those of one GPU, which sends one copy of a token to each expert group that it picked
+  (`ops.distinct_groups`). DeepEP's kernels are read in bf16. On GB200 the kernels over the NVLink domain were measured
+  too, 2 to 64 GPUs and every format; GB300, whose links are the same, takes them as well.
 - `scan_*` are the gated delta rule's kernels (Qwen3.5) that stream their chunk states through memory, as Mamba-2's do.
   Of Mamba-2 these tables hold the convolution alone. Left out: FlashInfer's fused scan, whose states stay on the chip,
   and decode kernels that are not packed, which move less than a whole fp32 state.
@@ -55,6 +56,9 @@ _DTYPES = {
 _MLA_LATENT, _MLA_ROPE, _MLA_QK, _MLA_V = 512, 64, 192, 128
 _UNGATED = ((2688, 1856), (1024, 2688), (4096, 2688), (2048, 5120), (8192, 5120))
 """(hidden, expert width) of the Nemotron-H models, whose experts have two matrices instead of three."""
+
+_NVLINK_DOMAIN = {"gb300": "gb200"}
+"""GPUs whose NVLink-domain kernels were measured on another one with the same links."""
 
 _MIN_CONTEXT, _MAX_GROUP = 255, 48
 _LARGE_S = 1e-4
@@ -310,6 +314,8 @@ def _collectives(root: Path, system: str) -> Iterator[OpTable]:
         yield OpTable(system, "allreduce", "bf16", f"{system}/comm/*allreduce*", ops.allreduce(message, gpus), seconds)
 
     experts = [_expert_messages(c) for b in backends if (c := _newest_rows(b, "moe_a2a_perf.parquet"))]
+    domain = root.parent / _NVLINK_DOMAIN.get(system, system) / "comm"
+    experts += [_domain_messages(c) for b in _backends(domain) if (c := _newest_rows(b, "trtllm_alltoall_perf.parquet"))]
     swapped = [_messages(nccl, (nccl["op_name"] == "alltoall") & (nccl["nccl_dtype"] == "half"))] if nccl else []
     if experts or swapped:
         gpus, message, seconds = _fastest(experts or swapped)
@@ -334,13 +340,29 @@ def _messages(c: Columns, rows: NDArray[np.bool_]) -> Columns:
 def _expert_messages(c: Columns) -> Columns:
     """Dispatch and combine of bf16 tokens inside one NVLink domain. `default` is bf16: both directions take as long."""
     rows = np.isin(c["comm_dtype"], ("bfloat16", "default")) & (c["node_num"] == 1)
-    copies = np.minimum(c["topk"], c["ep_size"])
+    copies = ops.distinct_groups(c["topk"].astype(float), c["ep_size"].astype(float))
     message = (ops.OUT * c["num_tokens"] * copies * c["hidden_size"])[rows]
     return {
         "phase": (c["phase"][rows] == "combine").astype(float),
         "gpus": c["ep_size"][rows],
         "message": message,
         "seconds": c["latency"][rows] * 1e-6,
+    }
+
+
+def _domain_messages(c: Columns) -> Columns:
+    """Dispatch (in the format named) and combine (bf16) of the kernels that address a whole NVLink domain."""
+    dispatch, combine = c["op_name"] == "alltoall_dispatch", c["op_name"] == "alltoall_combine"
+    rows = dispatch | combine
+    number_bytes = np.full(len(rows), ops.OUT)
+    for name, dtype in _DTYPES.items():
+        number_bytes[dispatch & (c["moe_dtype"] == name)] = itemsize(dtype)
+    copies = ops.distinct_groups(c["topk"].astype(float), c["moe_ep_size"].astype(float))
+    return {
+        "phase": combine[rows].astype(float),
+        "gpus": c["moe_ep_size"][rows],
+        "message": (number_bytes * c["num_tokens"] * copies * c["hidden_size"])[rows],
+        "seconds": c["latency"][rows] * 1e-3,
     }
 
 

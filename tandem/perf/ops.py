@@ -99,6 +99,11 @@ def touched_experts(tokens: Array, experts: Array, top_k: Array, num_experts: in
     return -experts * np.expm1(tokens * miss)
 
 
+def distinct_groups(top_k: Array, groups: Array) -> Array:
+    """Expected number of expert groups that a token's `top_k` picks fall into: a group gets one copy, however many it holds."""
+    return groups * (1.0 - (1.0 - 1.0 / groups) ** top_k)
+
+
 def moe(tokens: Array, h: int, ffn: Array, top_k: int, num_experts: int, ep: Array, w: float, a: float, *, gated: bool) -> Work:
     """Routed experts of one of `ep` expert groups; `ffn` is the expert's width after slicing, `tokens` those of all groups."""
     matrices = 3.0 if gated else 2.0

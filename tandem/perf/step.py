@@ -20,8 +20,9 @@ from tandem.spec.model import ModelSpec
 EVIDENCE_ORDER: tuple[Evidence, ...] = ("calibrated", "transferred", "roofline")
 
 
-WORK_CLASSES = ("gemm", "quantised_gemm", "attention", "moe", "network", "other")
-"""Kinds of work that a backend's fit scales apart; each is a field of BackendFit."""
+WORK_CLASSES = ("gemm", "quantised_gemm", "attention", "moe", "moe_compute", "network", "other")
+"""Kinds of work that a backend's fit scales apart; each is a field of BackendFit. `moe` is what experts move, `moe_compute`
+their arithmetic: backends read weights alike, but their expert kernels compute at rates that differ by factors."""
 
 
 def work_class(item: Item) -> str:
@@ -81,16 +82,27 @@ class StepPricer:
             link = np.where(fits, self.hardware.scale_up_bytes_per_s, self.hardware.scale_out_bytes_per_s)
         return self._timer(item).work_s(item.work, link) * item.count
 
+    def _work_by_class(self, item: Item) -> list[tuple[str, NDArray[np.float64]]]:
+        """Seconds of an operation beyond its fixed time, by WORK_CLASSES."""
+        whole = self._item_work_s(item)
+        if item.op != "moe":
+            return [(work_class(item), whole)]
+        # The curves of experts add the two (sharpness 1), so the parts are exact.
+        compute = np.asarray(item.work.flops) / self._timer(item).flops_per_s * item.count
+        return [("moe", whole - compute), ("moe_compute", compute)]
+
     def kernels(self, layout: Layout, load: StepLoad, shown: BackendFit = KERNELS_ONLY) -> KernelTime:
         """Kernel and network time of one pass through all layers, for every design point, as a backend shows its classes."""
         launch: NDArray[np.float64] = np.zeros(())
         work: NDArray[np.float64] = np.zeros(())
         scales: dict[str, Array] = {kind: getattr(shown, kind) for kind in WORK_CLASSES}
         if shown.imbalance:
-            scales["moe"] = shown.moe + shown.imbalance * (np.asarray(layout.ep) > 1)
+            busiest = shown.imbalance * (np.asarray(layout.ep) > 1)
+            scales |= {kind: scales[kind] + busiest for kind in ("moe", "moe_compute")}
         for item in self._costs.step_items(layout, load):
             launch = launch + self._timer(item).fit.t0_s * item.count
-            work = work + self._item_work_s(item) * scales[work_class(item)]
+            for kind, seconds in self._work_by_class(item):
+                work = work + seconds * scales[kind]
         return KernelTime(launch, work)
 
     def classes(self, layout: Layout, load: StepLoad) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
@@ -99,7 +111,8 @@ class StepPricer:
         work: dict[str, NDArray[np.float64]] = {kind: np.zeros(()) for kind in WORK_CLASSES}
         for item in self._costs.step_items(layout, load):
             launch = launch + self._timer(item).fit.t0_s * item.count
-            work[work_class(item)] = work[work_class(item)] + self._item_work_s(item)
+            for kind, seconds in self._work_by_class(item):
+                work[kind] = work[kind] + seconds
         return launch, work
 
     def breakdown(self, layout: Layout, load: StepLoad) -> dict[str, dict[str, float]]:
