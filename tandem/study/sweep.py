@@ -16,7 +16,7 @@ computed; a decode pool does nothing else. Prices come from tandem.perf through 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -42,14 +42,29 @@ MAX_INSTANCE_GPUS = 64
 """Largest instance: the largest power of two in a 72-GPU domain."""
 
 
+@dataclass
 class FullLoad(Searched):
-    """The planner's priced space, except that a co-located TTFT is the prompt's own, without waiting for other prompts."""
+    """The planner's priced space, except that a co-located TTFT is the prompt's own, without waiting for other prompts.
+
+    `cached_up`: piggybacked MLA keeps its up-projected keys and values between the chunks of a prompt; the memory that this
+    takes is not counted, so it is the most that keeping them could gain.
+    """
+
+    cached_up: bool = False
 
     def _colocated(self, p: Points) -> tuple[Array, ...]:
         _, tpot, rate = super()._colocated(p)
         one_each = p.layout.dp * p.layout.pp
         alone = self.perf.prefill(p.layout, np.asarray(one_each), self.workload, percentile=self.percentile)
         return alone.ttft_s + self.perf.backend_fit.pause * tpot, tpot, rate
+
+    def _piggybacked(self, p: Points) -> tuple[Array, ...]:
+        if not self.cached_up:
+            return super()._piggybacked(p)
+        served = self.perf.piggybacked(
+            p.layout, p.batch, self.workload, p.chunk_tokens, percentile=self.percentile, cached_up=True
+        )
+        return served.ttft_s, served.tpot_s, np.where(served.feasible, served.requests_per_s, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +141,7 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What is swept. `domain_gpus` replaces the GPU's scale-up domain, to compare links and nothing else."""
+    """What is swept: every parallelism of up to `max_instance_gpus` GPUs, every batch and chunk of tandem.plan.space."""
 
     model: ModelSpec
     hardware: HardwareSpec
@@ -135,6 +150,8 @@ class Sweep:
     workload: Workload
     max_instance_gpus: int = MAX_INSTANCE_GPUS
     percentile: float = 50.0
+    cached_up: bool = False
+    """See FullLoad."""
 
     @classmethod
     def of(
@@ -147,8 +164,12 @@ class Sweep:
         backend: str = "tandem",
         domain_gpus: int | None = None,
         max_instance_gpus: int = MAX_INSTANCE_GPUS,
+        cached_up: bool = False,
     ) -> Sweep:
-        """A sweep by names; precision None is the published weights' format. SpecError where a name or value is wrong."""
+        """A sweep by names; precision None is the published weights' format. SpecError where a name or value is wrong.
+
+        `domain_gpus` replaces the size of the GPU's scale-up domain, to compare links and nothing else.
+        """
         spec = load_spec(model) if isinstance(model, str) else model
         gpu = load_hardware(hardware) if isinstance(hardware, str) else hardware
         if domain_gpus is not None:
@@ -164,12 +185,13 @@ class Sweep:
             backend=backend,
             workload=workload,
             max_instance_gpus=max_instance_gpus,
+            cached_up=cached_up,
         )
 
     def price(self) -> Swept:
         """Price every point: co-located, piggybacked, prefill and decode."""
         perf = PerfModel(self.model, self.hardware, self.precision, self.backend)
-        space = FullLoad(perf, self.workload, self.max_instance_gpus, self.percentile)
+        space = FullLoad(perf, self.workload, self.max_instance_gpus, self.percentile, cached_up=self.cached_up)
         space.price_all()
         return Swept(sweep=self, space=space)
 
@@ -200,12 +222,23 @@ class Swept:
         priced = self.space.priced[mode]
         return priced, priced.requests_per_s / priced.gpus * self._osl
 
-    def shared(self, *, ttft_cutoff_s: float = PAPER_TTFT_CUTOFF_S, modes: Sequence[str] = SHARED_MODES) -> Curve:
-        """The frontier of deployments that prefill and decode on the same GPUs: the best over `modes`."""
+    def shared(
+        self,
+        *,
+        ttft_cutoff_s: float = PAPER_TTFT_CUTOFF_S,
+        modes: Sequence[str] = SHARED_MODES,
+        only: Mapping[str, NDArray[np.int64]] | None = None,
+    ) -> Curve:
+        """The frontier of deployments that prefill and decode on the same GPUs: the best over `modes`.
+
+        `only` keeps only these rows of a mode's table, for instance those of one chunk size.
+        """
         xs, ys, rows, names = [], [], [], []
         for mode in modes:
             priced, per_gpu = self._priced(mode)
             ok = np.flatnonzero(priced.ttft_s <= ttft_cutoff_s)
+            if only is not None and mode in only:
+                ok = np.intersect1d(ok, only[mode])
             xs.append(1.0 / priced.tpot_s[ok])
             ys.append(per_gpu[ok])
             rows.append(ok)
