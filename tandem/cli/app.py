@@ -205,6 +205,7 @@ def plan(
     precision: PrecisionText = None,
     backend: Backend = "vllm",
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Write runnable deployments and a benchmark into this folder.")] = None,
     json_out: Json = False,
 ) -> None:
     """Find the deployment that serves this traffic best within the GPU budget."""
@@ -220,6 +221,7 @@ def plan(
         precision=precision,
         backend=backend,
         report=report,
+        export=export,
         json_out=json_out,
     )
 

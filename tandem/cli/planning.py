@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.cli.app import emit
+from tandem.plan.export.folder import check_folder, export_plan
 from tandem.plan.planner import find_plan
 from tandem.report import html, text
 from tandem.spec.errors import SpecError
@@ -33,10 +34,13 @@ def run(
     precision: str | None,
     backend: str,
     report: Path | None,
+    export: Path | None,
     json_out: bool,
 ) -> None:
-    """Find a plan and print it; the report is written whole or not at all."""
+    """Find a plan and print it; report and export are each written whole or not at all."""
     require_folder("--report", report)
+    if export is not None:
+        check_folder(export)
     slo = Slo(ttft_s=bounds[0], tpot_s=bounds[1], percentile=bounds[2])
     with text.progress("planning") as step:
         plan = find_plan(
@@ -51,6 +55,8 @@ def run(
         )
     if report is not None:
         write_whole(report, html.plan_page(plan))
+    if export is not None:
+        export_plan(plan, export)
     if json_out:
         return emit(plan.to_json())
     out = text.console()
@@ -59,3 +65,5 @@ def run(
         out.print(f"- {line}", markup=False)
     if report is not None:
         out.print(f"report: {report.resolve()}")
+    if export is not None:
+        out.print(f"export: {export.resolve()}; its README.md says how to run it", markup=False)
