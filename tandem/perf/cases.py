@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,26 @@ COLUMNS = ["id", "model", "hardware", "backend", "precision", "mode", "isl", "os
 """Columns that a cases file may have; empty cells take the default, and cells of the other mode are not read."""
 
 
-def read_cases(path: Path) -> list[dict[str, str]]:
-    """The rows of a cases file, cells stripped; unknown or missing columns are refused before anything runs."""
+def read_cases(path: Path, extra: Sequence[str] = (), given: Mapping[str, str] | None = None) -> list[dict[str, str]]:
+    """The rows of a cases file, cells stripped; unknown or missing columns are refused before anything runs.
+
+    `extra` are columns that it may have besides COLUMNS; `given` are cells for all rows that leave them empty.
+    """
+    known, given = [*COLUMNS, *extra], given or {}
     if not path.is_file():
         raise TraceError(f"cases={str(path)!r}: no such file")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream)
             names = [name.strip() for name in reader.fieldnames or ()]
-            unknown = [name for name in names if name not in COLUMNS]
-            missing = [name for name in ("model", "hardware", "isl", "osl") if name not in names]
+            unknown = [name for name in names if name not in known]
+            missing = [name for name in ("model", "hardware", "isl", "osl") if name not in (*names, *given)]
             if unknown:
-                raise TraceError(f"{path.name}: column {unknown[0]!r} is unknown; columns are {', '.join(COLUMNS)}")
+                raise TraceError(f"{path.name}: column {unknown[0]!r} is unknown; columns are {', '.join(known)}")
             if missing:
                 raise TraceError(f"{path.name}: has no column {missing[0]}; needs model, hardware, isl, osl")
-            rows = [{(k or "").strip(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+            cells = [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+            rows = [{**given, **{k: v for k, v in row.items() if v or k not in given}} for row in cells]
     except (UnicodeDecodeError, csv.Error) as wrong:
         raise TraceError(f"{path.name}: not a readable CSV file ({wrong})") from None
     if not rows:
@@ -55,7 +60,8 @@ def estimate_cases(rows: list[dict[str, str]], progress: Callable[[int], None] =
         yield answer
 
 
-def _int(row: dict[str, str], field: str, default: int | None = None) -> int | None:
+def whole_number(row: dict[str, str], field: str, default: int | None = None) -> int | None:
+    """The whole number in a cell, or the default where it is empty; SpecError where it is anything else."""
     text = row.get(field, "")
     if not text:
         return default
@@ -68,46 +74,53 @@ def _int(row: dict[str, str], field: str, default: int | None = None) -> int | N
     return int(value)
 
 
-def _required(row: dict[str, str], field: str) -> int:
-    value = _int(row, field)
+def required_number(row: dict[str, str], field: str) -> int:
+    """The whole number that a cell must hold."""
+    value = whole_number(row, field)
     if value is None:
         raise SpecError(f"{field}='': must be given")
     return value
 
 
 def _one(row: dict[str, str], field: str) -> int:
-    return _int(row, field, 1) or 1
+    return whole_number(row, field, 1) or 1
 
 
 def _estimate_row(row: dict[str, str]) -> EstimateResult:
     common: dict[str, Any] = {
         "model": row["model"],
         "hardware": row["hardware"],
-        "isl": _required(row, "isl"),
-        "osl": _required(row, "osl"),
+        "isl": required_number(row, "isl"),
+        "osl": required_number(row, "osl"),
         "precision": row.get("precision") or None,
         "backend": row.get("backend") or "vllm",
-        "concurrency": _int(row, "concurrency"),
+        "concurrency": whole_number(row, "concurrency"),
     }
     mode = row.get("mode") or "colocated"
     if mode == "disaggregated":
-        prefill, decode = (_pool(row, role, common["concurrency"]) for role in ("prefill", "decode"))
+        prefill, decode = (pool_of(row, role, common["concurrency"]) for role in ("prefill", "decode"))
         return estimate_disaggregated(**common, prefill=prefill, decode=decode)
+    batch, gpus = whole_number(row, "batch"), whole_number(row, "gpus")
+    return estimate(**common, batch=batch, parallelism=instance_of(row), mode=mode, gpus=gpus)
+
+
+def instance_of(row: dict[str, str]) -> Parallelism:
+    """Parallelism of the instance of a co-located case."""
     tp, dp = _one(row, "tp"), _one(row, "dp")
-    ep = _int(row, "ep")
-    moe_tp = _int(row, "moe_tp")
+    ep = whole_number(row, "ep")
+    moe_tp = whole_number(row, "moe_tp")
     if ep is None:
         ep = tp * dp // moe_tp if moe_tp else 1
     if moe_tp is not None and moe_tp * ep not in (1, tp * dp):
         raise SpecError(f"moe_tp={moe_tp}: moe_tp*ep={moe_tp * ep} must be tp*dp={tp * dp}")
-    parallelism = Parallelism(tp=tp, pp=_one(row, "pp"), dp=dp, ep=ep)
-    return estimate(**common, batch=_int(row, "batch"), parallelism=parallelism, mode=mode, gpus=_int(row, "gpus"))
+    return Parallelism(tp=tp, pp=_one(row, "pp"), dp=dp, ep=ep)
 
 
-def _pool(row: dict[str, str], role: str, concurrency: int | None) -> Instances:
+def pool_of(row: dict[str, str], role: str, concurrency: int | None) -> Instances:
+    """One of the two pools of a disaggregated case."""
     field = f"{role}_"
     parallelism = Parallelism(**{axis: _one(row, field + axis) for axis in ("tp", "pp", "dp", "ep")})
-    workers, group_batch = _one(row, field + "workers"), _int(row, field + "batch")
+    workers, group_batch = _one(row, field + "workers"), whole_number(row, field + "batch")
     if group_batch is not None:
         # As measured rows state it: the batch of one attention group, of which an instance holds dp.
         batch = group_batch * parallelism.dp

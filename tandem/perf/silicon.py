@@ -2,23 +2,25 @@
 
 The rows are silicon_sample.csv of the PyPI package aiconfigurator-core (Apache-2.0; extra `[calibrate]`), read from the
 installed package and never copied. A row is kept when its concurrency is known, equals batch x attention groups, and it
-uses at most 8 GPUs with consistent parallelism; a disaggregated one when workers and batches of both pools are stated. Rows of one (model, GPU, precision, ISL, OSL) are all on one side.
+uses at most 8 GPUs with consistent parallelism; a disaggregated one when workers and batches of both pools are stated. Rows
+of one (model, GPU, precision, ISL, OSL) are all on one side. A cell that cannot be is refused with its file and row.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from tandem.spec.catalog import load_hardware, load_spec
-from tandem.spec.design import Parallelism, Pool, Precision
-from tandem.spec.errors import SpecError, TandemError
+from tandem.spec.design import BACKENDS, Parallelism, Pool, Precision
+from tandem.spec.errors import SpecError, TandemError, TraceError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
 
@@ -76,10 +78,47 @@ def read_rows(path: Path) -> Iterator[MeasuredRow]:
         missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
         if missing:
             raise SpecError(f"{path.name}: has no column {missing[0]}; needs {', '.join(_NEEDED)}")
-        for row in reader:
-            measured = _colocated_row(row) if row["mode"] == "agg" else _disaggregated_row(row)
+        seen: dict[str, int] = {}
+        for number, row in enumerate(reader, start=1):
+            where = f"{path.name} row {number} (line {reader.line_num})"
+            try:
+                measured = _checked_row(row)
+                if seen.setdefault(row["id"], number) != number:
+                    raise SpecError(f"id={row['id']!r}: row {seen[row['id']]} has it already; every row needs its own")
+            except TandemError as wrong:
+                raise TraceError(f"{where}: {wrong}") from None
             if measured is not None:
                 yield measured
+
+
+def is_silicon_format(columns: Iterable[str]) -> bool:
+    """Whether the columns of a CSV file are those of silicon_sample.csv, which states latencies in its own two columns."""
+    return {"silicon_ttft_ms", "silicon_tpot_ms"} <= set(columns)
+
+
+def _checked_row(row: dict[str, str]) -> MeasuredRow | None:
+    if None in row.values() or None in row:
+        raise SpecError("cells: their number is not that of the columns")
+    for name in ("silicon_ttft_ms", "silicon_tpot_ms"):
+        _milliseconds(name, row[name])
+    for name in ("isl", "osl"):
+        _count(name, row[name], low=1 if name == "isl" else 2)
+    if row["backend"] not in BACKENDS:
+        raise SpecError(f"backend={row['backend']!r}: must be one of {', '.join(BACKENDS)}")
+    if row["mode"] not in ("agg", "disagg"):
+        raise SpecError(f"mode={row['mode']!r}: must be agg or disagg")
+    return _colocated_row(row) if row["mode"] == "agg" else _disaggregated_row(row)
+
+
+def _milliseconds(name: str, text: str) -> float:
+    """A latency in seconds from a cell in milliseconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise SpecError(f"{name}={text!r}: must be a number of milliseconds above 0")
+    return value / 1e3
 
 
 def _concurrency(row: dict[str, str]) -> int | None:
@@ -87,15 +126,23 @@ def _concurrency(row: dict[str, str]) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _count(text: str) -> int:
-    return int(float(text)) if text else 1
+def _count(name: str, text: str, low: int = 0) -> int:
+    """A whole number; an empty cell counts as 1. A 0 is some converter's mark for "none" and makes a row unusable."""
+    try:
+        value = float(text) if text or low else 1.0
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value == int(value) and value >= low):
+        raise SpecError(f"{name}={text!r}: must be a whole number of at least {low}")
+    return int(value)
 
 
 def _colocated_row(row: dict[str, str]) -> MeasuredRow | None:
-    tp, pp, dp = (_count(row[k]) for k in ("tp_size", "pp_size", "attention_dp_size"))
-    moe_tp, ep = _count(row["moe_tp_size"]), _count(row["moe_ep_size"])
-    concurrency, batch = _concurrency(row), _count(row["batch_size"])
-    consistent = moe_tp * ep in (1, tp * dp) and tp * pp * dp <= 8
+    tp, pp, dp, moe_tp, ep, batch = (
+        _count(k, row[k]) for k in ("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size", "batch_size")
+    )
+    concurrency = _concurrency(row)
+    consistent = min(tp, pp, dp, batch) > 0 and moe_tp * ep in (1, tp * dp) and tp * pp * dp <= 8
     if concurrency is None or batch * dp != concurrency or not consistent:
         return None
     parallelism = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep if moe_tp * ep == tp * dp else 1)
@@ -110,10 +157,10 @@ def _common(row: dict[str, str]) -> dict[str, Any]:
         "hardware": hardware,
         "backend": row["backend"],
         "precision": Precision.parse(row["precision"], native=model.native_precision),
-        "isl": int(row["isl"]),
-        "osl": int(row["osl"]),
-        "ttft_s": float(row["silicon_ttft_ms"]) / 1e3,
-        "tpot_s": float(row["silicon_tpot_ms"]) / 1e3,
+        "isl": _count("isl", row["isl"], low=1),
+        "osl": _count("osl", row["osl"], low=2),
+        "ttft_s": _milliseconds("silicon_ttft_ms", row["silicon_ttft_ms"]),
+        "tpot_s": _milliseconds("silicon_tpot_ms", row["silicon_tpot_ms"]),
         "side": side_of(row["model_path"], row["system"], row["precision"], row["isl"], row["osl"]),
     }
 
@@ -121,7 +168,7 @@ def _common(row: dict[str, str]) -> dict[str, Any]:
 def _disaggregated_row(row: dict[str, str]) -> MeasuredRow | None:
     """A row whose workers and batches of both pools are stated; without a stated concurrency it is that of all decode slots."""
     stated = all(row.get(f"{role}_{field}") for role in ("prefill", "decode") for field in ("batch_size", "num_workers"))
-    if not stated or "0" in (row["prefill_moe_ep_size"], row["decode_moe_ep_size"]):
+    if not stated or "0" in (row.get("prefill_moe_ep_size"), row.get("decode_moe_ep_size")):
         return None
     prefill, decode = (_pool_of(row, role) for role in ("prefill", "decode"))
     slots = decode.batch * decode.replicas
@@ -135,7 +182,9 @@ def _disaggregated_row(row: dict[str, str]) -> MeasuredRow | None:
 
 
 def _pool_of(row: dict[str, str], role: Literal["prefill", "decode"]) -> Pool:
-    tp, pp, dp, ep = (_count(row[f"{role}_{k}"]) for k in ("tp_size", "pp_size", "attention_dp_size", "moe_ep_size"))
-    moe_tp, replicas = _count(row[f"{role}_moe_tp_size"]), _count(row[f"{role}_num_workers"])
+    def cell(name: str) -> int:
+        return _count(f"{role}_{name}", row.get(f"{role}_{name}", ""))
+
+    tp, pp, dp, ep, moe_tp = (cell(k) for k in ("tp_size", "pp_size", "attention_dp_size", "moe_ep_size", "moe_tp_size"))
     parallelism = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep if moe_tp * ep == tp * dp else 1)
-    return Pool(parallelism=parallelism, batch=_count(row[f"{role}_batch_size"]) * dp, replicas=replicas, role=role)
+    return Pool(parallelism=parallelism, batch=cell("batch_size") * dp, replicas=cell("num_workers"), role=role)
