@@ -121,7 +121,14 @@ def _measured_row(row: dict[str, str], side: Side) -> MeasuredRow:
         check_fits(perf, decode.parallelism)
         pool = Pool(parallelism=prefill.parallelism, batch=prefill.batch, replicas=prefill.replicas, role="prefill")
         asked = concurrency or decode.batch * decode.replicas
-        return MeasuredRow(**common, parallelism=decode.parallelism, replicas=decode.replicas, concurrency=asked, prefill=pool)
+        return MeasuredRow(
+            **common,
+            parallelism=decode.parallelism,
+            replicas=decode.replicas,
+            concurrency=asked,
+            prefill=pool,
+            decode_batch=decode.batch,
+        )
     if mode != "colocated":
         raise SpecError(f"mode={mode!r}: must be colocated or disaggregated")
     parallelism = instance_of(row)

@@ -52,6 +52,10 @@ class MeasuredRow:
     side: Side
     replicas: int = 1
     prefill: Pool | None = None
+    draft_tokens: int = 0
+    """Tokens drafted by multi-token prediction in each step; the rows do not state it (see `_draft_tokens`)."""
+    decode_batch: int | None = None
+    """Places of a decode instance, where the source states them beside a pool's concurrency."""
 
 
 def sample_path() -> Path:
@@ -146,7 +150,30 @@ def _colocated_row(row: dict[str, str]) -> MeasuredRow | None:
     if concurrency is None or batch * dp != concurrency or not consistent:
         return None
     parallelism = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep if moe_tp * ep == tp * dp else 1)
-    return MeasuredRow(**_common(row), parallelism=parallelism, concurrency=concurrency)
+    common = _common(row)
+    return MeasuredRow(
+        **common, parallelism=parallelism, concurrency=concurrency, draft_tokens=_draft_tokens(row, common["model"], dp)
+    )
+
+
+_DRAFTING_IMAGES = {"1.2.0rc6.post3": "2026-02-01", "1.1.0rc2.post2": "2026-01-10"}
+"""TensorRT-LLM image -> first day from which DeepSeek-R1 was measured on it with multi-token prediction only."""
+
+
+def _draft_tokens(row: dict[str, str], model: ModelSpec, dp: int) -> int:
+    """Draft tokens of a co-located row, which the file does not state but its software version gives away.
+
+    InferenceX ran DeepSeek-R1 on TensorRT-LLM twice, without and with multi-token prediction, on different images: its
+    perf-changelog.yaml names them (github.com/SemiAnalysisAI/InferenceX, pull requests 392, 594, 620, 632, 642: with it on
+    1.1.0rc2.post2 in January 2026 and 1.2.0rc6.post3 since February, without it on 1.2.0rc6.post2). Its launch scripts draft
+    3 tokens, and 1 with attention data parallelism. The measured latency plays no part in the label.
+    """
+    day = re.search(r"measured=(\d{4}-\d{2}-\d{2})", row["silicon_data_source"])
+    first = _DRAFTING_IMAGES.get(row.get("backend_version", ""))
+    ran_it = row["backend"] == "trtllm" and row["model_path"].endswith("DeepSeek-R1") and first is not None
+    if not ran_it or day is None or day.group(1) < str(first) or "multi-token prediction" not in model.omitted:
+        return 0
+    return 1 if dp > 1 else 3
 
 
 def _common(row: dict[str, str]) -> dict[str, Any]:
@@ -178,6 +205,7 @@ def _disaggregated_row(row: dict[str, str]) -> MeasuredRow | None:
         concurrency=_concurrency(row) or slots,
         replicas=decode.replicas,
         prefill=prefill,
+        decode_batch=decode.batch,
     )
 
 
