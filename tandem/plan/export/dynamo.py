@@ -7,6 +7,7 @@ from typing import Any
 from tandem.plan.export import sglang, vllm
 from tandem.plan.export.flags import Flag, words
 from tandem.plan.export.job import Instance, Job
+from tandem.plan.export.launch import blocked
 from tandem.plan.export.manifests import TOKEN_SECRET, gpu_resources, pairs, to_yaml, weights
 from tandem.plan.export.releases import DYNAMO, INSIDE_DYNAMO
 
@@ -79,4 +80,5 @@ def files(job: Job) -> dict[str, str]:
         f"Dynamo {DYNAMO}. Its operator must run in the cluster, and a secret {TOKEN_SECRET} must hold HF_TOKEN.\n"
         "kubectl apply -f graph.yaml; the frontend serves port 8000."
     )
+    comment = "\n".join([comment, *blocked(limits(job))])
     return {"dynamo/graph.yaml": to_yaml(comment, graph(job))}

@@ -170,13 +170,15 @@ def _instance(plan: Plan, pool: Pool) -> Instance:
     p = pool.parallelism
     seqs = math.ceil(pool.batch / p.dp)
     prompts = math.ceil(pool.batch / (p.dp * p.pp)) if pool.role == "prefill" else 1
-    whole = min(prompts * (math.ceil(max(plan.workload.isl)) + TEMPLATE_TOKENS), LARGEST_STEP_TOKENS)
+    isl = math.ceil(max(plan.workload.isl))
     if pool.role == "decode":
         tokens = max(DEFAULT_STEP_TOKENS, seqs)
+    elif pool.role == "prefill":
+        tokens = _prefill_step(prompts, isl, pool.chunk_tokens)
     elif pool.chunk_tokens is not None:
         tokens = pool.chunk_tokens
     else:
-        tokens = whole if pool.role == "prefill" else whole + seqs
+        tokens = _prefill_step(1, isl, None) + seqs
     return Instance(
         role=pool.role,
         replicas=pool.replicas,
@@ -192,6 +194,14 @@ def _instance(plan: Plan, pool: Pool) -> Instance:
         mixed=pool.role == "colocated" and pool.chunk_tokens is not None,
         gpus_per_node=host_gpus(plan.hardware.scale_up_gpus),
     )
+
+
+def _prefill_step(prompts: int, isl: int, chunk_tokens: int | None) -> int:
+    """Tokens of a prefill step: the planned chunk, or more where the prompts with what chat templates add would need one more
+    step than the bare prompts."""
+    chunk = chunk_tokens or min(prompts * isl, LARGEST_STEP_TOKENS)
+    steps = math.ceil(prompts * isl / chunk)
+    return max(chunk, math.ceil(prompts * (isl + TEMPLATE_TOKENS) / steps))
 
 
 def host_gpus(scale_up_gpus: int) -> int:

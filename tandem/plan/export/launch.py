@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import shlex
+from typing import NamedTuple
 
 from tandem.plan.export.flags import Flag, shell
 from tandem.plan.export.job import Instance, Job
 from tandem.plan.export.placement import Place, num_nodes, place
 
 HEAD = "#!/usr/bin/env bash\n"
+
+
+class Release(NamedTuple):
+    """What a script runs: its name, the package to install and the version that its options were checked with."""
+
+    title: str
+    package: str
+    version: str
+
+
+def blocked(limits: list[str]) -> list[str]:
+    """Those limits that keep a deployment from running at all; the files say them at their head."""
+    return [line for line in limits if line.startswith("will not")]
 
 
 def nodes_file(job: Job) -> str:
@@ -31,7 +45,7 @@ def function_head(i: Instance) -> str:
     return f"start_{i.role}() {{  # rank, leader, GPUs, slot\n  local rank=$1 leader=$2 gpus=$3 slot=$4"
 
 
-def node_script(job: Job, title: str, package: str, functions: str, environment: dict[str, str]) -> str:
+def node_script(job: Job, release: Release, functions: str, environment: dict[str, str], limits: list[str]) -> str:
     """The script that starts everything of one host and waits; any part that ends, ends the script with its status."""
     places = place(job)
     cases = []
@@ -44,8 +58,10 @@ def node_script(job: Job, title: str, package: str, functions: str, environment:
         cases.append("\n".join([f"  {node})", *lines, "    ;;"]))
     exports = "".join(f"export {name}={value}\n" for name, value in environment.items())
     return (
-        f"{HEAD}# {title}: starts the instances of one host. Usage: run-node.sh HOST_NUMBER (0 to {num_nodes(places) - 1})\n"
-        f"# Needs: pip install '{package}'. Addresses and weights: ../nodes.env\n"
+        f"{HEAD}# {release.title} {release.version}: starts the instances of one host. Usage: run-node.sh HOST_NUMBER "
+        f"(0 to {num_nodes(places) - 1})\n"
+        f"# Needs: pip install '{release.package}=={release.version}'. Addresses and weights: ../nodes.env\n"
+        f"{''.join(f'# {line}' + chr(10) for line in blocked(limits))}"
         "set -euo pipefail\n"
         'cd "$(dirname "${BASH_SOURCE[0]}")"\n'
         "source ../nodes.env\n"

@@ -13,6 +13,7 @@ import yaml
 from tandem.plan.export import vllm
 from tandem.plan.export.flags import Flag, words
 from tandem.plan.export.job import Instance, Job
+from tandem.plan.export.launch import blocked
 from tandem.plan.export.manifests import gpu_resources, pairs, to_yaml, weights
 from tandem.plan.export.releases import VLLM
 
@@ -163,6 +164,7 @@ def files(job: Job) -> dict[str, str]:
         f"Model servers for llm-d with vLLM {VLLM}. A secret {TOKEN_SECRET} must hold HF_TOKEN.\n"
         "kubectl apply -f model-servers.yaml"
     )
+    servers = "\n".join([servers, *blocked(limits(job))])
     router = (
         "Values of the llm-d router chart, over the base.values.yaml of its guides:\n"
         f"helm install {job.slug} oci://ghcr.io/llm-d/charts/llm-d-router-standalone -f base.values.yaml -f router-values.yaml"

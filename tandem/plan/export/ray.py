@@ -7,6 +7,7 @@ from typing import Any
 from tandem.plan.export import vllm
 from tandem.plan.export.flags import fields
 from tandem.plan.export.job import Instance, Job
+from tandem.plan.export.launch import blocked
 from tandem.plan.export.manifests import to_yaml, weights
 from tandem.plan.export.releases import INSIDE_RAY, RAY
 
@@ -72,4 +73,5 @@ def files(job: Job) -> dict[str, str]:
     comment = (
         f"Ray Serve LLM {RAY}: pip install 'ray[serve,llm]=={RAY}' on every node of a Ray cluster, then\nserve run serve.yaml"
     )
+    comment = "\n".join([comment, *blocked(limits(job))])
     return {"ray/serve.yaml": to_yaml(comment, application(job))}

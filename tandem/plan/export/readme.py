@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tandem.plan.export import dynamo, llmd, ray, sglang, vllm
-from tandem.plan.export.job import Instance, Job
+from tandem.plan.export.job import TEMPLATE_TOKENS, Instance, Job
 from tandem.plan.export.placement import num_nodes, place
 from tandem.plan.export.releases import AIPERF, DYNAMO, RAY, SGLANG, SGLANG_ROUTER, VLLM, VLLM_ROUTER
 from tandem.spec.design import Estimate
@@ -65,7 +65,10 @@ def _pools(job: Job) -> list[str]:
         "| pool | instances | GPUs each | hosts each | parallelism | requests in flight each | tokens a step |",
         "|---|---|---|---|---|---|---|",
     ]
-    return [*rows, *(_pool(i) for i in job.instances)]
+    rows += [_pool(i) for i in job.instances]
+    if any(i.role != "decode" and not i.mixed for i in job.instances):
+        rows += ["", f"Steps that take prompts have room for {TEMPLATE_TOKENS} tokens a prompt that a chat template adds."]
+    return rows
 
 
 def _pool(i: Instance) -> str:

@@ -102,7 +102,9 @@ def files(job: Job) -> dict[str, str]:
     """`sglang/run-node.sh` for every host and `sglang/router.sh` in front of them."""
     functions = "\n".join(_function(job, i) for i in job.instances)
     return {
-        "sglang/run-node.sh": launch.node_script(job, f"SGLang {SGLANG}", f"sglang=={SGLANG}", functions, environment(job)),
+        "sglang/run-node.sh": launch.node_script(
+            job, launch.Release("SGLang", "sglang", SGLANG), functions, environment(job), limits(job)
+        ),
         "sglang/router.sh": _router(job),
     }
 

@@ -113,7 +113,9 @@ def files(job: Job) -> dict[str, str]:
     """`vllm/run-node.sh` for every host and `vllm/router.sh` in front of them."""
     functions = "\n".join(_function(job, i) for i in job.instances)
     return {
-        "vllm/run-node.sh": launch.node_script(job, f"vLLM {VLLM}", f"vllm=={VLLM}", functions, environment(job)),
+        "vllm/run-node.sh": launch.node_script(
+            job, launch.Release("vLLM", "vllm", VLLM), functions, environment(job), limits(job)
+        ),
         "vllm/router.sh": _router(job),
     }
 
