@@ -58,17 +58,18 @@ class PaperBSpace:
         hardware: str = "gb200",
         domain_gpus: int | None = None,
         cached_up: bool = False,
+        kv: str = "fp8",
     ) -> Swept:
         """The sweep of a model of MODELS under a traffic mix."""
         workload = mix if isinstance(mix, Workload) else Workload.fixed(*mix)
-        key = (model, workload.name, hardware, domain_gpus, cached_up)
+        key = (model, workload.name, hardware, domain_gpus, cached_up, kv)
         if key not in self.swept:
             self.progress(f"{model} {workload.name}, {self.backend}")
             self.swept[key] = Sweep.of(
                 MODELS[model],
                 hardware,
                 workload,
-                precision="fp4",
+                precision=f"fp4/fp4/{kv}",
                 backend=self.backend,
                 domain_gpus=domain_gpus,
                 max_instance_gpus=self.max_instance_gpus,
