@@ -242,23 +242,78 @@ def calibrate_ops(
     calibrating.run_ops(system, out, json_out)
 
 
+Rows = Annotated[list[Path] | None, typer.Option("--rows", help="Your own measurements: a cases CSV with ttft_s and tpot_s (or ttft_ms, tpot_ms), or AIPerf's profile_export_aiperf.json or .csv; repeat it for several.")]  # fmt: skip  # noqa: E501
+RowsModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Model of rows that name none; as all below, with --rows.")
+]
+RowsHardware = Annotated[str | None, typer.Option("--hardware", help="GPU of rows that name none.")]
+RowsBackend = Annotated[str | None, typer.Option("--backend", help="vllm, sglang, trtllm or tandem.")]
+RowsNumber = Annotated[int | None, typer.Option(help="Of rows that say none.")]
+
+
+def _given(**cells: str | int | None) -> dict[str, str]:
+    return {name: str(value) for name, value in cells.items() if value is not None}
+
+
 @calibrate.command("serving")
 def calibrate_serving(
-    out: Annotated[Path | None, typer.Option(help="Write the fits to this CSV file.")] = None,
+    rows: Rows = None,
+    model: RowsModel = None,
+    hardware: RowsHardware = None,
+    backend: RowsBackend = None,
+    precision: PrecisionText = None,
+    tp: RowsNumber = None,
+    pp: RowsNumber = None,
+    ep: RowsNumber = None,
+    dp: RowsNumber = None,
+    concurrency: RowsNumber = None,
+    out: Annotated[Path | None, typer.Option(help="Write the fits to this YAML file.")] = None,
     json_out: Json = False,
 ) -> None:
-    """Refit backend overheads from the calibration side of the measured serving rows (extra `[calibrate]`)."""
+    """Refit backend overheads from the calibration side of the measured serving rows, and your own (extra `[calibrate]`)."""
     from tandem.cli import calibrating
 
-    calibrating.run_serving(out, json_out)
+    given = _given(model=model, hardware=hardware, backend=backend, precision=precision, concurrency=concurrency)
+    calibrating.run_serving(rows, given | _given(tp=tp, pp=pp, ep=ep, dp=dp), out, json_out)
 
 
 @app.command()
-def validate(json_out: Json = False) -> None:
-    """Compare predictions with measured serving rows that no fit has seen (extra `[calibrate]`)."""
+def validate(
+    rows: Rows = None,
+    model: RowsModel = None,
+    hardware: RowsHardware = None,
+    backend: RowsBackend = None,
+    precision: PrecisionText = None,
+    tp: RowsNumber = None,
+    pp: RowsNumber = None,
+    ep: RowsNumber = None,
+    dp: RowsNumber = None,
+    concurrency: RowsNumber = None,
+    against: Annotated[str | None, typer.Option(help="Ask another predictor about the same rows: aiconfigurator.")] = None,
+    peer_python: Annotated[Path | None, typer.Option(help="Python of the environment that it is installed in.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
+    json_out: Json = False,
+) -> None:
+    """Compare predictions with measured serving rows that no fit has seen (extra `[calibrate]`), or with your own."""
     from tandem.cli import calibrating
 
-    calibrating.run_validate(json_out)
+    given = _given(model=model, hardware=hardware, backend=backend, precision=precision, concurrency=concurrency)
+    calibrating.run_validate(rows, given | _given(tp=tp, pp=pp, ep=ep, dp=dp), against, peer_python, report, json_out)
+
+
+study = typer.Typer(help="Re-derive a paper, claim by claim.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(study, name="study")
+
+
+@study.command("paper-b")
+def study_paper_b(
+    out: Annotated[Path | None, typer.Option(help="Folder for the HTML report and claims.json.")] = None,
+    json_out: Json = False,
+) -> None:
+    """Beyond the Buzz: when to disaggregate, in which proportion; every finding beside the printed one."""
+    from tandem.cli import studying
+
+    studying.run_paper_b(out, json_out)
 
 
 @app.command()

@@ -28,7 +28,7 @@ ASSUMPTIONS = (
     f"dynamic traffic: the bundled Azure conversation trace scaled to P50 4096/512; lognormal, {DRAWS:,} draws, seed {SEED}",
 )
 BACKENDS = {
-    JUDGE: "measured kernels back to back, no serving software: judges, because the paper simulates hardware and names no host time",
+    JUDGE: "measured kernels back to back, no serving software: judges, as the paper simulates hardware and names no host time",
     ENGINE: "fitted on measured rows of the vendor's engine, host time included: says which claims survive it",
 }
 
@@ -78,9 +78,9 @@ def _findings(m: Measures) -> dict[str, object]:
 def _errata(m: Measures) -> tuple[str, ...]:
     """What cannot come from the paper's own stated model."""
     return (
-        "Algorithm 2 gives the numerator of prefill rate over decode rate to the prefill pool, times the decode instance's "
-        "GPUs: then the "
-        "context-to-generation ratio would rise as decode slows down. Balance, Figure 9 and the vendor's recipe say the "
+        "Algorithm 2 gives the numerator of prefill rate over decode rate to the prefill pool, times the decode "
+        "instance's GPUs: then the context-to-generation ratio would rise as decode slows down. Balance, Figure 9 and the "
+        "vendor's recipe say the "
         "opposite",
         why.kv_equation_arithmetic(m),
         why.million_token_arithmetic(m) + ". Figure 5's 89 s at PP 1 is above the cutoff as well",

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tandem.study import paper_b_why as why
 from tandem.study.paper_b_measures import Mapping, Measures
 from tandem.study.paper_b_space import (
@@ -53,12 +51,13 @@ class Check:
         """The claim as judged by kernels only, with the engine's verdict beside it."""
         own = self.judge(judging)
         other = self.judge(engine) if engine is not None else None
-        texts = [f"{JUDGE}: {own.text}"] + ([f"{ENGINE}: {other.text}"] if other else [])
+        texts = {JUDGE: own.text} | ({ENGINE: other.text} if other else {})
         return Claim(
             id=self.id,
             title=self.title,
             printed=self.printed,
-            ours="; ".join(texts),
+            ours="; ".join(f"{name}: {text}" for name, text in texts.items()),
+            ours_by=texts,
             holds=own.holds,
             holds_engine=other.holds if other else None,
             why=self.why(judging),
@@ -100,8 +99,8 @@ def _f3(m: Measures) -> Verdict:
     small = min(r1.by_chunk)
     holds = r1.best < FAR_BELOW <= llama.best
     text = (
-        f"piggybacked area over plain in-flight batching, best chunk: R1 {r1.best:.2f}, Llama-70B {llama.best:.2f}; "
-        f"chunks of {small}: {r1.by_chunk[small]:.2f}, {llama.by_chunk[small]:.2f}"
+        f"piggybacked area over plain in-flight batching, best chunk: R1 {r1.best:.2f}, Llama-70B {llama.best:.2f}; chunks "
+        f"of {small}: {r1.by_chunk[small]:.2f}, {llama.by_chunk[small]:.2f}"
     )
     return Verdict(holds, text, {"R1": r1._asdict(), "70B": llama._asdict(), "R1 kept": kept._asdict()})
 
@@ -131,8 +130,7 @@ def judge_cpp(m: Measures) -> Verdict:
     first, last = m.cpp[shown][0], m.cpp[shown][-1]
     text = (
         f"chunks of {shown:,}: {first.ttft_s:.0f} s -> {last.ttft_s:.1f} s ({fall:.0f} times), throughput {low:.2f} to "
-        f"{high:.2f}; "
-        f"chunks of 512: {found[512][0]:.0f} times, {found[512][1]:.2f} to {found[512][2]:.2f}"
+        f"{high:.2f}; chunks of 512: {found[512][0]:.0f} times, {found[512][1]:.2f} to {found[512][2]:.2f}"
     )
     return Verdict(bool(good), text, {str(c): {"fall": v[0], "low": v[1], "high": v[2]} for c, v in found.items()})
 
@@ -149,9 +147,8 @@ def _f6(m: Measures) -> Verdict:
     grows = llama[-1].split.tp >= 4 * llama[0].split.tp
     text = (
         f"R1 from ({r1[0].split}) with {_batch_per_gpu(r1[0]):.0f} sequences a GPU to ({r1[-1].split}) with "
-        f"{_batch_per_gpu(r1[-1]):.1f}; "
-        f"Llama-70B TP {llama[0].split.tp} to {llama[-1].split.tp}; "
-        f"expert parallelism at {sum(p.split.ep > 1 for p in r1)} of {len(r1)} points"
+        f"{_batch_per_gpu(r1[-1]):.1f}; Llama-70B TP {llama[0].split.tp} to {llama[-1].split.tp}; expert parallelism at "
+        f"{sum(p.split.ep > 1 for p in r1)} of {len(r1)} points"
     )
     values = {
         "experts throughout": experts,
@@ -163,18 +160,12 @@ def _f6(m: Measures) -> Verdict:
 
 
 def _f7(m: Measures) -> Verdict:
-    values = {}
-    for model in ("70B", "405B"):
-        points = m.mapping[model]
-        middle = points[len(points) // 3 : 2 * len(points) // 3]
-        tp = [float(np.exp2(np.mean([np.log2(getattr(p, side).tp) for p in middle]))) for side in ("split", "shared")]
-        gains = [float(np.mean([p.gain for p in part])) for part in (points[: len(points) // 3], middle)]
-        values[model] = {"split_tp": tp[0], "shared_tp": tp[1], "relaxed_gain": gains[0], "middle_gain": gains[1]}
-    holds = all(v["split_tp"] > v["shared_tp"] and v["middle_gain"] > v["relaxed_gain"] for v in values.values())
+    values = {k: v._asdict() for k, v in m.tensor.items()}
+    holds = all(v.split_tp > v.shared_tp and v.middle_gain > v.relaxed_gain for v in m.tensor.values())
     text = "; ".join(
-        f"{k} middle third: TP {v['split_tp']:.1f} split, {v['shared_tp']:.1f} shared, gain {v['middle_gain']:.2f} "
-        f"(relaxed third {v['relaxed_gain']:.2f})"
-        for k, v in values.items()
+        f"{k} middle third: TP {v.split_tp:.1f} split, {v.shared_tp:.1f} shared, gain {v.middle_gain:.2f} (relaxed third "
+        f"{v.relaxed_gain:.2f})"
+        for k, v in m.tensor.items()
     )
     return Verdict(holds, text, values)
 
@@ -233,9 +224,9 @@ def _why_f1(m: Measures) -> str:
     heavy, light = m.gains["R1", PREFILL_HEAVY], m.gains["R1", EXTREME_DECODE]
     long, short = m.gains["R1", BALANCED_LONG], m.gains["R1", BALANCED_SHORT]
     return (
-        f"the more of the GPUs prefill, the more there is to take out of decode's way: {why.prefill_share(heavy.ratio):.0%} at "
-        f"16k/2k, {why.prefill_share(light.ratio):.1%} at 1k/32k. Between them ours differ from Figure 8: 2k/2k gains "
-        f"{short.area:.2f} and 16k/16k {long.area:.2f} (see T5)"
+        "the more of the GPUs prefill, the more there is to take out of decode's way: "
+        f"{why.prefill_share(heavy.ratio):.0%} at 16k/2k, {why.prefill_share(light.ratio):.1%} at 1k/32k. Between them "
+        f"ours differ from Figure 8: 2k/2k gains {short.area:.2f} and 16k/16k {long.area:.2f} (see T5)"
     )
 
 
@@ -243,10 +234,8 @@ def _why_f7(m: Measures) -> str:
     p = m.mapping["70B"][len(m.mapping["70B"]) // 2]
     return (
         f"at {p.at:.0f} tok/s/user Llama-70B decodes on ({p.split}) with batch {p.split_batch} in a pool of its own, on "
-        f"({p.shared}) with "
-        f"batch {p.shared_batch} when shared: prompts take their part of every token's time there, the batch must shrink to "
-        "pay for it, "
-        "and a small batch gives a wide instance too little work to be worth its links"
+        f"({p.shared}) with batch {p.shared_batch} when shared: prompts take their part of every token's time there, the "
+        "batch must shrink to pay for it, and a small batch gives a wide instance too little work to be worth its links"
     )
 
 
@@ -254,9 +243,8 @@ def _why_f8(m: Measures) -> str:
     return (
         "printed relaxed ends 3.64, 2.07, 0.94, 0.33 have our order and lie within "
         f"{max(3.64 / m.spans['R1'].relaxed, 2.07 / m.spans['405B'].relaxed, 0.94 / m.spans['70B'].relaxed):.1f} times of "
-        "ours: "
-        "ratio = decode requests/s/GPU over prefill requests/s/GPU, and decode slows down as batches shrink while prefill "
-        "does not"
+        "ours: ratio = decode requests/s/GPU over prefill requests/s/GPU, and decode slows down as batches shrink while "
+        "prefill does not"
     )
 
 
@@ -265,10 +253,9 @@ def _why_f9(m: Measures) -> str:
     worst = min(min(row) for row in e.kept)
     return (
         f"matched ratios of R1's mixes at 50 tok/s/user are {listed(e.mixes, e.ratios)}; pools sized for one mix and fed "
-        "another keep "
-        f"as little as {worst:.0%}. The best compromise, {e.best_mix_ratio:.2f}, serves {e.best_mix_kept:.0%} on average, so "
-        "re-matching "
-        f"is worth {1 / e.best_mix_kept:.2f} times the GPUs there. Time lost in changing over is not counted"
+        f"another keep as little as {worst:.0%}. The best compromise, {e.best_mix_ratio:.2f}, serves {e.best_mix_kept:.0%} "
+        f"on average, so re-matching is worth {1 / e.best_mix_kept:.2f} times the GPUs there. Time lost in changing over "
+        "is not counted"
     )
 
 
@@ -285,14 +272,14 @@ FINDINGS: tuple[Check, ...] = (
     Check(id="F5", title="Chunked pipeline parallelism answers strict TTFT", source=f"Figure 5 ({PIXELS})",
           printed="R1, 256k, 64 GPUs: 89 s at PP 1, 2.9 s at PP 32; throughput 0.99 to 1.03", judge=judge_cpp, why=why.why_cpp),
     Check(id="F6", title="Tighter TPOT: smaller batch, more tensor parallelism", source="section 4",
-          printed="R1: experts spread throughout, attention from data to tensor parallel, batch from hundreds down; 70B: TP 2 to 64",
+          printed="R1: experts spread throughout, attention from data to tensor parallel, smaller batch; 70B: TP 2 to 64",
           judge=_f6, why=why.why_mapping),
     Check(id="F7", title="Decode pools use more tensor parallelism and win at medium latency", source="section 4",
           printed="text, no number", judge=_f7, why=_why_f7),
     Check(id="F8", title="The best context-to-generation ratio moves a lot", source=f"Figure 9 ({PIXELS})",
           printed="R1 3.64 to 0.056, 405B 2.07 to 0.20, 70B 0.94 to 0.45, 8B 0.33 to 0.43", judge=_f8, why=_why_f8),
     Check(id="F9", title="A fixed ratio loses", source=f"Figure 10 ({PIXELS})",
-          printed="R1: 3.5 falls from 0.96 to 0.05 of the highest, 0.5 stays at 0.42 where 0.975 is possible", judge=_f9, why=_why_f9),
+          printed="R1: 3.5 falls from 0.96 to 0.05 of the highest, 0.5 stays at 0.42 of 0.975", judge=_f9, why=_why_f9),
     Check(id="F10", title="A larger link domain always helps splitting", source="Figure 11",
           printed="72 at least as good as 8 everywhere; R1 at medium latency, Llama-70B at low latency", judge=judge_domain,
           why=why.why_domain),

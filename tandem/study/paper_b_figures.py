@@ -57,6 +57,10 @@ def curve_series(
     )
 
 
+def _dashed(swept: Swept, curve: Curve, name: str, role: str) -> Series:
+    return curve_series(swept, curve, name, role=role, style="dash")
+
+
 def modes(swept: Swept) -> tuple[Series, ...]:
     """The three ways to serve."""
     return (
@@ -79,7 +83,7 @@ def _frontiers(title: str, note: str, panels: Sequence[tuple[str, Swept]]) -> Fi
 def _figure_2(space: PaperBSpace) -> Figure:
     swept = space.get("R1", PREFILL_HEAVY)
     cutoffs = tuple(
-        curve_series(swept, swept.split(ttft_cutoff_s=c), f"split, TTFT <= {c:g} s", style="line" if c == 10 else "dash")
+        curve_series(swept, swept.split(ttft_cutoff_s=c), f"split, TTFT <= {c:g} s", role=None if c == 10 else f"cutoff {c:g}")
         for c in CUTOFFS_S
     )
     return Figure(
@@ -124,7 +128,7 @@ def _figure_6(space: PaperBSpace) -> Figure:
         small = space.chunk_curves(swept)
         series = [
             *modes(swept)[:2],
-            curve_series(swept, small[min(small)], f"chunks of {min(small)}", role="piggybacked", style="dash"),
+            _dashed(swept, small[min(small)], f"chunks of {min(small)}", "piggybacked"),
         ]
         if model == "R1":
             kept = space.get(model, PREFILL_HEAVY, cached_up=True)
@@ -161,8 +165,8 @@ def _figure_9(m: Measures) -> Figure:
     low, high = m.common
     return Figure(
         title="Best context-to-generation GPU ratio, 16384/2048",
-        note=f"All models reach {low:.0f} to {high:.0f} tok/s/user. Printed, low to high interactivity: R1 3.64 to 0.056, 405B 2.07 to "
-        "0.20, 70B 0.94 to 0.45, 8B 0.33 to 0.43.",
+        note=f"All models reach {low:.0f} to {high:.0f} tok/s/user. Printed, low to high interactivity: R1 3.64 to 0.056, 405B "
+        "2.07 to 0.20, 70B 0.94 to 0.45, 8B 0.33 to 0.43.",
         x_title=INTERACTIVITY,
         y_title="prefill GPUs for each decode GPU",
         y_log=True,
@@ -182,7 +186,7 @@ def _figure_10(m: Measures) -> Figure:
     ]
     return Figure(
         title="Fixed ratios against re-matched pools: R1 16384/2048",
-        note="Throughput over the highest. 3.50 and 0.50 are printed; the dashed ones lie where those lie relative to our own optimum.",
+        note="Throughput over the highest. 3.50 and 0.50 are printed; dashed: at the same place relative to our own optimum.",
         x_title=INTERACTIVITY,
         y_title="share of the highest throughput",
         panels=(Panel(title="", series=(curve_series(swept, split, "re-matched", scale=highest), *fixed)),),
@@ -241,7 +245,7 @@ def _figure_14(space: PaperBSpace) -> Figure:
         panels.append(Panel(title=title, series=series))
     return Figure(
         title="Constant against dynamic traffic: Llama-70B, P50 4096/512, disaggregated",
-        note="Trace-shaped: lengths of the Azure conversation trace scaled to these medians. Lognormal: 20,000 independent draws, seed 0.",
+        note="Trace-shaped: the Azure conversation trace scaled to these medians. Lognormal: 20,000 independent draws, seed 0.",
         x_title=INTERACTIVITY,
         y_title=THROUGHPUT,
         panels=tuple(panels),
@@ -250,9 +254,11 @@ def _figure_14(space: PaperBSpace) -> Figure:
 
 def _elastic(m: Measures) -> Figure:
     e = m.elastic
-    series = [Series(name=f"sized for {a}", x=list(range(len(e.mixes))), y=row, text=[f"serving {b}" for b in e.mixes], role=f"mix {i}",
-                     style="markers")
-              for i, (a, row) in enumerate(zip(e.mixes, e.kept, strict=True))]  # fmt: skip
+    x, texts = [float(i) for i in range(len(e.mixes))], [f"serving {b}" for b in e.mixes]
+    series = [
+        Series(name=f"sized for {a}", x=x, y=row, text=texts, role=f"mix {i}", style="markers")
+        for i, (a, row) in enumerate(zip(e.mixes, e.kept, strict=True))
+    ]
     return Figure(
         title="Pools sized for one traffic mix and fed another: R1 at 50 tok/s/user",
         note=f"Share of the re-matched throughput; mixes from left to right: {', '.join(e.mixes)}. The best single ratio, "

@@ -56,6 +56,7 @@ class Span(NamedTuple):
 
     relaxed: float
     tight: float
+    tight_gpus: int
     top: float
     common_relaxed: float
     common_tight: float
@@ -88,6 +89,15 @@ class Mapping(NamedTuple):
     split_batch: int
     shared: Parallelism
     shared_batch: int
+
+
+class TensorUse(NamedTuple):
+    """Geometric mean of TP over the middle third of the interactivities that both frontiers reach, and mean gains."""
+
+    split_tp: float
+    shared_tp: float
+    relaxed_gain: float
+    middle_gain: float
 
 
 class Domain(NamedTuple):
@@ -126,6 +136,7 @@ class Measures:
     fixed: dict[float, Fixed]
     domain: dict[str, Domain]
     mapping: dict[str, list[Mapping]]
+    tensor: dict[str, TensorUse]
     needs: dict[str, Need]
     dynamic: list[Dynamic]
     elastic: Elastic
@@ -169,12 +180,15 @@ def common_range(space: PaperBSpace) -> tuple[float, float]:
     return max(float(c.tokens_per_s_per_user[0]) for c in splits), min(c.top for c in splits)
 
 
-def span_of(split: Curve, common: tuple[float, float]) -> Span:
+def span_of(swept: Swept, common: tuple[float, float]) -> Span:
     """Ratios at the ends of one split frontier and of the common range."""
+    split = swept.split()
     assert split.ratio is not None
-    ends = [split.ratio_at(x) for x in common]
+    ends = [split.ratio_at(x) or 0.0 for x in common]
     relaxed_tokens = float(split.tokens_per_s_per_gpu[0] * (1 + split.ratio[0]))
-    return Span(float(split.ratio[0]), float(split.ratio[-1]), split.top, ends[0] or 0.0, ends[1] or 0.0, relaxed_tokens)
+    last = len(split) - 1
+    gpus = swept.parallelism(split, last).gpus
+    return Span(float(split.ratio[0]), float(split.ratio[last]), gpus, split.top, ends[0], ends[1], relaxed_tokens)
 
 
 def domain_of(space: PaperBSpace, model: str) -> Domain:
@@ -187,26 +201,25 @@ def domain_of(space: PaperBSpace, model: str) -> Domain:
     return Domain(ratios, wide.area(wide.top) / narrow.area(wide.top), other.area(wide.top) / wide.area(wide.top))
 
 
-def mapping_of(space: PaperBSpace, model: str) -> list[Mapping]:
-    """What the frontiers at 16k/2k are made of, at twelve interactivities that both reach."""
+def mapping_of(space: PaperBSpace, model: str, count: int = 12) -> list[Mapping]:
+    """What the frontiers at 16k/2k are made of, at evenly spaced interactivities that both reach."""
     swept = space.get(model, PREFILL_HEAVY)
     split, shared = swept.split(), swept.shared()
     found = []
-    for x in np.linspace(0.08, 0.96, 12) * min(split.top, shared.top):
-        i, j = split.index(float(x)), shared.index(float(x))
-        assert i is not None
-        assert j is not None
-        found.append(
-            Mapping(
-                float(x),
-                split.at(float(x)) / shared.at(float(x)),
-                swept.parallelism(split, i),
-                swept.batch(split, i),
-                swept.parallelism(shared, j),
-                swept.batch(shared, j),
-            )
-        )
+    for x in (float(x) for x in np.linspace(0.08, 0.96, count) * min(split.top, shared.top)):
+        i, j = int(split.index(x) or 0), int(shared.index(x) or 0)
+        instances = swept.parallelism(split, i), swept.batch(split, i), swept.parallelism(shared, j), swept.batch(shared, j)
+        found.append(Mapping(x, split.at(x) / shared.at(x), *instances))
     return found
+
+
+def tensor_use(space: PaperBSpace, model: str) -> TensorUse:
+    """TP of split and shared frontiers in the middle third, and gains of the first and middle thirds, at 96 points."""
+    points = mapping_of(space, model, 96)
+    middle = points[32:64]
+    split, shared = (float(np.exp2(np.mean([np.log2(p.tp) for p in side]))) for side in
+                     ([p.split for p in middle], [p.shared for p in middle]))  # fmt: skip
+    return TensorUse(split, shared, float(np.mean([p.gain for p in points[:32]])), float(np.mean([p.gain for p in middle])))
 
 
 def need_of(swept: Swept, cutoff_s: float | None = None) -> Need:
@@ -248,7 +261,7 @@ def measure(space: PaperBSpace) -> Measures:
     gains |= {(m, SHORT_OUTPUT): gain_of(space.get(m, SHORT_OUTPUT)) for m in ("8B", "70B", "405B")}
     gains |= {(m, PREFILL_HEAVY): gain_of(space.get(m, PREFILL_HEAVY)) for m in ("8B", "70B", "405B")}
     common = common_range(space)
-    spans = {m: span_of(space.get(m, PREFILL_HEAVY).split(), common) for m in MODELS}
+    spans = {m: span_of(space.get(m, PREFILL_HEAVY), common) for m in MODELS}
     r1 = space.get("R1", PREFILL_HEAVY)
     scale = spans["R1"].relaxed / PRINTED_RATIO["R1"][0]
     traffics = [trace_shaped(*DYNAMIC), *(lognormal(*DYNAMIC, sigma) for sigma in LOGNORMAL_SIGMAS)]
@@ -267,6 +280,7 @@ def measure(space: PaperBSpace) -> Measures:
         fixed={r: fixed_of(r1, r) for r in (3.5, 0.5, 3.5 * scale, 0.5 * scale)},
         domain={m: domain_of(space, m) for m in ("R1", "70B")},
         mapping={m: mapping_of(space, m) for m in MODELS},
+        tensor={m: tensor_use(space, m) for m in ("70B", "405B")},
         needs=needs | {"R1 at 1M": need_of(space.get("R1", MILLION), MILLION_CUTOFF_S)},
         dynamic=[dynamic_of(space, w) for w in traffics],
         elastic=elastic_of(space),

@@ -53,10 +53,9 @@ def _t3(m: Measures) -> Verdict:
     holds = high.relaxed >= 0.95 and high.tight_of_highest <= 0.2 and 0.35 <= low.relaxed <= 0.5
     text = (
         f"3.5 keeps {high.relaxed:.0%} of the optimum at the relaxed end, {high.tight:.0%} of it "
-        f"({high.tight_of_highest:.1%} of the "
-        f"highest) at the tight one; 0.5 keeps {low.relaxed:.0%}. At the same place relative to our optimum: "
-        f"{high_ours.ratio:.2f} keeps {high_ours.relaxed:.0%} and {high_ours.tight:.0%}, {low_ours.ratio:.2f} keeps "
-        f"{low_ours.relaxed:.0%}"
+        f"({high.tight_of_highest:.1%} of the highest) at the tight one; 0.5 keeps {low.relaxed:.0%}. At the same place "
+        f"relative to our optimum: {high_ours.ratio:.2f} keeps {high_ours.relaxed:.0%} and {high_ours.tight:.0%}, "
+        f"{low_ours.ratio:.2f} keeps {low_ours.relaxed:.0%}"
     )
     return Verdict(holds, text, values)
 
@@ -90,8 +89,7 @@ def _t8(m: Measures) -> Verdict:
     holds = plain.best < 1 and kept.best >= llama.best
     text = (
         f"R1 piggybacked area {plain.best:.3f} of plain, {kept.best:.3f} with the up-projection kept (Llama-70B "
-        f"{llama.best:.3f}); "
-        f"chunks of {small}: {plain.by_chunk[small]:.2f}, {kept.by_chunk[small]:.2f}"
+        f"{llama.best:.3f}); chunks of {small}: {plain.by_chunk[small]:.2f}, {kept.by_chunk[small]:.2f}"
     )
     return Verdict(holds, text, {"R1": plain._asdict(), "R1 kept": kept._asdict(), "70B": llama._asdict()})
 
@@ -100,18 +98,16 @@ def _why_t1(m: Measures) -> str:
     s = m.spans["R1"]
     return (
         "the ratio is decode requests/s/GPU over prefill requests/s/GPU; prefill does not depend on TPOT, so it falls "
-        "exactly as decode "
-        f"throughput does. Our own frontier goes on to batch 1 ({s.top:.0f} tok/s/user), the printed one ends at 0.056 or "
-        "batch about "
-        "one sequence a GPU"
+        f"exactly as decode throughput does. Our own frontier goes on to batch 1 ({s.top:.0f} tok/s/user), the printed one "
+        "ends at 0.056"
     )
 
 
 def _why_t6(m: Measures) -> str:
     need = m.needs["R1"]
     return (
-        f"egress is constant along the frontier ({need.egress / 1e9:.2f} GB/s at 16k) because one prefill instance is used; "
-        "ingress "
+        f"egress is constant along the frontier ({need.egress / 1e9:.2f} GB/s at 16k) because one prefill instance is "
+        "used; ingress "
         f"falls with the decode rate from {need.ingress_relaxed / 1e9:.2f} GB/s. " + why.why_transfer(m)
     )
 

@@ -13,7 +13,6 @@ from tandem.study.paper_b_space import (
     CPP_ISL,
     DECODE_HEAVY,
     MILLION,
-    MODELS,
     PREFILL_HEAVY,
     mix_name,
 )
@@ -41,16 +40,14 @@ def why_gain_order(m: Measures) -> str:
         for mix in (PREFILL_HEAVY, BALANCED_SHORT, BALANCED_LONG, DECODE_HEAVY)
     )
     return (
-        f"the gain follows the share of GPUs that prefill at the relaxed end: {shares}. From 2k/2k to 16k/16k a prompt token "
-        f"costs {prompt_short / prompt_long:.2f} times as much, but a decoded token "
+        f"the gain follows the share of GPUs that prefill at the relaxed end: {shares}. From 2k/2k to 16k/16k a prompt "
+        f"token costs {prompt_short / prompt_long:.2f} times as much, but a decoded token "
         f"{short.decode_tokens_per_s_per_gpu / long.decode_tokens_per_s_per_gpu:.1f} times, because it reads "
         f"{cache / 1e6:,.0f} MB of latent cache at {context:,.0f} tokens of context. For equal shares decode at 16k/16k "
-        "would have "
-        f"to give {needed:,.0f} tok/s/GPU; ours gives {long.decode_tokens_per_s_per_gpu:,.0f}, and a GPU that did nothing "
-        "but stream "
-        f"that cache as fast as the measured kernel {streaming:,.0f}. It is no matter of format: {others}; nor of the "
-        "measure: the "
-        f"largest gains at one interactivity are {long.largest:.2f} and {short.largest:.2f}"
+        f"would have to give {needed:,.0f} tok/s/GPU; ours gives {long.decode_tokens_per_s_per_gpu:,.0f}, and a GPU that "
+        f"did nothing but stream that cache as fast as the measured kernel {streaming:,.0f}. It is no matter of format: "
+        f"{others}; nor of the measure: the largest gains at one interactivity are {long.largest:.2f} and "
+        f"{short.largest:.2f}"
     )
 
 
@@ -61,9 +58,9 @@ def why_models(m: Measures, mix: tuple[int, int]) -> str:
         gain = m.gains[model, mix]
         parts.append(f"{model} {1.0 / gain.prefill_requests_per_s_per_gpu:.3f} s and {prefill_share(gain.ratio):.0%}")
     return (
-        f"GPU seconds of one prompt, and share of GPUs that prefill: {'; '.join(parts)}. In a shared pool each token waits for "
-        "(g - 1) / (OSL - 1) of these prompts, with g sequences in the group, while the token period that a user wants "
-        "stays the same"
+        f"GPU seconds of one prompt, and share of GPUs that prefill: {'; '.join(parts)}. In a shared pool each token waits "
+        "for (g - 1) / (OSL - 1) of these prompts, with g sequences in the group, while the token period that a user "
+        "wants stays the same"
     )
 
 
@@ -83,16 +80,22 @@ def why_piggyback(m: Measures) -> str:
     reread, fixed = cut["mla_prefill"] - whole["mla_prefill"], cut["fixed"] - whole["fixed"]
     plain, cached = m.piggyback["R1", False], m.piggyback["R1", True]
     smallest = min(plain.by_chunk)
+    far = [c for c, share in plain.by_chunk.items() if share < 0.9 <= m.piggyback["70B", False].by_chunk[c]]
+    bound = (
+        f"The claim holds for step budgets up to {max(far):,} tokens; the paper states none"
+        if far
+        else "No step budget changes that"
+    )
+    isl, osl = PREFILL_HEAVY
+    keep_up = next(b for b in range(smallest, 0, -1) if b * isl <= (osl - 1) * (smallest - b))
     return (
-        f"a 16k prompt takes {sum(whole.values()):.2f} s of kernels whole and {sum(cut.values()):.2f} s in 32 chunks of 512: "
-        "up-projecting "
-        f"the latents again {up:.2f} s, reading keys and values again {reread:.2f} s, launches {fixed:.2f} s. At {smallest} "
-        "tokens a "
-        f"chunk R1 keeps {plain.by_chunk[smallest]:.0%} of the area (Llama-70B "
-        f"{m.piggyback['70B', False].by_chunk[smallest]:.0%}), with "
-        f"the up-projection kept {cached.by_chunk[smallest]:.0%}. A free choice takes chunks of {max(plain.by_chunk):,}, two "
-        "to a prompt, "
-        f"which recompute little. The claim holds with a step budget up to 2,048 tokens, which the paper does not state"
+        f"a 16k prompt takes {sum(whole.values()):.2f} s of kernels whole and {sum(cut.values()):.2f} s in 32 chunks of "
+        f"512: up-projecting the latents again {up:.2f} s, reading keys and values again {reread:.2f} s, launches "
+        f"{fixed:.2f} s. At {smallest} tokens a chunk R1 keeps {plain.by_chunk[smallest]:.0%} of the area (Llama-70B "
+        f"{m.piggyback['70B', False].by_chunk[smallest]:.0%}), with the up-projection kept "
+        f"{cached.by_chunk[smallest]:.0%}. A free choice takes chunks of {max(plain.by_chunk):,}, two to a prompt, which "
+        f"recompute little. Also no more than {keep_up} sequences of an attention group get their prompts in by chunks of "
+        f"{smallest}, and R1 on attention data parallelism wants several times as many. {bound}"
     )
 
 
@@ -101,13 +104,13 @@ def why_decode_heavy(m: Measures) -> str:
     share = prefill_share(m.gains["R1", DECODE_HEAVY].ratio)
     h = m.heights[DECODE_HEAVY]
     spread = max(h.values()) / min(h.values()) - 1
+    swept = m.space.get("R1", DECODE_HEAVY)
+    step = step_parts(swept, swept.split(), 0)
     return (
-        f"prefill is {share:.1%} of the GPU time of 2k/16k, so no arrangement of it can win more than that; the three modes "
-        "lie within "
-        f"{spread:.1%}, less than any prediction can tell apart. A lead for piggybacking would have to come from prompt chunks "
-        "that ride for free on decode steps, but at the relaxed end R1's steps are bound by arithmetic of latent attention "
-        "as much "
-        "as by bytes, so there is no idle arithmetic to give away"
+        f"prefill is {share:.1%} of the GPU time of 2k/16k, so no arrangement of it can win more than that; the three "
+        f"modes lie within {spread:.1%}, less than any prediction can tell apart. To lead, prompt chunks would have to "
+        f"ride for free on decode steps; but there a step is {step.compute:.4f} s of arithmetic (latent attention of all "
+        f"heads) to {step.cache + step.weights:.4f} s of bytes, so there is no idle arithmetic to give away"
     )
 
 
@@ -126,45 +129,38 @@ def why_mapping(m: Measures) -> str:
         seconds.append((sum(c["seconds"] for c in classes.values()), sum(c["seconds"] for c in net.values())))
     (sliced, sliced_net), (spread, spread_net) = seconds
     return (
-        f"up to {point.at:.0f} tok/s/user experts are spread over the whole instance; there, at {p.dp * p.tp} GPUs and batch "
-        f"{point.split_batch}, a step takes {spread:.5f} s with EP {p.tp * p.dp} ({spread_net:.5f} s of it all-to-all, two "
-        "measured "
-        f"launches a layer) and {sliced:.5f} s with sliced experts joined by all-reduce ({sliced_net:.5f} s). A faster "
-        "all-to-all "
-        "than the measured kernels would restore the claim; the difference is within the curves' errors"
+        f"up to {point.at:.0f} tok/s/user experts are spread over the whole instance; there, at {p.dp * p.tp} GPUs and "
+        f"batch {point.split_batch}, a step takes {spread:.5f} s with EP {p.tp * p.dp} ({spread_net:.5f} s of it "
+        f"all-to-all, two measured launches a layer) and {sliced:.5f} s with sliced experts joined by all-reduce "
+        f"({sliced_net:.5f} s). A faster all-to-all than the measured kernels would restore the claim; the difference is "
+        "within the curves' errors"
     )
 
 
 def why_span(m: Measures) -> str:
-    """Own ends against the common range: at its own end every model runs batch 1 on the largest instance."""
+    """Own ends against the common range: at its own end every model runs batch 1 on a large instance."""
     parts = []
-    for model in MODELS:
+    for model in ("405B", "70B", "8B"):
         s = m.spans[model]
-        parts.append(f"{model} {s.relaxed_tokens_per_s_per_gpu:,.0f} / ({s.top:.0f} / {MAX_INSTANCE_GPUS}) = "
-                     f"{s.relaxed_tokens_per_s_per_gpu * MAX_INSTANCE_GPUS / s.top:,.0f}")  # fmt: skip
+        rate, end = f"{s.relaxed_tokens_per_s_per_gpu:,.0f}", f"{s.top:.0f} / {s.tight_gpus}"
+        parts.append(f"{model} {rate} / ({end}) = {s.relaxed_tokens_per_s_per_gpu * s.tight_gpus / s.top:,.0f}")
     low, high = m.common
-    order = " > ".join(sorted(MODELS, key=lambda k: -m.spans[k].own))
-    small, large = (_cache_share(m, model, high) for model in ("8B", "405B"))
+    order = " > ".join(sorted(("405B", "70B", "8B"), key=lambda k: -m.spans[k].own))
+    small, large = (_step_at(m, model, high) for model in ("8B", "405B"))
     return (
-        f"over its own frontier a model ends at batch 1 on {MAX_INSTANCE_GPUS} GPUs, so its span is its relaxed decode rate "
-        "over (top / "
-        f"{MAX_INSTANCE_GPUS}): {'; '.join(parts)}. That compares services of {m.spans['8B'].top:.0f} and "
-        f"{m.spans['405B'].top:.0f} "
-        f"tok/s/user and gives {order}, with or without a GPU budget; nothing in the search is wrong, and any "
-        "simulator that "
-        f"allows TP {MAX_INSTANCE_GPUS} gives the 8B model a long tail that the printed flat curve does not have. Over the "
-        "range that "
-        f"all four reach, {low:.0f} to {high:.0f} tok/s/user, the order is the printed one: at its upper end the 8B model "
-        "still "
-        f"spends {small.cache:.4f} s of a step on cache and {small.weights:.4f} s on weights, so rate goes with bytes of "
-        "cache and the batch "
-        f"hardly matters; 405B is at batch 1, {large.weights:.4f} s on weights and {large.launches + large.network:.4f} s on "
-        "launches and links "
-        f"against {large.cache:.4f} s on cache, and every lost sequence is lost rate"
+        f"its own frontier leads every model to batch 1 on {m.spans['8B'].tight_gpus} GPUs or more, so its span is relaxed "
+        f"decode tok/s/GPU over (top tok/s/user / GPUs): {'; '.join(parts)}. That compares services of "
+        f"{m.spans['8B'].top:.0f} and {m.spans['405B'].top:.0f} tok/s/user and orders {order}; the search is right, and "
+        f"any simulator with TP up to {MAX_INSTANCE_GPUS} gives the 8B model a long tail that the printed flat curve "
+        f"lacks, so that curve stops earlier. Over what all four reach, {low:.0f} to {high:.0f} tok/s/user, the order is "
+        f"the printed one. At its upper end the 8B model's step still is {small.cache:.4f} s of cache to "
+        f"{small.weights:.4f} s of weights: throughput is memory bandwidth over cache bytes, whatever the batch. 405B is "
+        f"at batch 1 there, {large.weights:.4f} s of weights and {large.launches + large.network:.4f} s of launches and "
+        f"links to {large.cache:.4f} s of cache: every sequence less is throughput lost"
     )
 
 
-def _cache_share(m: Measures, model: str, at: float) -> StepParts:
+def _step_at(m: Measures, model: str, at: float) -> StepParts:
     swept = m.space.get(model, PREFILL_HEAVY)
     split = swept.split()
     i = split.index(at * (1 - 1e-9))
@@ -176,19 +172,17 @@ def why_fixed(m: Measures) -> str:
     """What a fixed ratio can do at either end, from the balance alone."""
     relaxed = m.spans["R1"].relaxed
     gain = m.gains["R1", PREFILL_HEAVY]
-    rate = gain.prefill_requests_per_s_per_gpu
+    needed = 0.95 * 4.5 - 1
+    _, _, high, low = m.fixed.values()
     return (
-        f"our matched ratio at the relaxed end is {relaxed:.2f} where the paper's is 3.64: prefill takes {rate:.2f} "
-        "requests/s/GPU, "
-        f"decode {gain.decode_tokens_per_s_per_gpu:,.0f} tok/s/GPU. A fixed 3.5 leaves decode 1/4.5 of the GPUs instead of "
-        f"1/{1 + relaxed:.2f}, so it keeps {(1 + relaxed) / 4.5:.0%}; it would keep 95 % if the matched ratio were 3.28, "
-        "that is if "
-        f"prefill were {3.28 / relaxed:.2f} times as slow or decode as much faster. Placed where the paper's lie relative to "
-        "the optimum "
-        "the same ratios behave as printed. At the tight end a fixed 3.5 keeps at least 1/4.5 = 22 % of the optimum "
-        "whatever the model, "
-        "because the decode pool alone then sets the rate: the printed fall to 0.05 is of the highest throughput, not of "
-        "the optimum there"
+        f"our matched ratio at the relaxed end is {relaxed:.2f}, the paper's 3.64: prefill takes "
+        f"{gain.prefill_requests_per_s_per_gpu:.2f} requests/s/GPU, decode gives {gain.decode_tokens_per_s_per_gpu:,.0f} "
+        f"tok/s/GPU. A fixed 3.5 leaves decode 1/4.5 of the GPUs instead of 1/{1 + relaxed:.2f} and keeps "
+        f"{(1 + relaxed) / 4.5:.0%}; to keep 95 % the matched ratio would have to be {needed:.2f}, prefill "
+        f"{needed / relaxed:.2f} times as slow or decode as much faster. At the same place relative to the optimum, "
+        f"{high.ratio:.2f} keeps {high.relaxed:.0%} and {low.ratio:.2f} {low.relaxed:.0%}. At the tight end a fixed 3.5 "
+        "keeps at least 1/4.5 = 22 % of the optimum in any model, since the decode pool alone sets the rate there: the "
+        "printed fall to 0.05 is a share of the highest throughput, which is how it is judged"
     )
 
 
@@ -203,15 +197,12 @@ def why_cpp(m: Measures) -> str:
     even = 31 / 32 / (1 / 30.4 - 1 / 32)
     whole = m.whole_prompt
     return (
-        f"TTFT(PP) = T / PP + (PP - 1) / PP x the last chunk. Attention is {attention:.0%} of a 256k prompt, so the last of "
-        "n equal chunks "
-        f"takes about {last:.1f} T / n, and the paper's 30.4 times needs n = {needed:,.0f} chunks of {CPP_ISL / needed:,.0f} "
-        "tokens "
-        f"({even:,.0f} of {CPP_ISL / even:,.0f} if chunks are made equally long in time). Short chunks cost throughput "
-        "against a "
-        f"whole prompt ({whole.ttft_s:.0f} s, {whole.prompt_tokens_per_s_per_gpu:,.0f} prompt tok/s/GPU at PP 1): the "
-        "printed 0.99 to 1.03 can only mean "
-        "the same chunks at every PP, which is what is judged. 61 layers over 32 stages leave stages of 1 and 2 layers, 5 % "
+        f"TTFT(PP) = T / PP + (PP - 1) / PP x the last chunk. Attention is {attention:.0%} of a 256k prompt, so the last "
+        f"of n equal chunks takes about {last:.1f} T / n, and the paper's 30.4 times needs n = {needed:,.0f} chunks of "
+        f"{CPP_ISL / needed:,.0f} tokens ({even:,.0f} of {CPP_ISL / even:,.0f} if chunks are made equally long in time). "
+        f"Short chunks cost throughput against a whole prompt ({whole.ttft_s:.0f} s, "
+        f"{whole.prompt_tokens_per_s_per_gpu:,.0f} prompt tok/s/GPU at PP 1): the printed 0.99 to 1.03 can only mean the "
+        "same chunks at every PP, which is what is judged. 61 layers over 32 stages leave stages of 1 and 2 layers, 5 % "
         "that neither counts"
     )
 
@@ -221,14 +212,12 @@ def why_dynamic(m: Measures) -> str:
     trace, *spreads = m.dynamic
     listed = "; ".join(f"{d.name}: P50 {d.p50:.2f}, means {d.mean:.2f}" for d in spreads)
     return (
-        f"work goes with mean lengths and medians are not means: the trace's shape with P50 4096/512 has means "
+        "work goes with mean lengths and medians are not means: the trace's shape with P50 4096/512 has means "
         f"{trace.mean_isl:,.0f}/{trace.mean_osl:,.0f}, so prompt tokens for each output token are "
-        f"{trace.mean_isl / trace.mean_osl:.2f} "
-        f"instead of 8.00. A constant at the means is within {abs(trace.mean - 1):.1%}. Independent lognormal lengths "
-        f"({listed}) stay within "
-        "5 % of the P50 constant up to a standard deviation of about 0.45 of the logarithm; the real trace has 0.99 and "
-        "0.86. The claim "
-        "holds for narrow or lucky traffic, and with means in place of medians for all of these but the widest"
+        f"{trace.mean_isl / trace.mean_osl:.2f} instead of 8.00. A constant at the means is within "
+        f"{abs(trace.mean - 1):.1%}. Independent lognormal lengths ({listed}) stay within 5 % of the P50 constant up to a "
+        "standard deviation of about 0.45 of the logarithm; the real trace has 0.99 and 0.86. The claim holds for narrow "
+        "or lucky traffic, and with means in place of medians for all of these but the widest"
     )
 
 
@@ -238,22 +227,19 @@ def why_transfer(m: Measures) -> str:
     bound = hardware.memory_bytes_per_s / MILLION[1]
     return (
         "a decode GPU that reads only cache turns over its sequences every OSL reads, so it takes in at most memory "
-        "bandwidth / OSL = "
-        f"{bound / 1e9:.1f} GB/s, whatever the prompt's length; weights and launches take their share of that. The link gives "
-        f"{hardware.scale_out_bytes_per_s / 1e9:.0f} GB/s. Egress of small dense models is the highest "
-        f"({m.needs['8B'].egress / 1e9:.1f} GB/s for 8B): "
-        "cache per token shrinks more slowly than arithmetic per token. The printed Equations 1 and 2 lack the factor 2 for "
-        "K and V; "
-        "for R1's single latent there is none"
+        f"bandwidth / OSL = {bound / 1e9:.1f} GB/s, whatever the prompt's length; weights and launches take their share of "
+        f"that. The link gives {hardware.scale_out_bytes_per_s / 1e9:.0f} GB/s. Egress of small dense models is the "
+        f"highest ({m.needs['8B'].egress / 1e9:.1f} GB/s for 8B): cache per token shrinks more slowly than arithmetic per "
+        "token. The printed Equations 1 and 2 lack the factor 2 for K and V; for R1's single latent there is none"
     )
 
 
 def why_domain(_: Measures) -> str:
     """Why a wider domain cannot lose here."""
     return (
-        "by construction: both spaces hold the same points, and a wider domain only replaces slow links by fast ones. Where it "
-        "matters is the finding: R1's experts spread beyond 8 GPUs at medium interactivity, Llama-70B's TP beyond 8 at the "
-        "tight end only"
+        "by construction: both spaces hold the same points, and a wider domain only replaces slow links by fast ones. "
+        "Where it matters is the finding: R1's experts spread beyond 8 GPUs at medium interactivity, Llama-70B's TP "
+        "beyond 8 at the tight end only"
     )
 
 
@@ -265,11 +251,9 @@ def million_token_arithmetic(m: Measures) -> str:
     flops = 61 * 2.0 * 128 * (192 + 128) * isl**2 / 2 + 2.0 * swept.sweep.model.active_parameters * isl
     peak = swept.sweep.hardware.peak("bf16") * CPP_GPUS
     return (
-        f"Figure 12 shows 1M-token prompts, while points above 10 s are said to be left out: {flops:.2e} FLOP (61 layers x 2 "
-        "x 128 heads x "
-        f"320 x ISL^2 / 2 for attention, 2 x active parameters x ISL) are {flops / peak:.0f} s on {CPP_GPUS} GPUs at BF16 "
-        "peak, "
-        f"and the fastest priced instance takes {fastest:.0f} s"
+        f"Figure 12 shows 1M-token prompts, while points above 10 s are said to be left out: {flops:.2e} FLOP (61 layers x "
+        f"2 x 128 heads x 320 x ISL^2 / 2 for attention, 2 x active parameters x ISL) are {flops / peak:.0f} s on "
+        f"{CPP_GPUS} GPUs at BF16 peak, and the fastest priced instance takes {fastest:.0f} s"
     )
 
 
@@ -279,7 +263,7 @@ def kv_equation_arithmetic(m: Measures) -> str:
     real = model.kv_bytes_per_token(kv="fp8")
     printed = 80 * 128 * 8 * itemsize("fp8")
     return (
-        f"Equations 1 and 2 multiply layers, d_head, KV heads and bytes: {printed:,.0f} B a token for Llama-70B in FP8, half "
-        "of the "
-        f"{real:,} B of its keys and values; and bytes_element is described as bytes per token, which the product already is"
+        f"Equations 1 and 2 multiply layers, d_head, KV heads and bytes: {printed:,.0f} B a token for Llama-70B in FP8, "
+        f"half of the {real:,} B of its keys and values; and bytes_element is described as bytes per token, which the "
+        "product already is"
     )

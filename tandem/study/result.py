@@ -16,8 +16,8 @@ class Claim:
     """One printed claim beside our numbers.
 
     `holds` is the verdict of the study's judging backend, `holds_engine` that of the second one (None where it was not
-    priced). `why` is arithmetic: what decides, and where the claim does not hold what would have to change. `values` are
-    the numbers behind `ours`, by backend, in SI units.
+    priced). `why` is arithmetic: what decides, and where the claim does not hold what would have to change. `ours_by` is
+    `ours` for each backend, `values` the numbers behind it, in SI units.
     """
 
     id: str
@@ -28,6 +28,7 @@ class Claim:
     holds_engine: bool | None
     why: str
     source: str
+    ours_by: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,54 @@
+"""`tandem study`: run a study, print its claims, write its page and numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tandem.cli.app import emit
+from tandem.report import text
+from tandem.report.study_text import claims_table, study_sentences
+from tandem.spec.errors import SpecError
+from tandem.spec.files import write_whole
+
+PAPER_B_TITLE = "Beyond the Buzz, re-derived"
+PAPER_B_LEAD = (
+    "Paper B (arXiv 2506.05508) asks when prefill and decode should be served on separate GPUs. Every finding is set beside "
+    "the printed number, priced by Tandem's performance model without a GPU; a claim that fails is explained with arithmetic."
+)
+
+
+def run_paper_b(out: Path | None, json_out: bool) -> None:
+    """Run the study of paper B; the exit code does not depend on which claims hold."""
+    from tandem.study.paper_b import study_paper_b
+
+    _require_new_folder(out)
+    with text.progress("studying") as step:
+        data = study_paper_b(progress=step).to_json()
+    _finish("paper-b", PAPER_B_TITLE, PAPER_B_LEAD, data, out, json_out)
+
+
+def _require_new_folder(out: Path | None) -> None:
+    if out is not None and out.exists() and not out.is_dir():
+        raise SpecError(f"--out {out}: is a file; give a folder")
+
+
+def _finish(name: str, title: str, lead: str, data: dict[str, Any], out: Path | None, json_out: bool) -> None:
+    """Write the page and claims.json, then print."""
+    target = None
+    if out is not None:
+        from tandem.report.study_html import study_page
+
+        out.mkdir(parents=True, exist_ok=True)
+        target = out / f"study-{name}.html"
+        write_whole(target, study_page(title, lead, data))
+        write_whole(out / "claims.json", json.dumps(data, allow_nan=False, indent=1) + "\n")
+    if json_out:
+        return emit(data)
+    console = text.console()
+    console.print(claims_table(title, data["claims"], list(data["backends"])))
+    for line in study_sentences(data):
+        console.print(f"- {line}", markup=False)
+    if target is not None:
+        console.print(f"report: {target.resolve()}", soft_wrap=True, markup=False)

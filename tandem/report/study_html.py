@@ -1,0 +1,106 @@
+"""A study as one page: claims on top, then a chart for every figure. Takes the study's JSON, so that any study is drawn "
+"alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tandem.report.html import COLOURS, bullets, cards, chart, footer, page
+from tandem.report.study_text import verdict
+
+PALETTE = ("#4269d0", "#e0661a", "#2f9e62", "#c23b62", "#9a6bce", "#8a6d3b", "#1f9bb5", "#6c6c75")
+_ROLES = {**COLOURS, "printed": "#1c1d22"}
+_HEIGHT = 380
+
+
+def figure_of(data: Mapping[str, Any]) -> go.Figure:
+    """The panels of one figure side by side; a curve's name is in the legend once, its colour follows its role."""
+    panels: Sequence[Mapping[str, Any]] = data["panels"]
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    drawn = make_subplots(
+        rows=rows, cols=columns, subplot_titles=[p["title"] for p in panels], horizontal_spacing=0.09, vertical_spacing=0.16
+    )
+    colours: dict[str, str] = {}
+    shown: set[str] = set()
+    for number, panel in enumerate(panels):
+        for series in panel["series"]:
+            key = series["role"] or series["name"]
+            colour = _ROLES.get(key) or colours.setdefault(key, PALETTE[len(colours) % len(PALETTE)])
+            drawn.add_scatter(
+                x=series["x"], y=series["y"], name=series["name"], legendgroup=series["name"],
+                showlegend=series["name"] not in shown, text=list(series["text"]) or None,
+                mode="markers" if series["style"] == "markers" else "lines",
+                line={"color": colour, "width": 2, "dash": "dash" if series["style"] == "dash" else "solid"},
+                marker={"color": colour, "size": 10, "symbol": "diamond"},
+                hovertemplate="%{x:.4g}, %{y:.4g}<br>%{text}" if series["text"] else "%{x:.4g}, %{y:.4g}",
+                row=number // columns + 1, col=number % columns + 1,
+            )  # fmt: skip
+            shown.add(series["name"])
+    drawn.update_xaxes(type="log" if data["x_log"] else "linear", title=data["x_title"], title_standoff=6)
+    drawn.update_yaxes(type="log" if data["y_log"] else "linear", exponentformat="power" if data["y_log"] else "none")
+    if not data["y_log"]:
+        drawn.update_yaxes(rangemode="tozero")
+    for row in range(1, rows + 1):
+        drawn.update_yaxes(title=data["y_title"], row=row, col=1)
+    return drawn
+
+
+def _height(data: Mapping[str, Any]) -> int:
+    return 100 + _HEIGHT * -(-len(data["panels"]) // 2)
+
+
+def claims_table(claims: Sequence[Mapping[str, Any]], backends: Sequence[str]) -> str:
+    """Every claim with its verdict; the reason unfolds below it."""
+    head = "".join(f"<th>{escape(c)}</th>" for c in ("", "claim", "printed", "ours", *(f"holds ({b})" for b in backends)))
+    rows = []
+    for c in claims:
+        verdicts = [c["holds"], c["holds_engine"]][: len(backends)]
+        cells = "".join(f"<td class='{'yes' if v else 'no'}'>{verdict(v)}</td>" for v in verdicts)
+        ours = "<br>".join(f"<i>{escape(b)}</i>: {escape(c['ours_by'][b])}" for b in backends)
+        rows.append(
+            "<tr "
+            f"id='{escape(c['id'])}'><td><b>{escape(c['id'])}</b></td><td>{escape(c['title'])}<br><small>{escape(c['source'])}"
+            f"</small></td><td>{escape(c['printed'])}</td><td>{ours}<details><summary>why</summary>{escape(c['why'])}</details></td>"
+            f"{cells}</tr>"
+        )
+    style = (
+        "<style>.claims td{vertical-align:top;white-space:normal;text-align:left}.claims td:nth-child(4){min-width:22rem}"
+        ".yes{color:#2f7d4f;font-weight:600}.no{color:#b3261e;font-weight:600}.claims details{margin-top:.3rem}"
+        ".claims summary{cursor:pointer}</style>"
+    )
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f"{style}<div class='wide'><table class='claims'>{body}</table></div>"
+
+
+def study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
+    """A whole study from its JSON object."""
+    claims, backends = data["claims"], list(data["backends"])
+    held = sum(bool(c["holds"]) for c in claims)
+    heads = [
+        (f"{held} of {len(claims)}", f"claims hold ({backends[0]})"),
+        (f"{data['points_evaluated']:,}", "design points priced"),
+        (f"{data['points_considered']:,}", "looked at"),
+        (f"{data['seconds']:.0f} s", "on this machine"),
+    ]
+    body = [
+        f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
+        cards(heads),
+        "<h2>Claims</h2>",
+        claims_table(claims, backends),
+        "<h2>What cannot come from the stated model</h2>",
+        bullets(data["errata"]),
+    ]
+    for number, figure in data["figures"].items():
+        label = f"Figure {number}: " if number.isdigit() else ""
+        body.append(f"<h2>{escape(label + figure['title'])}</h2><p class='note'>{escape(figure['note'])}</p>")
+        body.append(chart(figure_of(figure), _height(figure)))
+    body += ["<h2>Assumptions</h2>", bullets(data["assumptions"])]
+    body.append(bullets([f"{name}: {what}" for name, what in data["backends"].items()]))
+    body.append(footer([f"Figures are drawn with backend {backends[0]}. Numbers: claims.json beside this page."]))
+    return page(title, "".join(body))
