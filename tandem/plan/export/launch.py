@@ -67,7 +67,7 @@ def node_script(job: Job, release: Release, functions: str, environment: dict[st
         "source ../nodes.env\n"
         'node="${1:?the number of this host}"\n'
         f': "${{MODEL:?set it to a checkpoint in {job.checkpoint.wanted}}}"\n'
-        'here="${NODES[$node]}"\n'
+        'here="${NODES[$node]:?host $node has no address in nodes.env}"\n'
         "API_PORT=8100\n"
         "MASTER_PORT=29500\n"
         f"{exports}\n{functions}\n\n"
