@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -11,12 +12,13 @@ from tandem.cli.app import emit
 from tandem.perf import silicon
 from tandem.perf.calibrate_ops import calibrate_ops, write_fits
 from tandem.perf.calibrate_serving import calibrate_serving, format_fits, package_source
-from tandem.perf.validate import ErrorSet, error_sets, predict
+from tandem.perf.held_out import label_sets, leave_one_out
+from tandem.perf.measurements import read_measurements
+from tandem.perf.peer import PeerAnswers, ask_peer
+from tandem.perf.validate import ErrorSet, answered, error_sets, predict, refuse_wrong_units
 from tandem.report import text
+from tandem.spec.errors import SpecError
 from tandem.spec.files import require_folder, write_whole
-
-PEER = {"all": 0.151, "dense": 0.104, "moe": 0.189, "mla": 0.189, "hybrid": 0.120}
-"""aiconfigurator 0.12.0's median TPOT error on the validation rows that it answers; moe and mla are one group there."""
 
 
 def run_ops(systems: list[str] | None, out: Path | None, json_out: bool) -> None:
@@ -39,16 +41,21 @@ def run_ops(systems: list[str] | None, out: Path | None, json_out: bool) -> None
     text.console().print(t)
 
 
-def run_serving(out: Path | None, json_out: bool) -> None:
-    """Refit backend overheads on the calibration rows; show each with its interval."""
+def run_serving(own: list[Path] | None, given: Mapping[str, str], out: Path | None, json_out: bool) -> None:
+    """Refit backend overheads on the calibration rows, and a user's own with them; show each with its interval."""
     require_folder("--out", out)
+    refuse_idle_options(own, given)
+    mine = [r for r in read_measurements(own, given, "calibration") if r.side == "calibration"] if own else []
     path = silicon.sample_path()
     rows = [r for r in silicon.read_rows(path) if r.side == "calibration"]
+    source = " and ".join([package_source(path), *(f"{len(mine)} rows of {file.name}" for file in own or ())])
     with text.progress("calibrating backends") as step:
-        fits = calibrate_serving(rows, step)
+        if mine:
+            refuse_wrong_units(predict(mine, step))
+        fits = calibrate_serving([*rows, *mine], step)
     if out is not None:
-        write_whole(out, format_fits(fits, package_source(path)))
-    settings = sorted({(r.backend, r.hardware.name, r.precision.weights, r.model.name): r for r in rows}.items())
+        write_whole(out, format_fits(fits, source))
+    settings = sorted({(r.backend, r.hardware.name, r.precision.weights, r.model.name): r for r in mine or rows}.items())
     found = [(key, fits.find(r.backend, r.hardware, r.model, r.precision.weights)[0]) for key, r in settings]
     if json_out:
         names = ("backend", "hardware", "weights", "model")
@@ -69,32 +76,63 @@ def run_serving(out: Path | None, json_out: bool) -> None:
     text.console().print(t)
 
 
-def run_validate(json_out: bool) -> None:
-    """Predict every measured row and show the errors, validation rows first."""
-    rows = list(silicon.read_rows(silicon.sample_path()))
+def run_validate(
+    rows: list[Path] | None,
+    given: Mapping[str, str],
+    against: str | None,
+    peer_python: Path | None,
+    report: Path | None,
+    json_out: bool,
+) -> None:
+    """Predict measured rows, as they are and by coefficients that never saw their GPU or model, and show the errors."""
+    require_folder("--report", report)
+    refuse_idle_options(rows, given)
+    found, source = (
+        (read_measurements(rows, given, "validation"), ", ".join(path.name for path in rows))
+        if rows
+        else (list(silicon.read_rows(silicon.sample_path())), package_source(silicon.sample_path()))
+    )
     with text.progress("validating") as step:
-        sets = error_sets(predict(rows, step))
+        judged = [r for r in found if r.side == "validation"]
+        peer = ask_peer(against, judged, step, peer_python) if against else None
+        times = peer.times if peer else None
+        predictions = predict(found, step)
+        if rows:
+            refuse_wrong_units(predictions)
+        held_out = [] if rows else leave_one_out(found, step)
+        sets = [*error_sets(predictions, times), *(s for h in held_out for s in h.sets())]
+        sets += label_sets(predictions, held_out, step)
+    shares = answered(predictions, times)
+    if report is not None:
+        from tandem.report.validate_html import validate_page
+
+        write_whole(report, validate_page(predictions, sets, held_out, shares, peer, source))
     if json_out:
-        return emit({"sets": [_json(s) for s in sets]})
-    t = text.table(
-        "Predicted against measured, co-located rows; no coefficient was fitted on the validation side",
-        "!rows", "side", "metric", ">n", ">median", ">mean error", ">ratio", ">in interval", ">aiconfigurator",
-    )  # fmt: skip
-    for s in sets:
-        groups = s.name.count(" ")
-        if groups > 1 or (groups == 1 and s.side == "calibration") or (groups == 1 and s.metric == "ttft_s"):
-            continue  # the finest groups are in --json
-        peer = PEER.get(s.name) if (s.side, s.metric) == ("validation", "tpot_s") else None
-        t.add_row(
-            s.name, s.side, s.metric.removesuffix("_s").upper(), str(s.n),
-            f"{s.median_ape:.1%}", f"{s.mean_ape:.1%}", f"{s.ratio:.2f}",
-            f"{s.coverage:.0%}", f"{peer:.1%}" if peer else "-",
-        )  # fmt: skip
+        return emit({"source": source, "sets": [_json(s) for s in sets], "answered": shares, "peer": _peer_json(peer)})
+    from tandem.report import validate_text
+
     out = text.console()
-    out.print(t)
-    out.print("median, mean error: absolute percentage error; ratio: predicted / measured, median; interval: the 80 % one.")
-    out.print("aiconfigurator 0.12.0: TPOT median error on the 69 % of rows that it answers; moe and mla are one group there.")
+    for t in validate_text.tables(sets):
+        out.print(t)
+    for line in validate_text.sentences(shares, peer):
+        out.print(line)
+    if report is not None:
+        out.print(f"report: {report}")
+
+
+def refuse_idle_options(rows: list[Path] | None, given: Mapping[str, str]) -> None:
+    """Refuse options that describe rows of a file where no file is given."""
+    if given and not rows:
+        name = next(iter(given))
+        raise SpecError(f"--{name}={given[name]!r}: describes rows of a file; give --rows FILE, or leave it out")
 
 
 def _json(s: ErrorSet) -> dict[str, Any]:
-    return asdict(s) | {"name": f"{s.side} {s.metric.removesuffix('_s')} {s.name}"}
+    return asdict(s) | {"name": f"{s.side} {s.metric.removesuffix('_s')} {s.name}", "predictor": "tandem"}
+
+
+def _peer_json(peer: PeerAnswers | None) -> dict[str, Any] | None:
+    if peer is None:
+        return None
+    answers = {"asked": peer.asked, "answered": len(peer.times), "reasons": peer.reasons}
+    return {"name": peer.name, "version": peer.version, **answers}

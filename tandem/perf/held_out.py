@@ -46,8 +46,8 @@ def leave_one_out(rows: Sequence[MeasuredRow], progress: Progress = lambda _: No
     """
     table = Table.of([r for r in rows if r.side == "calibration"], progress)
     names: dict[str, str] = {}
-    for r in rows:
-        names.setdefault(fingerprint(r.model), r.model.name.rpartition("/")[2])
+    for name, key in sorted({(r.model.name.rpartition("/")[2], fingerprint(r.model)) for r in rows}, key=lambda it: len(it[0])):
+        names.setdefault(key, name)
     ways: tuple[tuple[str, Callable[[MeasuredRow], str]], ...] = (
         ("gpu", lambda r: r.hardware.name),
         ("model", lambda r: names[fingerprint(r.model)]),

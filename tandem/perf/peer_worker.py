@@ -35,9 +35,10 @@ def main() -> None:
         setattr(databases, name, functools.cache(getattr(databases, name)))
     configs = resources.files("aiconfigurator_core") / "model_configs"
     bundled = {entry.name.removesuffix("_config.json") for entry in configs.iterdir()}
-    print(json.dumps({"version": version}), file=out, flush=True)
+    out.write(json.dumps({"version": version}) + "\n")
     for case in json.load(sys.stdin):
-        print(json.dumps({"id": case["id"], **answer(api, bundled, case)}), file=out, flush=True)
+        out.write(json.dumps({"id": case["id"], **answer(api, bundled, case)}) + "\n")
+        out.flush()
 
 
 def answer(api: Any, bundled: set[str], case: dict[str, Any]) -> dict[str, Any]:
