@@ -20,9 +20,7 @@ SECTIONS = {
     "held out, both sides": "The same, judged on all its rows",
     "labels": "What each evidence label is worth, on validation rows",
 }
-NOTES = (
-    "median, mean: absolute percentage error; ratio: predicted / measured, median; in 80 %: share inside the 80 % interval.",
-)
+NOTES = ("median, mean: absolute percentage error; ratio: predicted / measured, median; in 80 %: inside the 80 % interval.",)
 
 
 def pairs(sets: Iterable[ErrorSet]) -> list[Pair]:
