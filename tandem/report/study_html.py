@@ -13,7 +13,8 @@ from plotly.subplots import make_subplots
 from tandem.report.html import COLOURS, bullets, cards, chart, footer, page
 from tandem.report.study_text import verdict
 
-PALETTE = ("#4269d0", "#e0661a", "#2f9e62", "#c23b62", "#9a6bce", "#8a6d3b", "#1f9bb5", "#6c6c75")
+PALETTE = ("#2f9e62", "#c23b62", "#1f9bb5", "#8a6d3b", "#d6a419", "#5b3a8c", "#6c6c75", "#e58aa5")
+"""Colours of curves that are no mode's; none of them is a mode's colour."""
 _ROLES = {**COLOURS, "printed": "#1c1d22"}
 _HEIGHT = 380
 
@@ -26,6 +27,8 @@ def figure_of(data: Mapping[str, Any]) -> go.Figure:
     drawn = make_subplots(
         rows=rows, cols=columns, subplot_titles=[p["title"] for p in panels], horizontal_spacing=0.09, vertical_spacing=0.16
     )
+    for note, axis in zip(drawn.layout.annotations, drawn.select_yaxes(), strict=False):
+        note.update(yanchor="top", y=axis.domain[1], bgcolor="rgba(255,255,255,.75)", font={"size": 13})
     colours: dict[str, str] = {}
     shown: set[str] = set()
     for number, panel in enumerate(panels):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tandem.perf.memory import total_weight_bytes
 from tandem.study import paper_b_why as why
 from tandem.study.paper_b_measures import Mapping, Measures
 from tandem.study.paper_b_space import (
@@ -231,11 +232,21 @@ def _why_f1(m: Measures) -> str:
 
 
 def _why_f7(m: Measures) -> str:
-    p = m.mapping["70B"][len(m.mapping["70B"]) // 2]
+    p = m.mapping["70B"][len(m.mapping["70B"]) // 2 - 1]
+    floors = []
+    for model in ("70B", "405B"):
+        middle = m.mapping[model][len(m.mapping[model]) // 2]
+        sweep = m.space.get(model, PREFILL_HEAVY).sweep
+        needed = total_weight_bytes(sweep.model, sweep.precision) * middle.at / sweep.hardware.memory_bytes_per_s
+        floors.append(f"{model} at {middle.at:.0f} tok/s/user TP {needed:.1f}")
     return (
         f"at {p.at:.0f} tok/s/user Llama-70B decodes on ({p.split}) with batch {p.split_batch} in a pool of its own, on "
-        f"({p.shared}) with batch {p.shared_batch} when shared: prompts take their part of every token's time there, the "
-        "batch must shrink to pay for it, and a small batch gives a wide instance too little work to be worth its links"
+        f"({p.shared}) "
+        f"with batch {p.shared_batch} when shared: prompts take their part of every token's time there, the batch shrinks to "
+        "pay for "
+        f"it, and a small batch gives a wide instance too little work. Reading the weights once a token alone takes at least "
+        f"({'; '.join(floors)}), so the largest model is pushed to the same width in either mode and differs by its batch "
+        "instead"
     )
 
 

@@ -38,19 +38,30 @@ def thin(count: int) -> NDArray[np.int64]:
 
 
 def curve_series(
-    swept: Swept, curve: Curve, name: str, *, role: str | None = None, style: Style = "line", scale: float = 1.0
+    swept: Swept,
+    curve: Curve,
+    name: str,
+    *,
+    role: str | None = None,
+    style: Style = "line",
+    scale: float = 1.0,
+    start: float | None = None,
 ) -> Series:
-    """A frontier with what each point is."""
+    """A frontier with what each point is; `start` draws its highest point on to a lower interactivity."""
     rows = [int(i) for i in thin(len(curve))]
     texts = []
     for i in rows:
         ratio = "" if curve.ratio is None else f", {curve.ratio[i]:.3g} prefill GPUs a decode GPU"
         kind = "decode " if curve.ratio is not None else ""
         texts.append(f"{kind}({swept.parallelism(curve, i)}) batch {swept.batch(curve, i)}{ratio}")
+    x = [float(curve.tokens_per_s_per_user[i]) for i in rows]
+    y = [float(curve.tokens_per_s_per_gpu[i]) / scale for i in rows]
+    if start is not None and x and start < x[0]:
+        x, y, texts = [start, *x], [y[0], *y], [texts[0], *texts]
     return Series(
         name=name,
-        x=[float(curve.tokens_per_s_per_user[i]) for i in rows],
-        y=[float(curve.tokens_per_s_per_gpu[i]) / scale for i in rows],
+        x=x,
+        y=y,
         text=texts,
         role=role or curve.mode,
         style=style,
@@ -109,7 +120,7 @@ def _figure_5(m: Measures) -> Figure:
         )
         for c in shown
     )
-    bounds = Series(name="printed", x=[1.0, 32.0], y=[1.0, 0.99], style="markers", role="printed")
+    bounds = [Series(name="printed range", x=[1.0, 32.0], y=[y, y], style="dash", role="printed") for y in (0.99, 1.03)]
     return Figure(
         title="Chunked pipeline parallelism in prefill: R1, 256k tokens, 64 GPUs, EP x PP = 64",
         note="Time to first token in seconds, and throughput over that of PP 1 with the same chunks.",
@@ -117,7 +128,7 @@ def _figure_5(m: Measures) -> Figure:
         y_title="seconds; share of PP 1",
         x_log=True,
         y_log=True,
-        panels=(Panel(title="TTFT, s", series=(*times, printed)), Panel(title="throughput", series=(*rates, bounds))),
+        panels=(Panel(title="TTFT, s", series=(*times, printed)), Panel(title="throughput", series=(*rates, *bounds))),
     )
 
 
@@ -180,7 +191,13 @@ def _figure_10(m: Measures) -> Figure:
     highest = float(split.tokens_per_s_per_gpu[0])
     fixed = [
         curve_series(
-            swept, swept.fixed_ratio(r), f"fixed {r:.2f}", role=f"fixed {i}", scale=highest, style="dash" if i > 1 else "line"
+            swept,
+            swept.fixed_ratio(r),
+            f"fixed {r:.2f}",
+            role=f"fixed {i}",
+            style="dash" if i > 1 else "line",
+            scale=highest,
+            start=float(split.tokens_per_s_per_user[0]),
         )
         for i, r in enumerate(m.fixed)
     ]

@@ -108,7 +108,7 @@ def _why_t6(m: Measures) -> str:
     return (
         f"egress is constant along the frontier ({need.egress / 1e9:.2f} GB/s at 16k) because one prefill instance is "
         "used; ingress "
-        f"falls with the decode rate from {need.ingress_relaxed / 1e9:.2f} GB/s. " + why.why_transfer(m)
+        f"falls with the decode rate from {need.ingress_relaxed / 1e9:.2f} GB/s; " + why.why_transfer(m)
     )
 
 
