@@ -42,7 +42,7 @@ PRIOR_SD = {"tpot": (0.4, 0.2, 0.2, 0.2, 0.2, 0.2), "ttft": (0.5, 0.3, 0.3, 0.3,
 """Prior standard deviation of a group's logarithms, by level of `group_keys`: a backend may differ from another by a third,
 one GPU generation or model of it by a fifth. TTFT is noisier (facts/validation.md)."""
 COMMON_SD = {"tpot": 0.5, "ttft": 1.0}
-SOFTNESS = {"tpot": 0.25, "ttft": 0.5}
+SOFTNESS = {"tpot": 0.15, "ttft": 0.25}
 FIRM = {
     "network": 2.5,
     "sequence_s": 2.0,
@@ -78,9 +78,8 @@ def group_rows(rows: Iterable[MeasuredRow]) -> dict[tuple[str, ...], list[Measur
     """Rows that share a performance model and lengths, so that one vectorised call prices them all."""
     groups: dict[tuple[str, ...], list[MeasuredRow]] = defaultdict(list)
     for r in rows:
-        groups[
-            (r.model.name, r.hardware.name, r.backend, str(r.precision), str(r.isl), str(r.osl), str(r.prefill is None))
-        ].append(r)
+        setting = (r.model.name, r.hardware.name, r.backend, r.precision, r.isl, r.osl, r.prefill is None, r.draft_tokens)
+        groups[tuple(str(x) for x in setting)].append(r)
     return groups
 
 
@@ -108,7 +107,9 @@ def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
     """The terms of rows that `group_rows` put together."""
     first = rows[0]
     split = first.prefill is not None
-    perf = PerfModel(first.model, first.hardware, first.precision, first.backend, split=split)
+    perf = PerfModel(
+        first.model, first.hardware, first.precision, first.backend, split=split, draft_tokens=first.draft_tokens
+    )
     layout, workload = layout_arrays(rows), Workload.fixed(first.isl, first.osl)
     asked, one = np.array([float(r.concurrency) / r.replicas for r in rows]), np.ones(len(rows))
     batch = served_batch(perf, layout, asked, workload)
@@ -121,7 +122,9 @@ def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
     seqs = np.asarray(load.decode_seqs)
     if split:
         times = prompt_times(perf, prefill_arrays(rows), workload, np.array([float(r.concurrency) for r in rows]))
-        prompt_s, burst_s, cycle_s = (np.asarray(x) * one for x in times)
+        tpot_s = np.array([r.tpot_s for r in rows])
+        prompt_s = times.prompt_s(times.alone_s + tpot_s * max(first.osl - 1.0, 1.0)) * one
+        burst_s, cycle_s = (np.asarray(x) * one for x in (times.burst_s, times.cycle_s))
         stall_s, waiting = 0.0 * one, 0.0 * one
     else:
         prompt_s = perf.prefill_kernels_s(layout, one, float(first.isl), one)
@@ -135,6 +138,7 @@ def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
         "prefill": stall_s,
         "imbalance": (work["moe"] + work["moe_compute"]) * (np.asarray(layout.ep) > 1),
     }
+    columns = {name: seconds / (1.0 if name == "prefill" else perf.tokens_per_step) for name, seconds in columns.items()}
     tpot = np.stack([getattr(PHYSICS, name) * columns[name] * one for name in TPOT_TERMS], axis=1)
     return RowTerms(tpot, prompt_s, burst_s, waiting, cycle_s, seqs)
 

@@ -62,6 +62,10 @@ class StepLoad(NamedTuple):
     isl: Array = 0.0
     chunks: Array = 1.0
     cached_up: bool = False
+    draft: Array = 0.0
+    """Tokens that a decoding sequence proposes and verifies beside its next one (multi-token prediction)."""
+    busy_groups: Array = 1.0
+    """Share of the attention groups that have such a load in this step; the rest is idle, and experts see less."""
     decode_window_context: dict[int, Array] | None = None
     """Mean of min(context, window) for each window of the model, where `context` alone would misstate it."""
 
@@ -78,7 +82,12 @@ class StepLoad(NamedTuple):
     @property
     def tokens(self) -> Array:
         """Rows of the dense matmuls."""
-        return self.decode_seqs + self.prefill_seqs * self.new
+        return self.decode_tokens + self.prefill_seqs * self.new
+
+    @property
+    def decode_tokens(self) -> Array:
+        """Tokens of the decoding sequences in this step."""
+        return self.decode_seqs * (1.0 + self.draft)
 
     def attended(self, window: int | None) -> Array:
         """Mean cached tokens that a decoding sequence reads in a layer with this window."""
@@ -129,13 +138,29 @@ class LayerCosts:
             yield from self._mixer_items(mixer, float(count), layout, load)
         h, t = self.model.hidden_size, load.tokens
         yield Item("memory", "bf16", ops.memory(5.0 * OUT * h * t), float(len(self.model.layers)))
-        sampled = load.decode_seqs + load.prefill_seqs / load.chunks
-        vocab = self.model.vocab_size / layout.tp
-        yield Item("gemm", "bf16", ops.gemm(sampled, vocab, h, OUT, OUT), 1.0)
-        yield Item("memory", "bf16", ops.memory(8.0 * sampled * vocab), 1.0)
+        yield from self._head(load.decode_tokens + load.prefill_seqs / load.chunks, 1.0, layout)
+        if np.any(np.asarray(load.draft) > 0):
+            yield from self._draft(layout, load)
         stages = layout.pp * layout.cpp
         if np.any(np.asarray(stages) > 1):
             yield Item("send", "bf16", ops.send(OUT * h * t), stages - 1.0, stages)
+
+    def _head(self, sampled: Array, count: Array, layout: Layout) -> Iterator[Item]:
+        vocab = self.model.vocab_size / layout.tp
+        yield Item("gemm", "bf16", ops.gemm(sampled, vocab, self.model.hidden_size, OUT, OUT), count)
+        yield Item("memory", "bf16", ops.memory(8.0 * sampled * vocab), count)
+
+    def _draft(self, layout: Layout, load: StepLoad) -> Iterator[Item]:
+        """Passes through the multi-token prediction layer, one for each drafted token: as the model's last attention and
+        feed-forward layers, a projection of two hidden states into one, and the head."""
+        alone = StepLoad(decode_seqs=load.decode_seqs, context=load.context, busy_groups=load.busy_groups)
+        kinds = [[m for m, _ in self.model.mixers if isinstance(m, kind)] for kind in ((Attention, MLA), (MLP, MoE))]
+        for mixer in (found[-1] for found in kinds if found):
+            for item in self._mixer_items(mixer, 1.0, layout, alone):
+                yield replace(item, count=item.count * load.draft)
+        h = self.model.hidden_size
+        yield replace(self._gemm(load.decode_seqs, h, 2 * h, 1.0), count=load.draft)
+        yield from self._head(load.decode_seqs, load.draft, layout)
 
     def _mixer_items(self, mixer: Mixer, count: float, layout: Layout, load: StepLoad) -> Iterator[Item]:
         if isinstance(mixer, Attention):
@@ -167,7 +192,8 @@ class LayerCosts:
         q_width = m.q_width / layout.tp
         yield self._gemm(load.tokens, q_width + 2.0 * kv_heads * m.head_dim, h, count)
         if load.decodes:
-            work = ops.attention_decode(load.decode_seqs, load.attended(m.window), heads, kv_heads, m.head_dim, kv)
+            reach, queries = load.attended(m.window), 1.0 + load.draft
+            work = ops.attention_decode(load.decode_seqs, reach, heads, kv_heads, m.head_dim, kv, queries)
             yield Item("attention_decode", self.precision.kv, work, count * (np.asarray(load.decode_seqs) > 0))
         if load.prefills:
             pairs = ops.attended_pairs(load.isl, 0.0, m.window) / load.chunks
@@ -196,19 +222,18 @@ class LayerCosts:
         yield self._gemm(t, h, heads * m.v_head_dim, count)
 
     def _mla_decode(self, m: MLA, count: float, heads: Array, load: StepLoad) -> Iterator[Item]:
-        b, kv = load.decode_seqs, itemsize(self.precision.kv)
+        b, kv, queries = load.decode_seqs, itemsize(self.precision.kv), 1.0 + load.draft
         occurs = count * (np.asarray(b) > 0)
         # Absorbed projections: queries into the latent space, outputs out of it (both halves of kv_b, once a head).
-        yield Item("gemm", "bf16", ops.gemm(b, heads * m.kv_lora_rank, m.qk_nope_head_dim, OUT, OUT), occurs)
-        yield Item("gemm", "bf16", ops.gemm(b, heads * m.v_head_dim, m.kv_lora_rank, OUT, OUT), occurs)
+        yield Item("gemm", "bf16", ops.gemm(b * queries, heads * m.kv_lora_rank, m.qk_nope_head_dim, OUT, OUT), occurs)
+        yield Item("gemm", "bf16", ops.gemm(b * queries, heads * m.v_head_dim, m.kv_lora_rank, OUT, OUT), occurs)
         context = load.context
         if m.index is not None:
             i = m.index
-            yield Item(
-                "attention_decode", "fp8", ops.attention_decode(b, context / 2, i.num_heads, 1.0, i.head_dim, 1.0), occurs
-            )
+            scored = ops.attention_decode(b, context / 2, i.num_heads, 1.0, i.head_dim, 1.0, queries)
+            yield Item("attention_decode", "fp8", scored, occurs)
             context = load.attended(m.index.top_k)
-        work = ops.mla_decode(b, context, heads, m.kv_lora_rank, m.qk_rope_head_dim, kv)
+        work = ops.mla_decode(b, context, heads, m.kv_lora_rank, m.qk_rope_head_dim, kv, queries)
         yield Item("mla_decode", self.precision.kv, work, occurs)
 
     def _mla_prefill(self, m: MLA, count: float, heads: Array, load: StepLoad) -> Iterator[Item]:
@@ -241,10 +266,11 @@ class LayerCosts:
         state = itemsize(self.precision.state)
         yield self._gemm(t, m.in_width / layout.tp, h, count)
         if load.decodes:
-            b = load.decode_seqs
+            b, tokens = load.decode_seqs, 1.0 + load.draft
             occurs = count * (np.asarray(b) > 0)
-            yield Item("conv_decode", "bf16", ops.conv_update(b, channels, m.conv_kernel), occurs)
-            yield Item("scan_decode", "bf16", ops.scan_decode(b, heads, head_dim, state_dim, groups, state), occurs)
+            work = ops.scan_decode(b, heads, head_dim, state_dim, groups, state, tokens)
+            yield Item("conv_decode", "bf16", ops.conv_update(b * tokens, channels, m.conv_kernel), occurs)
+            yield Item("scan_decode", "bf16", work, occurs)
         if load.prefills:
             p = load.prefill_seqs
             occurs = count * (np.asarray(p) > 0)
@@ -277,7 +303,8 @@ class LayerCosts:
             yield from self._dense(m.shared_ffn_size, m.shared_ffn_size * (2 if m.gated else 1), count, layout, t)
         ffn = m.ffn_size / layout.moe_tp
         a = self._expert_input_bytes
-        work = ops.moe(t * layout.dp, width, ffn, m.top_k, m.num_experts, layout.ep, itemsize(w), a, gated=m.gated)
+        tokens = t * layout.dp * load.busy_groups
+        work = ops.moe(tokens, width, ffn, m.top_k, m.num_experts, layout.ep, itemsize(w), a, gated=m.gated)
         yield Item("moe", w, work, count)
         yield from self._moe_traffic(m, width, count, layout, t)
 

@@ -1,7 +1,7 @@
 """A hierarchical fit of positive sums: measured = sum over terms of exp(common + deviations of its groups) * term.
 
 Maximum a posteriori in logarithms: residuals log(predicted / measured) count by a soft absolute value, deviations have
-Gaussian priors, so that a group with few rows stays near its parents. Gauss-Newton on dense arrays; a few hundred unknowns.
+Gaussian priors, so that a group with few rows stays near its parents. Gauss-Newton; a few hundred unknowns.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tandem.perf.op_tables import extra
 
 Array = NDArray[np.float64]
 STEP_LIMIT = 0.5
@@ -73,16 +75,17 @@ def fit_hierarchy(
         columns.append(first + (np.arange(num_terms) if level.by_term else np.zeros(num_terms, dtype=int)))
     where, precision = np.stack(columns, axis=1), np.concatenate(priors) ** 2
     logs = np.zeros(size)
-    index = np.repeat(np.arange(rows), where.shape[1] * num_terms)
+    sparse = extra("scipy.sparse")
+    ends = np.arange(rows + 1) * (where.shape[1] * num_terms)
     for _ in range(iterations):
         parts = np.exp(logs[where].sum(axis=1)) * terms
         predicted = parts.sum(axis=1)
         residual = np.log(predicted / measured)
-        weight = 1.0 / (softness**2 * np.sqrt(1.0 + (residual / softness) ** 2))
+        weight = 1.0 / (softness**2 + residual**2)
         share = parts / predicted[:, None]
-        jacobian = np.zeros((rows, size))
-        np.add.at(jacobian, (index, where.ravel()), np.repeat(share[:, None], where.shape[1], axis=1).ravel())
-        curvature = jacobian.T @ (weight[:, None] * jacobian) + np.diag(precision)
+        slopes = np.repeat(share[:, None], where.shape[1], axis=1).ravel()
+        jacobian = sparse.csr_array((slopes, where.ravel(), ends), shape=(rows, size))
+        curvature = (jacobian.T @ (sparse.diags_array(weight) @ jacobian)).toarray() + np.diag(precision)
         step = np.linalg.solve(curvature, jacobian.T @ (weight * residual) + precision * logs)
         logs = logs - np.clip(step, -STEP_LIMIT, STEP_LIMIT)
         if np.max(np.abs(step)) < 1e-3:

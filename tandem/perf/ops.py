@@ -72,10 +72,12 @@ def attention_over(
     return Work(4.0 * seqs * heads * head_dim * pairs, seqs * moved)
 
 
-def attention_decode(seqs: Array, context: Array, heads: Array, kv_heads: Array, head_dim: int, kv: float) -> Work:
-    """One token of each of `seqs` sequences attends to `context` cached tokens (already capped by a window)."""
-    flops = 4.0 * seqs * heads * head_dim * context
-    moved = seqs * (2.0 * OUT * heads * head_dim + 2.0 * kv * kv_heads * head_dim * context)
+def attention_decode(
+    seqs: Array, context: Array, heads: Array, kv_heads: Array, head_dim: int, kv: float, queries: Array = 1.0
+) -> Work:
+    """`queries` tokens of each of `seqs` sequences attend to `context` cached tokens (already capped by a window)."""
+    flops = 4.0 * seqs * queries * heads * head_dim * context
+    moved = seqs * (2.0 * OUT * queries * heads * head_dim + 2.0 * kv * kv_heads * head_dim * context)
     return Work(flops, moved)
 
 
@@ -86,10 +88,10 @@ def mla_prefill(seqs: Array, new: Array, prior: Array, heads: Array, qk_head_dim
     return Work(2.0 * seqs * heads * (qk_head_dim + v_head_dim) * pairs, moved)
 
 
-def mla_decode(seqs: Array, context: Array, heads: Array, latent: int, rope: int, kv: float) -> Work:
-    """One token a sequence attends in the latent space (absorbed projections): every head reads the same latent."""
-    flops = 2.0 * seqs * heads * (2 * latent + rope) * context
-    moved = seqs * (kv * (latent + rope) * context + OUT * heads * (2 * latent + rope))
+def mla_decode(seqs: Array, context: Array, heads: Array, latent: int, rope: int, kv: float, queries: Array = 1.0) -> Work:
+    """`queries` tokens a sequence attend in the latent space (absorbed projections): every head reads the same latent."""
+    flops = 2.0 * seqs * queries * heads * (2 * latent + rope) * context
+    moved = seqs * (kv * (latent + rope) * context + OUT * queries * heads * (2 * latent + rope))
     return Work(flops, moved)
 
 
@@ -126,11 +128,14 @@ def scan_prefill(
     return Work(inside + across, inputs + states)
 
 
-def scan_decode(seqs: Array, heads: Array, head_dim: int, state_dim: int, groups: Array, state: float) -> Work:
-    """One recurrent step a sequence: the whole state is read and written, `state` bytes a number."""
+def scan_decode(
+    seqs: Array, heads: Array, head_dim: int, state_dim: int, groups: Array, state: float, tokens: Array = 1.0
+) -> Work:
+    """`tokens` recurrent steps a sequence: the whole state, `state` bytes a number, is read once and written after each token,
+    since any of a draft's tokens may turn out to be the last one that holds."""
     size = heads * head_dim * state_dim
-    moved = seqs * (2.0 * state * size + OUT * (3.0 * heads * head_dim + 2.0 * groups * state_dim))
-    return Work(6.0 * seqs * size, moved)
+    moved = seqs * ((1.0 + tokens) * state * size + tokens * OUT * (3.0 * heads * head_dim + 2.0 * groups * state_dim))
+    return Work(6.0 * seqs * tokens * size, moved)
 
 
 def conv(tokens: Array, channels: Array, kernel: int) -> Work:

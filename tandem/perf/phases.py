@@ -20,11 +20,15 @@ from tandem.perf.memory import MemoryModel
 from tandem.perf.ops import Array, attended_pairs
 from tandem.perf.step import KernelTime, StepPricer, weakest
 from tandem.spec.design import Evidence, Precision
+from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import MLA, Attention, ModelSpec
 from tandem.spec.workload import Workload
 
 Result = NDArray[np.float64]
+ACCEPTANCE = 0.7
+"""Default probability that a drafted token holds: of 0.6, 0.65 ... 0.9 the best on the 62 calibration rows that drafted three
+tokens (DeepSeek-R1; perf/silicon.py says how they are known)."""
 
 
 class PrefillTime(NamedTuple):
@@ -70,6 +74,23 @@ class PerfModel:
     """A backend fit to use instead of the shipped one: while calibrating, or for a user's own measurements."""
     split: bool = False
     """Prefill and decode in pools of their own: the fit of deployments measured that way."""
+    draft_tokens: int = 0
+    """Tokens that multi-token prediction proposes in each decode step, beside the one that is certain."""
+    acceptance: float = ACCEPTANCE
+    """Probability that a proposed token holds, given that those before it did."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.draft_tokens <= 16:
+            raise SpecError(f"draft_tokens={self.draft_tokens}: must be from 0 to 16")
+        if not 0.0 <= self.acceptance < 1.0:
+            raise SpecError(f"acceptance={self.acceptance}: must be at least 0 and below 1")
+        if self.draft_tokens and "multi-token prediction" not in self.model.omitted:
+            raise SpecError(f"draft_tokens={self.draft_tokens}: {self.model.name} was published without multi-token prediction")
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Expected tokens that a decode step yields a sequence: 1 + a + a^2 + ... over the draft."""
+        return float(sum(self.acceptance**i for i in range(self.draft_tokens + 1)))
 
     @cached_property
     def pricer(self) -> StepPricer:
@@ -110,6 +131,7 @@ class PerfModel:
             decode_seqs=np.ceil(micro / layout.dp),
             context=workload.decode_context,
             decode_window_context=self._windows(workload),
+            draft=float(self.draft_tokens),
         )
 
     def _windows(self, workload: Workload) -> dict[int, Array]:
@@ -125,13 +147,16 @@ class PerfModel:
         return np.asarray(self.backend_fit.launch * kernels.launch_s + kernels.work_s)
 
     def decode_tpot_s(self, layout: Layout, batch: Array, workload: Workload) -> Result:
-        """TPOT of a decode instance that does nothing else: one pass of its micro-batch through every stage."""
+        """TPOT of a decode instance that does nothing else: one pass of its micro-batch through every stage, over the tokens
+        that the pass yields."""
         load = self.decode_load(layout, batch, workload)
-        return np.asarray(self._host_s(load.decode_seqs) + self._step_s(layout, load))
+        return np.asarray((self._host_s(load.decode_seqs) + self._step_s(layout, load)) / self.tokens_per_step)
 
-    def prefill_kernels_s(self, layout: Layout, seqs: Array, isl: Array, chunks: Array, *, cached_up: bool = False) -> Result:
-        """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each attention group, in equal chunks."""
-        load = StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks, cached_up=cached_up)
+    def prefill_kernels_s(
+        self, layout: Layout, seqs: Array, isl: Array, chunks: Array, *, cached_up: bool = False, busy_groups: Array = 1.0
+    ) -> Result:
+        """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each busy attention group, in equal chunks."""
+        load = StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks, cached_up=cached_up, busy_groups=busy_groups)
         return np.asarray(chunks * self._prompt_s(self.pricer.kernels(layout, load)))
 
     @cached_property
@@ -241,8 +266,8 @@ class PerfModel:
         pure_s = self._host_s(load.decode_seqs) + self._step_s(layout, load)
         alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
         extra_s = self._prompt_cost * np.maximum(self._prompt_s(together) - self._prompt_s(alone), 0.0)
-        carrying = load.decode_seqs / max(osl - 1.0, 1.0) * chunks
-        tpot = pure_s + np.minimum(carrying, 1.0) * extra_s
+        carrying = load.decode_seqs / max((osl - 1.0) / self.tokens_per_step, 1.0) * chunks
+        tpot = (pure_s + np.minimum(carrying, 1.0) * extra_s) / self.tokens_per_step
         points = _by_isl(workload)
         isl_at = points[_percentile_index([w for _, w in points], percentile)][0]
         ttft = fit.host_s + np.maximum(np.ceil(isl_at / room), 1.0) * (pure_s + extra_s)

@@ -38,12 +38,19 @@ class DecodePool(NamedTuple):
 
 
 class PromptTimes(NamedTuple):
-    """Seconds: of a batch of prompts, of the burst when all requests in flight start at once (their mean wait is its
-    share `burst`), and of one round of all requests through the prefill pool."""
+    """Seconds: of a batch of prompts in an instance that is otherwise idle and in one whose other groups are as busy, of the
+    burst when all requests in flight start at once (their mean wait is its share `burst`), and of one round of all requests
+    through the prefill pool."""
 
-    prompt_s: Result
+    alone_s: Result
+    crowded_s: Result
     burst_s: Result
     cycle_s: Result
+
+    def prompt_s(self, request_s: Array) -> Result:
+        """Seconds of a prompt where requests take `request_s` in all: the pool is busy for cycle_s of that."""
+        busy = np.minimum(self.cycle_s / request_s, 1.0)
+        return np.asarray(self.alone_s + busy * (self.crowded_s - self.alone_s))
 
 
 class SplitTime(NamedTuple):
@@ -59,9 +66,12 @@ def prompt_times(perf: PerfModel, pool: PrefillPool, workload: Workload, concurr
     """What prompts take in a prefill pool that `concurrency` requests go through."""
     groups = pool.layout.dp * pool.layout.pp
     together = np.ceil(pool.batch / groups)
-    prompt = perf.prefill_kernels_s(pool.layout, together, workload.mean_isl, 1.0)
+    alone, crowded = (
+        perf.prefill_kernels_s(pool.layout, together, workload.mean_isl, 1.0, busy_groups=share)
+        for share in (1.0 / pool.layout.dp, 1.0)
+    )
     rate = pool.replicas * perf.prefill(pool.layout, pool.batch, workload).requests_per_s
-    return PromptTimes(prompt, prompt / together * concurrency / (pool.replicas * groups), concurrency / rate)
+    return PromptTimes(alone, crowded, crowded / together * concurrency / (pool.replicas * groups), concurrency / rate)
 
 
 def split_times(perf: PerfModel, prefill: PrefillPool, decode: DecodePool, workload: Workload, concurrency: Array) -> SplitTime:
@@ -69,11 +79,12 @@ def split_times(perf: PerfModel, prefill: PrefillPool, decode: DecodePool, workl
     fit, steps = perf.backend_fit, max(workload.mean_osl - 1.0, 1.0)
     times = prompt_times(perf, prefill, workload, concurrency)
     share = np.asarray(concurrency / decode.replicas, dtype=np.float64)
-    batch = np.minimum(share, decode.batch_limit)
+    batch, prompt = np.minimum(share, decode.batch_limit), times.alone_s
     for _ in range(ROUNDS):
         tpot = perf.decode_tpot_s(decode.layout, np.maximum(batch, 1.0), workload)
-        queue = np.maximum(times.cycle_s - times.prompt_s - tpot * steps, 0.0)
-        ttft = fit.host_s + fit.prompt * times.prompt_s + fit.burst * times.burst_s + fit.queue * queue + fit.pause * tpot
+        prompt = times.prompt_s(prompt + tpot * steps)
+        queue = np.maximum(times.cycle_s - prompt - tpot * steps, 0.0)
+        ttft = fit.host_s + fit.prompt * prompt + fit.burst * times.burst_s + fit.queue * queue + fit.pause * tpot
         decoding = share * tpot * steps / (ttft + tpot * steps)
         batch = (batch + np.clip(decoding, 1.0, decode.batch_limit)) / 2.0
     return SplitTime(*np.broadcast_arrays(ttft, tpot, concurrency / (ttft + tpot * steps), batch))

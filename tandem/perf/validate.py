@@ -116,7 +116,7 @@ def predict(rows: Iterable[MeasuredRow], progress: Progress = lambda _: None, fi
         progress(f"{first.model.name} on {first.hardware.name}")
         given = fit_of(first) if fit_of else None
         split = first.prefill is not None
-        perf = PerfModel(first.model, first.hardware, first.precision, first.backend, given_fit=given, split=split)
+        perf = PerfModel(first.model, first.hardware, first.precision, first.backend, given, split, first.draft_tokens)
         layout, workload = layout_arrays(group), Workload.fixed(first.isl, first.osl)
         asked, replicas = (np.array([float(getattr(r, name)) for r in group]) for name in ("concurrency", "replicas"))
         served: ServeTime | SplitTime
