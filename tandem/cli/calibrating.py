@@ -15,7 +15,7 @@ from tandem.perf.calibrate_serving import calibrate_serving, format_fits, packag
 from tandem.perf.held_out import label_sets, leave_one_out
 from tandem.perf.measurements import read_measurements
 from tandem.perf.peer import PeerAnswers, ask_peer
-from tandem.perf.validate import ErrorSet, answered, error_sets, predict, refuse_wrong_units
+from tandem.perf.validate import ErrorSet, Predictions, answered, error_sets, predict, refuse_wrong_units
 from tandem.report import text
 from tandem.spec.errors import SpecError
 from tandem.spec.files import require_folder, write_whole
@@ -108,11 +108,12 @@ def run_validate(
 
         write_whole(report, validate_page(predictions, sets, held_out, shares, peer, source))
     if json_out:
-        return emit({"source": source, "sets": [_json(s) for s in sets], "answered": shares, "peer": _peer_json(peer)})
+        found_sets = {"source": source, "sets": [_json(s) for s in sets], "answered": shares, "peer": _peer_json(peer)}
+        return emit(found_sets | ({"rows": _rows_json(predictions, times or {})} if rows else {}))
     from tandem.report import validate_text
 
     out = text.console()
-    for t in validate_text.tables(sets):
+    for t in ([validate_text.rows_table(predictions)] if rows else []) + validate_text.tables(sets):
         out.print(t)
     for line in validate_text.sentences(shares, peer):
         out.print(line)
@@ -129,6 +130,20 @@ def refuse_idle_options(rows: list[Path] | None, given: Mapping[str, str]) -> No
 
 def _json(s: ErrorSet) -> dict[str, Any]:
     return asdict(s) | {"name": f"{s.side} {s.metric.removesuffix('_s')} {s.name}", "predictor": "tandem"}
+
+
+def _rows_json(p: Predictions, peer: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """A user's own rows; those of the package are not passed on."""
+    listed = []
+    for i, row in enumerate(p.rows):
+        entry: dict[str, Any] = {"id": row.row_id, "evidence": p.evidence[i]}
+        for metric in ("ttft_s", "tpot_s"):
+            times = {"value": getattr(p, metric)[i], "low": p.low[metric][i], "high": p.high[metric][i]}
+            entry[metric] = {"measured": getattr(row, metric), **{k: float(v) for k, v in times.items()}}
+        if row.row_id in peer:
+            entry["peer"] = dict(zip(("ttft_s", "tpot_s"), peer[row.row_id], strict=True))
+        listed.append(entry)
+    return listed
 
 
 def _peer_json(peer: PeerAnswers | None) -> dict[str, Any] | None:

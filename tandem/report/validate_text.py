@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from rich.table import Table
 
 from tandem.perf.peer import PeerAnswers
-from tandem.perf.validate import ErrorSet
-from tandem.report.text import table
+from tandem.perf.validate import ErrorSet, Predictions, measured
+from tandem.report.text import ms, table
 
 Pair = tuple[ErrorSet, ErrorSet]
 OWN_COLUMNS = ("!rows", ">n", ">TPOT median", ">mean", ">!ratio", ">in 80 %", ">TTFT median", ">!ratio", ">in 80 %")
@@ -85,6 +86,21 @@ def tables(sets: Sequence[ErrorSet]) -> list[Table]:
             t.add_row(*cells(pair, with_peer))
         found.append(t)
     return found
+
+
+def rows_table(p: Predictions, limit: int = 30) -> Table:
+    """A user's own rows one by one, those that err most in TPOT first."""
+    error = np.abs(p.tpot_s / measured(p, "tpot_s") - 1.0)
+    title = "Row by row" + (f", the {limit} that err most in TPOT" if len(p.rows) > limit else "")
+    t = table(title, "row", ">TPOT measured", ">predicted (80 %)", ">error", ">TTFT measured", ">predicted (80 %)", "evidence")
+    for i in np.argsort(-error)[:limit]:
+        row = p.rows[i]
+        line = [row.row_id]
+        for metric in ("tpot_s", "ttft_s"):
+            low, high = p.low[metric][i], p.high[metric][i]
+            line += [ms(getattr(row, metric)), f"{ms(getattr(p, metric)[i])} ({ms(low)} to {ms(high)})"]
+        t.add_row(*line[:3], f"{error[i]:.1%}", *line[3:], p.evidence[i])
+    return t
 
 
 def sentences(answered: dict[str, dict[str, float]], peer: PeerAnswers | None) -> list[str]:
