@@ -78,13 +78,11 @@ def calls(tree: ast.AST, *names: str) -> Iterator[ast.Call]:
 
 def texts(node: ast.AST) -> list[str]:
     """The texts that an expression is or holds; an f-string without its inserted parts."""
-    found = []
-    for part in ast.walk(node):
-        if isinstance(part, ast.JoinedStr):
-            found.append("".join(str(v.value) for v in part.values if isinstance(v, ast.Constant)))
-        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
-            found.append(part.value)
-    return found
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(str(v.value) for v in node.values if isinstance(v, ast.Constant))]
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    return [t for part in ast.iter_child_nodes(node) for t in texts(part)]
 
 
 def keyword(call: ast.Call, name: str) -> ast.expr | None:
@@ -317,6 +315,25 @@ def read_aiperf(w: Wheel) -> dict[str, Any]:
     }
 
 
+def read_guidellm(w: Wheel) -> dict[str, Any]:
+    """`guidellm run`: its options, and for every kind of backend, data, profile and limit the fields that it takes."""
+    arguments = classes(w.tree("guidellm/schemas/benchmark/entrypoints.py"))["BenchmarkArgs"]
+    flags = {t for c in calls(w.tree("guidellm/cli/run.py"), "option") for a in c.args for t in texts(a) if t.startswith("-")}
+    for node in arguments.values():
+        extra = next((keyword(c, "json_schema_extra") for c in calls(node, "Field")), None)
+        flags |= {kebab(t) for t in (texts(extra) if extra is not None else []) if t != "argument_alias"}
+    trees = [w.tree(n) for n in w.names if n.startswith("guidellm/schemas/") and n.endswith(".py")]
+    fields = {name: found for tree in trees for name, found in classes(tree).items()}
+    kinds: dict[str, set[str]] = {}
+    for node in (n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.ClassDef)):
+        kind = fields[node.name].get("kind")
+        if kind is not None and ast.unparse(kind.annotation).startswith("Literal"):
+            own = {*fields[node.name], *(f for b in node.bases for f in fields.get(texts_of_name(b), ()))}
+            for name in texts(kind.annotation):
+                kinds[name] = kinds.get(name, set()) | own
+    return {"flags": flags, "kinds": {k: sorted(v) for k, v in sorted(kinds.items())}}
+
+
 READERS: dict[str, Callable[[Wheel], dict[str, Any]]] = {
     "vllm": read_vllm,
     "sglang": read_sglang,
@@ -325,6 +342,7 @@ READERS: dict[str, Callable[[Wheel], dict[str, Any]]] = {
     "ai-dynamo": read_dynamo,
     "ray": read_ray,
     "aiperf": read_aiperf,
+    "guidellm": read_guidellm,
 }
 
 
@@ -345,7 +363,8 @@ def fetch(package: str, version: str | None, folder: Path) -> Path:
 def write(package: str, wheel: Wheel, out: Path) -> dict[str, Any]:
     """Read one wheel and write its list; sets become sorted lists."""
     content = {
-        k: v if isinstance(v, dict) and k in ("schema", "pins") else sorted(v) for k, v in READERS[package](wheel).items()
+        k: v if isinstance(v, dict) and k in ("schema", "pins", "kinds") else sorted(v)
+        for k, v in READERS[package](wheel).items()
     }
     head = {
         "package": wheel.package,

@@ -19,6 +19,7 @@ from export_cases import CASES, plan_of
 
 from tandem.plan.export import dynamo, ray, releases, sglang, vllm
 from tandem.plan.export.folder import export_files
+from tandem.plan.export.formats import STATE_DTYPES
 from tandem.plan.export.manifests import TOKEN_SECRET
 from tandem.spec.catalog import hardware_names
 
@@ -31,6 +32,7 @@ LAUNCHED = {
     "python3 -m sglang.launch_server": ("sglang/run-node.sh", "sglang", releases.SGLANG),
     "python3 -m sglang_router.launch_router": ("sglang/router.sh", "sglang-router", releases.SGLANG_ROUTER),
     "aiperf profile": ("benchmark/run.sh", "aiperf", releases.AIPERF),
+    "guidellm run": ("benchmark/guidellm.sh", "guidellm", releases.GUIDELLM),
 }
 CHOICES = {
     "--kv-cache-dtype": "kv_cache_dtype",
@@ -71,6 +73,9 @@ def unknown(flags: list[tuple[str, str]], release: dict[str, Any], known: set[st
     wrong = [name for name, _ in flags if name not in names]
     for name, value in flags:
         key = CHOICES.get(name)
+        if value.startswith("kind="):
+            pairs = dict(p.split("=", 1) for p in value.split(","))
+            wrong += [f"{name} {field}" for field in pairs if field not in release["kinds"].get(pairs["kind"], ())]
         if key in release and value not in release[key]:
             wrong.append(f"{name} {value}")
     return wrong
@@ -186,16 +191,13 @@ def test_llm_ds_servers_take_vllms_flags(case: str) -> None:
 
 
 def test_formats_that_the_planner_knows_become_values_that_every_release_takes() -> None:
-    for version in (releases.VLLM, releases.INSIDE_DYNAMO["vllm"], releases.INSIDE_RAY["vllm"]):
-        release = published("vllm", version)
-        assert set(vllm.KV_DTYPES.values()) | {"bfloat16"} <= set(release["kv_cache_dtype"])
-        assert set(vllm.STATE_DTYPES.values()) <= set(release["mamba_ssm_cache_dtype"])
-        assert set(vllm.ONLINE.values()) <= set(release["quantization"])
-    for version in (releases.SGLANG, releases.INSIDE_DYNAMO["sglang"]):
-        release = published("sglang", version)
-        assert set(sglang.KV_DTYPES.values()) | {"bfloat16"} <= set(release["kv_cache_dtype"])
-        assert set(sglang.STATE_DTYPES.values()) <= set(release["mamba_ssm_dtype"])
-        assert set(sglang.ONLINE.values()) <= set(release["quantization"])
+    for package, module, state in (("vllm", vllm, "mamba_ssm_cache_dtype"), ("sglang", sglang, "mamba_ssm_dtype")):
+        versions = [releases.VLLM if package == "vllm" else releases.SGLANG, releases.INSIDE_DYNAMO[package]]
+        for version in versions + ([releases.INSIDE_RAY["vllm"]] if package == "vllm" else []):
+            release = published(package, version)
+            assert {*module.FORMATS.kv.values(), "bfloat16"} <= set(release["kv_cache_dtype"])
+            assert set(module.FORMATS.online.values()) <= set(release["quantization"])
+            assert set(STATE_DTYPES.values()) <= set(release[state])
 
 
 def test_ray_knows_the_gpus_by_the_names_given_to_it() -> None:
@@ -228,6 +230,9 @@ def test_a_renamed_flag_is_noticed(program: str) -> None:
     for name in {n for n, _ in flags}:
         renamed = {**release, "flags": [f"{f}-renamed" if f == name else f for f in release["flags"]]}
         assert name in unknown(flags, renamed), name
+    for kind, fields in release.get("kinds", {}).items():
+        if any(value.startswith(f"kind={kind},") for _, value in flags):
+            assert unknown(flags, {**release, "kinds": {**release["kinds"], kind: fields[:1]}}) != [], kind
     for name, key in CHOICES.items():
         used = {v for n, v in flags if n == name}
         if used and key in release:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable
 from typing import Any
@@ -16,14 +17,23 @@ def words(flags: Iterable[Flag]) -> list[str]:
     return [w for name, value in flags for w in ((name,) if value is None else (name, value))]
 
 
+class Shell(str):
+    """Text for the shell to expand: it is written between double quotes as it is, where any other text is quoted whole."""
+
+
+def inside(text: str) -> str:
+    """Any text as a part of a `Shell`: nothing in it is expanded."""
+    return re.sub(r'([\\"$`])', r"\\\1", text)
+
+
 def shell(flags: Iterable[Flag], indent: str = "    ") -> str:
-    """One option a line, joined by backslashes; values that start with `$` or `"$` stay for the shell to fill in."""
-    lines = [name if value is None else f"{name} {_quoted(value)}" for name, value in flags]
+    """One option a line, joined by backslashes."""
+    lines = [_word(name) if value is None else f"{_word(name)} {_word(value)}" for name, value in flags]
     return " \\\n".join(indent + line for line in lines)
 
 
-def _quoted(value: str) -> str:
-    return f'"{value}"' if value.startswith("$") else shlex.quote(value)
+def _word(text: str) -> str:
+    return f'"{text}"' if isinstance(text, Shell) else shlex.quote(text)
 
 
 def fields(flags: Iterable[Flag]) -> dict[str, Any]:

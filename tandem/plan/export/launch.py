@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import NamedTuple
 
-from tandem.plan.export.flags import Flag, shell
+from tandem.plan.export.flags import Flag, Shell, shell
 from tandem.plan.export.job import Instance, Job
 from tandem.plan.export.placement import Place, num_nodes, place
 
@@ -84,20 +84,18 @@ def _slot(places: list[Place], part: Place) -> int:
     return next(p.slot for p in places if (p.instance.role, p.number, p.rank) == (part.instance.role, part.number, 0))
 
 
-def url(p: Place, port: int) -> str:
+def url(p: Place, port: int) -> Shell:
     """Address of an instance, its host still a shell variable."""
-    return f"${{SCHEME}}${{NODES[{p.node}]}}:{port + p.slot}"
+    return Shell(f"http://${{NODES[{p.node}]}}:{port + p.slot}")
 
 
 def router_script(package: str, command: str, flags: list[Flag]) -> str:
     """The script that starts a router in front of all instances."""
-    lines = [(f'"{name}"', None) if name.startswith("$") else (name, value) for name, value in flags]
     return (
         f"{HEAD}# Router in front of all instances: clients talk to its port. Start it once they answer /health.\n"
         f"# Needs: pip install '{package}'. Addresses: ../nodes.env\n"
         "set -euo pipefail\n"
         'cd "$(dirname "${BASH_SOURCE[0]}")"\n'
         "source ../nodes.env\n"
-        "SCHEME=http://\n"
-        f"exec {command} \\\n{shell(lines, '  ')}\n"
+        f"exec {command} \\\n{shell(flags, '  ')}\n"
     )

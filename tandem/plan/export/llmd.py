@@ -97,31 +97,15 @@ def _pod(job: Job, i: Instance, *, leads: bool) -> dict[str, Any]:
 
 def workload(job: Job, i: Instance) -> dict[str, Any]:
     """A pool: a Deployment, or a LeaderWorkerSet of groups of hosts."""
-    name = f"{job.slug}-{i.role}"
     if i.nodes == 1:
-        return {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": name, "labels": labels(job, i.role)},
-            "spec": {
-                "replicas": i.replicas,
-                "selector": {"matchLabels": labels(job, i.role)},
-                "template": _pod(job, i, leads=True),
-            },
-        }
-    return {
-        "apiVersion": "leaderworkerset.x-k8s.io/v1",
-        "kind": "LeaderWorkerSet",
-        "metadata": {"name": name, "labels": labels(job, i.role)},
-        "spec": {
-            "replicas": i.replicas,
-            "leaderWorkerTemplate": {
-                "size": i.nodes,
-                "leaderTemplate": _pod(job, i, leads=True),
-                "workerTemplate": _pod(job, i, leads=False),
-            },
-        },
-    }
+        api, kind = "apps/v1", "Deployment"
+        spec: dict[str, Any] = {"selector": {"matchLabels": labels(job, i.role)}, "template": _pod(job, i, leads=True)}
+    else:
+        api, kind = "leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"
+        group = {"size": i.nodes, "leaderTemplate": _pod(job, i, leads=True), "workerTemplate": _pod(job, i, leads=False)}
+        spec = {"leaderWorkerTemplate": group}
+    metadata = {"name": f"{job.slug}-{i.role}", "labels": labels(job, i.role)}
+    return {"apiVersion": api, "kind": kind, "metadata": metadata, "spec": {"replicas": i.replicas, **spec}}
 
 
 def router_values(job: Job) -> dict[str, Any]:

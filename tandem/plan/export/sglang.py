@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 
 from tandem.plan.export import launch
-from tandem.plan.export.flags import Flag, shell
+from tandem.plan.export.flags import Flag, Shell, shell
+from tandem.plan.export.formats import EngineFormats
 from tandem.plan.export.job import Instance, Job
 from tandem.plan.export.placement import place
 from tandem.plan.export.releases import SGLANG, SGLANG_ROUTER
 
-KV_DTYPES = {"bf16": "auto", "fp8": "fp8_e4m3", "fp4": "nvfp4"}
-ONLINE = {"fp8": "fp8"}
-STATE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+FORMATS = EngineFormats(
+    title="SGLang",
+    kv={"bf16": "auto", "fp8": "fp8_e4m3", "fp4": "nvfp4"},
+    online={"fp8": "fp8"},
+    state_option="--mamba-ssm-dtype",
+)
 API_PORT, BOOTSTRAP_PORT, ROUTER_PORT = 8100, 8998, 8000
 PAGE = 128
 """Tokens of the largest cache page that SGLang's attention backends take: it refuses chunks that are no multiple of a page."""
@@ -46,23 +50,7 @@ def engine_flags(job: Job, i: Instance, *, attention_dp: bool = True) -> list[Fl
     if i.mixed:
         flags.append(("--enable-mixed-chunk", None))
     flags.append(("--disable-radix-cache", None))
-    return [*flags, *format_flags(job), *transfer_flags(job, i)]
-
-
-def format_flags(job: Job) -> list[Flag]:
-    """Number formats, where they are not the checkpoint's own."""
-    precision = job.plan.recommended.precision
-    flags: list[Flag] = []
-    if job.checkpoint.online and job.checkpoint.wanted in ONLINE:
-        flags.append(("--quantization", ONLINE[job.checkpoint.wanted]))
-    kv = KV_DTYPES.get(precision.kv)
-    if kv == "auto" and precision.weights != "bf16":
-        kv = "bfloat16"
-    if kv is not None and kv != "auto":
-        flags.append(("--kv-cache-dtype", kv))
-    if job.recurrent and precision.state in STATE_DTYPES:
-        flags.append(("--mamba-ssm-dtype", STATE_DTYPES[precision.state]))
-    return flags
+    return [*flags, *FORMATS.flags(job), *transfer_flags(job, i)]
 
 
 def transfer_flags(job: Job, i: Instance) -> list[Flag]:
@@ -74,19 +62,7 @@ def transfer_flags(job: Job, i: Instance) -> list[Flag]:
 
 def limits(job: Job) -> list[str]:
     """What SGLang cannot run as planned, one sentence each."""
-    found = []
-    precision = job.plan.recommended.precision
-    if precision.kv not in KV_DTYPES:
-        found.append(f"SGLang has no plain {precision.kv} cache: the cache keeps the model's own format and takes more memory")
-    if job.recurrent and precision.state not in STATE_DTYPES:
-        found.append(f"SGLang has no {precision.state} recurrent state: it keeps the model's own")
-    if job.checkpoint.online and job.checkpoint.wanted not in ONLINE:
-        found.append(f"SGLang cannot quantise to {job.checkpoint.wanted} while loading: set MODEL to such a checkpoint")
-    found += [
-        f"{i.role}: cpp{i.cpp} becomes {i.cpp} pipeline stages with chunks of {i.step_tokens:,} tokens"
-        for i in job.instances
-        if i.cpp > 1
-    ]
+    found = FORMATS.limits(job)
     if job.split and job.windowed and job.kv_heads is not None and job.instance("prefill").tp != job.instance("decode").tp:
         found.append("will not connect: SGLang moves sliding-window caches only between pools of equal tp")
     found.append("SGLang sizes its memory itself: --mem-fraction-static is left at its default")
@@ -111,16 +87,20 @@ def files(job: Job) -> dict[str, str]:
 
 def _function(job: Job, i: Instance) -> str:
     flags: list[Flag] = [
-        ("--model-path", "$MODEL"),
+        ("--model-path", Shell("$MODEL")),
         ("--served-model-name", job.served_name),
         ("--host", "0.0.0.0"),
-        ("--port", "$((API_PORT + slot))"),
+        ("--port", Shell("$((API_PORT + slot))")),
         *engine_flags(job, i),
     ]
     if i.nodes > 1:
-        flags += [("--nnodes", str(i.nodes)), ("--node-rank", "$rank"), ("--dist-init-addr", "$leader:$((MASTER_PORT + slot))")]
+        flags += [
+            ("--nnodes", str(i.nodes)),
+            ("--node-rank", Shell("$rank")),
+            ("--dist-init-addr", Shell("$leader:$((MASTER_PORT + slot))")),
+        ]
     if i.role == "prefill":
-        flags.append(("--disaggregation-bootstrap-port", f"$(({BOOTSTRAP_PORT} + slot))"))
+        flags.append(("--disaggregation-bootstrap-port", Shell(f"$(({BOOTSTRAP_PORT} + slot))")))
     return (
         f'{launch.function_head(i)}\n  CUDA_VISIBLE_DEVICES="$gpus" exec python3 -m sglang.launch_server \\\n{shell(flags)}\n}}'
     )

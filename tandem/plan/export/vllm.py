@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 
 from tandem.plan.export import launch
-from tandem.plan.export.flags import Flag, shell
+from tandem.plan.export.flags import Flag, Shell, shell
+from tandem.plan.export.formats import EngineFormats
 from tandem.plan.export.job import Instance, Job
 from tandem.plan.export.placement import place
 from tandem.plan.export.releases import VLLM, VLLM_ROUTER
 
 GRAPHS_MAX = 512
 """Largest batch that vLLM captures CUDA graphs for unless told otherwise."""
-KV_DTYPES = {"bf16": "auto", "fp8": "fp8", "fp4": "nvfp4"}
-ONLINE = {"fp8": "fp8", "fp8_block": "fp8_per_block"}
-STATE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+FORMATS = EngineFormats(
+    title="vLLM",
+    kv={"bf16": "auto", "fp8": "fp8", "fp4": "nvfp4"},
+    online={"fp8": "fp8", "fp8_block": "fp8_per_block"},
+    state_option="--mamba-ssm-cache-dtype",
+)
 ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 API_PORT, NIXL_PORT, MASTER_PORT, ROUTER_PORT = 8100, 5600, 29500, 8000
 NIXL_PORTS = 64
@@ -39,23 +43,7 @@ def engine_flags(job: Job, i: Instance) -> list[Flag]:
     ]
     if i.seqs > GRAPHS_MAX and i.role != "prefill":
         flags.append(("--max-cudagraph-capture-size", str(i.seqs)))
-    return [*flags, *format_flags(job), *transfer_flags(job, i)]
-
-
-def format_flags(job: Job) -> list[Flag]:
-    """Number formats, where they are not the checkpoint's own."""
-    precision = job.plan.recommended.precision
-    flags: list[Flag] = []
-    if job.checkpoint.online:
-        flags.append(("--quantization", ONLINE[job.checkpoint.wanted]))
-    kv = KV_DTYPES.get(precision.kv)
-    if kv == "auto" and precision.weights != "bf16":
-        kv = "bfloat16"  # a quantised checkpoint may name a cache format of its own, which auto would take
-    if kv is not None and kv != "auto":
-        flags.append(("--kv-cache-dtype", kv))
-    if job.recurrent and precision.state in STATE_DTYPES:
-        flags.append(("--mamba-ssm-cache-dtype", STATE_DTYPES[precision.state]))
-    return flags
+    return [*flags, *FORMATS.flags(job), *transfer_flags(job, i)]
 
 
 def transfer_flags(job: Job, i: Instance) -> list[Flag]:
@@ -77,20 +65,13 @@ def environment(job: Job) -> dict[str, str]:
 
 def limits(job: Job) -> list[str]:
     """What vLLM cannot run as planned, one sentence each."""
-    found = []
-    precision = job.plan.recommended.precision
-    if precision.kv not in KV_DTYPES:
-        found.append(f"vLLM has no plain {precision.kv} cache: the cache keeps the model's own format and takes more memory")
-    if job.recurrent and precision.state not in STATE_DTYPES:
-        found.append(f"vLLM has no {precision.state} recurrent state: it keeps the model's own")
+    found = FORMATS.limits(job)
     for i in job.instances:
         if 1 < i.ep < i.tp * i.dp:
             found.append(
                 f"{i.role}: vLLM spreads experts over all {i.tp * i.dp} GPUs of tp x dp or over none; "
                 f"ep{i.ep} with experts cut {i.tp * i.dp // i.ep} ways becomes ep{i.tp * i.dp}"
             )
-        if i.cpp > 1:
-            found.append(f"{i.role}: cpp{i.cpp} becomes {i.cpp} pipeline stages with chunks of {i.step_tokens:,} tokens")
     if job.split:
         found += _split_limits(job, job.instance("prefill"), job.instance("decode"))
     return found
@@ -124,13 +105,13 @@ def _function(job: Job, i: Instance) -> str:
     flags: list[Flag] = [
         ("--served-model-name", job.served_name),
         ("--host", "0.0.0.0"),
-        ("--port", "$((API_PORT + slot))"),
+        ("--port", Shell("$((API_PORT + slot))")),
         *engine_flags(job, i),
     ]
     lines = [launch.function_head(i)]
     if i.nodes > 1:
-        flags += [("--nnodes", str(i.nodes)), ("--node-rank", "$rank"), ("--master-addr", "$leader")]
-        flags += [("--master-port", "$((MASTER_PORT + slot))")]
+        flags += [("--nnodes", str(i.nodes)), ("--node-rank", Shell("$rank")), ("--master-addr", Shell("$leader"))]
+        flags += [("--master-port", Shell("$((MASTER_PORT + slot))"))]
         lines += ["  local headless=()", '  if [ "$rank" -gt 0 ]; then headless=(--headless); fi']
     if job.split:
         lines += [

@@ -1,4 +1,7 @@
-"""Sets what AIPerf measured beside what Tandem predicted. Usage: compare.py ARTIFACT_FOLDER; writes comparison.json there."""
+"""Sets what AIPerf measured beside what Tandem predicted, and writes comparison.json beside AIPerf's own files.
+
+Usage: compare.py ARTIFACT_FOLDER [REQUESTS_IN_FLIGHT]
+"""
 
 import json
 import sys
@@ -40,18 +43,23 @@ def compare(measured: dict[str, Any], predicted: dict[str, Any]) -> list[dict[st
 
 def main() -> None:
     """Print the table and write it beside AIPerf's own files."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: compare.py ARTIFACT_FOLDER")
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: compare.py ARTIFACT_FOLDER [REQUESTS_IN_FLIGHT]")
     export = find_export(Path(sys.argv[1]))
     predicted = json.loads((HERE / "predicted.json").read_text())
     rows = compare(json.loads(export.read_text()), predicted)
-    print(f"{predicted['model']}, {predicted['gpus']} x {predicted['hardware']}, {predicted['concurrency']} in flight")
+    in_flight = int(sys.argv[2]) if len(sys.argv) == 3 else predicted["concurrency"]
+    print(f"{predicted['model']}, {predicted['gpus']} x {predicted['hardware']}, {in_flight} in flight")
+    if in_flight != predicted["concurrency"]:
+        print(f"not comparable: the prediction is for {predicted['concurrency']} in flight")
     print(f"{'':<18}{'measured':>12}{'predicted':>12}{'error':>9}   80 % interval")
     for r in rows:
         numbers = f"{r['measured']:>12,.1f}{r['predicted']:>12,.1f}{r['error']:>9.1%}"
         interval = f"{r['low']:,.1f} to {r['high']:,.1f}: {'inside' if r['inside'] else 'outside'}"
         print(f"{r['name']:<18}{numbers}   {interval}")
-    export.with_name("comparison.json").write_text(json.dumps({"predicted": predicted, "rows": rows}, indent=1) + "\n")
+    export.with_name("comparison.json").write_text(
+        json.dumps({"in_flight": in_flight, "predicted": predicted, "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":
