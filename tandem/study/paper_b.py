@@ -62,7 +62,7 @@ def study_paper_b(
 def _findings(m: Measures) -> dict[str, object]:
     """Numbers that the text quotes beyond the claims' own."""
     return {
-        "elastic": m.elastic._asdict(),
+        "elastic": m.elastic.to_json(),
         "common_range_tokens_per_s_per_user": list(m.common),
         "mapping": {
             model: [

@@ -190,7 +190,7 @@ def _f9(m: Measures) -> Verdict:
     holds = best["R1"][1] < 0.95
     text = "the best single ratio keeps of the matched area: " + ", ".join(f"{k} {share:.0%}" for k, (_, share) in best.items())
     text += f"; of R1's four mixes at 50 tok/s/user {m.elastic.best_mix_kept:.0%}"
-    return Verdict(holds, text, m.elastic._asdict())
+    return Verdict(holds, text, m.elastic.to_json())
 
 
 def judge_domain(m: Measures) -> Verdict:
@@ -241,12 +241,10 @@ def _why_f7(m: Measures) -> str:
         floors.append(f"{model} at {middle.at:.0f} tok/s/user TP {needed:.1f}")
     return (
         f"at {p.at:.0f} tok/s/user Llama-70B decodes on ({p.split}) with batch {p.split_batch} in a pool of its own, on "
-        f"({p.shared}) "
-        f"with batch {p.shared_batch} when shared: prompts take their part of every token's time there, the batch shrinks to "
-        "pay for "
-        f"it, and a small batch gives a wide instance too little work. Reading the weights once a token alone takes at least "
-        f"({'; '.join(floors)}), so the largest model is pushed to the same width in either mode and differs by its batch "
-        "instead"
+        f"({p.shared}) with batch {p.shared_batch} when shared: prompts take their part of every token's time there, the "
+        "batch shrinks to pay for it, and a small batch gives a wide instance too little work. Reading the weights once a "
+        f"token alone takes at least ({'; '.join(floors)}), so the largest model is pushed to the same width in either "
+        "mode and differs by its batch instead"
     )
 
 
@@ -262,11 +260,13 @@ def _why_f8(m: Measures) -> str:
 def _why_f9(m: Measures) -> str:
     e = m.elastic
     worst = min(min(row) for row in e.kept)
+    budgets = ", ".join(f"{w.gpus} GPUs {w.kept:.0%}" for w in e.whole[:4])
     return (
         f"matched ratios of R1's mixes at 50 tok/s/user are {listed(e.mixes, e.ratios)}; pools sized for one mix and fed "
         f"another keep as little as {worst:.0%}. The best compromise, {e.best_mix_ratio:.2f}, serves {e.best_mix_kept:.0%} "
-        f"on average, so re-matching is worth {1 / e.best_mix_kept:.2f} times the GPUs there. Time lost in changing over "
-        "is not counted"
+        f"on average, so re-matching is worth {1 / e.best_mix_kept:.2f} times the GPUs there. Whole numbers of instances "
+        f"cost more in small deployments: of exact balance R1 16k/2k keeps in {budgets}. Time lost in changing over is not "
+        "counted"
     )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tandem.spec.workload import Workload
+from tandem.plan.search import PAPER_TTFT_CUTOFF_S
+from tandem.spec.workload import Slo, Workload
 from tandem.study.paper_b_space import DYNAMIC, MODELS, PREFILL_HEAVY, R1_MIXES, PaperBSpace, mix_name
 from tandem.study.sweep import Swept, area_gain
 
 ELASTIC_TOKENS_PER_S_PER_USER = 50.0
 """The service at which traffic mixes are compared: that of the vendor's own published example (facts, section 1.9)."""
+
+BUDGETS = (16, 32, 64, 128, 256, 512)
 
 
 class Fixed(NamedTuple):
@@ -23,6 +26,15 @@ class Fixed(NamedTuple):
     tight: float
     tight_of_highest: float
     area: float
+
+
+class Whole(NamedTuple):
+    """What whole numbers of instances cost R1 16k/2k in a budget: throughput of the planner's best pools there, idle GPUs
+    included, over the exactly balanced frontier."""
+
+    gpus: int
+    kept: float
+    imbalance: float
 
 
 class Dynamic(NamedTuple):
@@ -48,6 +60,11 @@ class Elastic(NamedTuple):
     best_mix_ratio: float
     best_mix_kept: float
     """The best single ratio for the four mixes, and the mean share of their matched throughputs that it keeps."""
+    whole: list[Whole]
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as plain values."""
+        return self._asdict() | {"whole": [w._asdict() for w in self.whole]}
 
 
 def fixed_of(swept: Swept, ratio: float) -> Fixed:
@@ -61,6 +78,19 @@ def fixed_of(swept: Swept, ratio: float) -> Fixed:
         fixed.at(tight) / float(split.tokens_per_s_per_gpu[0]),
         fixed.area(split.top) / split.area(split.top),
     )
+
+
+def whole_of(swept: Swept) -> list[Whole]:
+    """The planner's split deployments in growing budgets at ELASTIC_TOKENS_PER_S_PER_USER, where one exists."""
+    asked = Slo(ttft_s=PAPER_TTFT_CUTOFF_S, tpot_s=1.0 / ELASTIC_TOKENS_PER_S_PER_USER)
+    ideal = swept.split().at(ELASTIC_TOKENS_PER_S_PER_USER)
+    found = []
+    for gpus in BUDGETS:
+        choice = swept.space.disaggregated(asked, gpus)
+        if choice is not None:
+            per_gpu = choice.requests_per_s * swept.sweep.workload.mean_osl / gpus
+            found.append(Whole(gpus, per_gpu / ideal, choice.imbalance))
+    return found
 
 
 def dynamic_of(space: PaperBSpace, traffic: Workload) -> Dynamic:
@@ -102,4 +132,6 @@ def elastic_of(space: PaperBSpace) -> Elastic:
     tries = np.geomspace(min(ratios), max(ratios), 64)
     means = [float(np.mean([s.fixed_ratio(float(r)).at(x) / b for s, b in zip(sweeps, best, strict=True)])) for r in tries]
     top_i = int(np.argmax(means))
-    return Elastic(best_fixed, [mix_name(m) for m in R1_MIXES], ratios, kept, float(tries[top_i]), means[top_i])
+    return Elastic(
+        best_fixed, [mix_name(m) for m in R1_MIXES], ratios, kept, float(tries[top_i]), means[top_i], whole_of(sweeps[0])
+    )

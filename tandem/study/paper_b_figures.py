@@ -51,7 +51,10 @@ def curve_series(
     rows = [int(i) for i in thin(len(curve))]
     texts = []
     for i in rows:
-        ratio = "" if curve.ratio is None else f", {curve.ratio[i]:.3g} prefill GPUs a decode GPU"
+        ratio = ""
+        if curve.ratio is not None:
+            prefill, decode = swept.instances(curve, i)
+            ratio = f", {curve.ratio[i]:.3g} prefill GPUs a decode GPU: {prefill} prefill to {decode} decode instances"
         kind = "decode " if curve.ratio is not None else ""
         texts.append(f"{kind}({swept.parallelism(curve, i)}) batch {swept.batch(curve, i)}{ratio}")
     x = [float(curve.tokens_per_s_per_user[i]) for i in rows]
@@ -81,13 +84,13 @@ def modes(swept: Swept) -> tuple[Series, ...]:
     )
 
 
-def _frontiers(title: str, note: str, panels: Sequence[tuple[str, Swept]]) -> Figure:
+def _frontiers(title: str, note: str, panels: Sequence[tuple[str, Sequence[Series]]]) -> Figure:
     return Figure(
         title=title,
         note=note,
         x_title=INTERACTIVITY,
         y_title=THROUGHPUT,
-        panels=tuple(Panel(title=name, series=modes(swept)) for name, swept in panels),
+        panels=tuple(Panel(title=name, series=tuple(series)) for name, series in panels),
     )
 
 
@@ -97,12 +100,10 @@ def _figure_2(space: PaperBSpace) -> Figure:
         curve_series(swept, swept.split(ttft_cutoff_s=c), f"split, TTFT <= {c:g} s", role=None if c == 10 else f"cutoff {c:g}")
         for c in CUTOFFS_S
     )
-    return Figure(
-        title="The three modes, and one split curve for each TTFT cutoff",
-        note="Algorithm 1 picks one prefill instance for each cutoff; a tighter one takes a faster, less efficient instance.",
-        x_title=INTERACTIVITY,
-        y_title=THROUGHPUT,
-        panels=(Panel(title="DeepSeek-R1 16384/2048", series=(*modes(swept)[:2], *cutoffs)),),
+    return _frontiers(
+        "The three modes, and one split curve for each TTFT cutoff",
+        "Algorithm 1 picks one prefill instance for each cutoff; a tighter one takes a faster, less efficient instance.",
+        [("DeepSeek-R1 16384/2048", (*modes(swept)[:2], *cutoffs))],
     )
 
 
@@ -133,7 +134,7 @@ def _figure_5(m: Measures) -> Figure:
 
 
 def _figure_6(space: PaperBSpace) -> Figure:
-    panels = []
+    panels: list[tuple[str, Sequence[Series]]] = []
     for model, title in (("R1", "DeepSeek-R1 16384/2048"), ("70B", "Llama-3.1-70B 16384/2048")):
         swept = space.get(model, PREFILL_HEAVY)
         small = space.chunk_curves(swept)
@@ -144,18 +145,12 @@ def _figure_6(space: PaperBSpace) -> Figure:
         if model == "R1":
             kept = space.get(model, PREFILL_HEAVY, cached_up=True)
             curves = space.chunk_curves(kept)
-            series.append(
-                curve_series(
-                    kept, curves[min(curves)], f"chunks of {min(curves)}, up-projection kept", role="kept", style="dash"
-                )
-            )
-        panels.append(Panel(title=title, series=tuple(series)))
-    return Figure(
-        title="Piggybacking and the kind of attention",
-        note="Short chunks make latent attention project its cache up again and again; grouped queries read theirs as it is.",
-        x_title=INTERACTIVITY,
-        y_title=THROUGHPUT,
-        panels=tuple(panels),
+            series.append(_dashed(kept, curves[min(curves)], f"chunks of {min(curves)}, up-projection kept", "kept"))
+        panels.append((title, tuple(series)))
+    return _frontiers(
+        "Piggybacking and the kind of attention",
+        "Short chunks make latent attention project its cache up again and again; grouped queries read theirs as it is.",
+        panels,
     )
 
 
@@ -216,15 +211,13 @@ def _figure_11(space: PaperBSpace) -> Figure:
         wide, narrow = space.get(model, PREFILL_HEAVY), space.get(model, PREFILL_HEAVY, domain_gpus=8)
         series = (
             curve_series(wide, wide.split(), "72 GPUs linked"),
-            curve_series(narrow, narrow.split(), "8 GPUs linked", role="narrow", style="dash"),
+            _dashed(narrow, narrow.split(), "8 GPUs linked", "narrow"),
         )
-        panels.append(Panel(title=title, series=series))
-    return Figure(
-        title="Scale-up domain of 72 against 8 GPUs, same GPU, disaggregated",
-        note="Both may use instances of up to 64 GPUs; beyond the domain collectives take the slower network.",
-        x_title=INTERACTIVITY,
-        y_title=THROUGHPUT,
-        panels=tuple(panels),
+        panels.append((title, series))
+    return _frontiers(
+        "Scale-up domain of 72 against 8 GPUs, same GPU, disaggregated",
+        "Both may use instances of up to 64 GPUs; beyond the domain collectives take the slower network.",
+        panels,
     )
 
 
@@ -256,16 +249,14 @@ def _figure_14(space: PaperBSpace) -> Figure:
         means = space.get("70B", (round(traffic.mean_isl), round(traffic.mean_osl)))
         series = (
             curve_series(found, found.split(), "dynamic"),
-            curve_series(constant, constant.split(), "constant P50", role="P50", style="dash"),
-            curve_series(means, means.split(), "constant means", role="means", style="dash"),
+            _dashed(constant, constant.split(), "constant P50", "P50"),
+            _dashed(means, means.split(), "constant means", "means"),
         )
-        panels.append(Panel(title=title, series=series))
-    return Figure(
-        title="Constant against dynamic traffic: Llama-70B, P50 4096/512, disaggregated",
-        note="Trace-shaped: the Azure conversation trace scaled to these medians. Lognormal: 20,000 independent draws, seed 0.",
-        x_title=INTERACTIVITY,
-        y_title=THROUGHPUT,
-        panels=tuple(panels),
+        panels.append((title, series))
+    return _frontiers(
+        "Constant against dynamic traffic: Llama-70B, P50 4096/512, disaggregated",
+        "Trace-shaped: the Azure conversation trace scaled to these medians. Lognormal: 20,000 independent draws, seed 0.",
+        panels,
     )
 
 
@@ -289,12 +280,12 @@ def _elastic(m: Measures) -> Figure:
 def figures(m: Measures) -> dict[str, Figure]:
     """All of them, by the paper's number; `elastic` is ours."""
     space = m.space
-    by_mix = [(f"R1 {mix_name(mix)}", space.get("R1", mix)) for mix in R1_MIXES]
+    by_mix = [(f"R1 {mix_name(mix)}", modes(space.get("R1", mix))) for mix in R1_MIXES]
     return {
         "1": _frontiers(
             "When splitting helps: prefill-heavy against decode-heavy traffic",
             "The paper prints normalised curves; ours are absolute.",
-            [(f"R1 {mix_name(mix)}", space.get("R1", mix)) for mix in (PREFILL_HEAVY, EXTREME_DECODE)],
+            [(f"R1 {mix_name(mix)}", modes(space.get("R1", mix))) for mix in (PREFILL_HEAVY, EXTREME_DECODE)],
         ),
         "2": _figure_2(space),
         "5": _figure_5(m),
@@ -302,7 +293,7 @@ def figures(m: Measures) -> dict[str, Figure]:
         "7": _frontiers(
             "Model size: Llama-3.1 at 4096/256",
             "Splitting gains more the larger the model.",
-            [(f"Llama-3.1-{k}", space.get(k, SHORT_OUTPUT)) for k in ("8B", "70B", "405B")],
+            [(f"Llama-3.1-{k}", modes(space.get(k, SHORT_OUTPUT))) for k in ("8B", "70B", "405B")],
         ),
         "8": _frontiers(
             "Traffic mixes of R1",

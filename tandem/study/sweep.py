@@ -302,6 +302,13 @@ class Swept:
         """Requests in flight in that instance."""
         return int(self.space.priced[curve.mode_of[i]].points.batch[curve.row[i]])
 
+    def instances(self, curve: Curve, i: int) -> tuple[int, int]:
+        """Prefill and decode instances of a split curve's point in the smallest whole numbers within 3 % of balance."""
+        if curve.ratio is None or curve.prefill_row is None:
+            raise SpecError(f"mode={curve.mode!r}: only pools of their own have two kinds of instance")
+        gpus = self.space.priced["decode"].gpus[curve.row[i]] / self.space.priced["prefill"].gpus[curve.prefill_row]
+        return whole_numbers(float(curve.ratio[i] * gpus))
+
     def transfer(self, curve: Curve) -> Transfer:
         """Bandwidth that moving each prompt's state takes, over GPUs that hold a unique part of it (paper B, Equations 1, 2).
 

@@ -12,6 +12,7 @@ import pytest
 from tandem.spec.errors import SpecError
 from tandem.study.paper_b import study_paper_b
 from tandem.study.paper_b_claims import FINDINGS
+from tandem.study.paper_b_elastic import whole_of
 from tandem.study.paper_b_measures import Measures, measure, step_parts
 from tandem.study.paper_b_space import DYNAMIC, MODELS, PREFILL_HEAVY, PaperBSpace, lognormal, trace_shaped
 from tandem.study.paper_b_tests import TESTS
@@ -71,6 +72,15 @@ def test_a_fixed_ratio_never_beats_re_matching(measured: Measures) -> None:
         assert row[i] == pytest.approx(1.0)
         assert all(0 < share <= 1 + 1e-9 for share in row)
     assert all(0 < share <= 1 for _, share in measured.elastic.best_fixed.values())
+
+
+def test_the_planner_in_a_budget_never_beats_exact_balance_and_comes_close_in_a_large_one(measured: Measures) -> None:
+    shares = [w.kept for w in measured.elastic.whole]
+    assert shares
+    assert max(shares) <= 1 + 1e-9
+    assert max(shares) > 0.9
+    kept = whole_of(measured.space.get("8B", PREFILL_HEAVY))
+    assert kept[-1].kept == pytest.approx(1.0, abs=0.03)
 
 
 def test_a_step_is_the_sum_of_its_parts(measured: Measures) -> None:

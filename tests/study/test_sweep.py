@@ -54,6 +54,17 @@ def test_pools_balance_exactly(swept: Swept) -> None:
     assert np.all(np.diff(split.ratio) < 0)  # the faster each token, the fewer prefill GPUs (Figure 9)
 
 
+def test_whole_instances_balance_within_three_percent(swept: Swept) -> None:
+    split = swept.split()
+    prefill, decode = swept.space.priced["prefill"], swept.space.priced["decode"]
+    for i in range(0, len(split), 7):
+        n_prefill, n_decode = swept.instances(split, i)
+        taken = n_prefill * prefill.requests_per_s[split.prefill_row]
+        assert taken / (n_decode * decode.requests_per_s[split.row[i]]) == pytest.approx(1.0, abs=0.031)
+    with pytest.raises(SpecError, match="two kinds"):
+        swept.instances(swept.shared(), 0)
+
+
 def test_a_fixed_ratio_never_beats_the_matched_one_and_meets_it_where_it_matches(swept: Swept) -> None:
     split = swept.split()
     assert split.ratio is not None
