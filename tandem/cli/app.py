@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Never
@@ -251,6 +252,13 @@ RowsBackend = Annotated[str | None, typer.Option("--backend", help="vllm, sglang
 RowsNumber = Annotated[int | None, typer.Option(help="Of rows that say none.")]
 
 
+def _one_blas_thread() -> None:
+    """Fits solve hundreds of small systems: threads of the linear algebra library only wait for one another, on a busy
+    machine up to 40 times as long as the arithmetic takes. It reads this when numpy is first imported."""
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
 def _given(**cells: str | int | None) -> dict[str, str]:
     return {name: str(value) for name, value in cells.items() if value is not None}
 
@@ -271,6 +279,7 @@ def calibrate_serving(
     json_out: Json = False,
 ) -> None:
     """Refit backend overheads from the calibration side of the measured serving rows, and your own (extra `[calibrate]`)."""
+    _one_blas_thread()
     from tandem.cli import calibrating
 
     given = _given(model=model, hardware=hardware, backend=backend, precision=precision, concurrency=concurrency)
@@ -295,6 +304,7 @@ def validate(
     json_out: Json = False,
 ) -> None:
     """Compare predictions with measured serving rows that no fit has seen (extra `[calibrate]`), or with your own."""
+    _one_blas_thread()
     from tandem.cli import calibrating
 
     given = _given(model=model, hardware=hardware, backend=backend, precision=precision, concurrency=concurrency)

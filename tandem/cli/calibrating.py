@@ -115,6 +115,8 @@ def run_validate(
     out = text.console()
     for t in ([validate_text.rows_table(predictions)] if rows else []) + validate_text.tables(sets):
         out.print(t)
+    if peer is not None:
+        out.print(validate_text.peer_table(sets, f"{peer.name} {peer.version}"))
     for line in validate_text.sentences(shares, peer):
         out.print(line)
     if report is not None:

@@ -73,6 +73,24 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
+def peer_table(sets: Sequence[ErrorSet], name: str) -> Table:
+    """Another predictor beside Tandem on the validation rows that it answers."""
+    t = table(
+        f"{name} on the same rows; both columns of errors are of those that it answers",
+        "!rows", ">n", ">answers", ">TPOT median", ">Tandem", ">mean", ">Tandem", ">!ratio",
+        ">TTFT median", ">Tandem", ">!ratio",
+    )  # fmt: skip
+    for tpot, ttft in pairs(s for s in sets if s.peer and shown(s)):
+        a, b = tpot.peer, ttft.peer
+        if a is None or b is None or a.ratio is None or b.ratio is None:
+            t.add_row(tpot.name, f"{tpot.n:,}", "0%")
+            continue
+        errors = (a.median_ape, a.own_median_ape, a.mean_ape, a.own_mean_ape)
+        line = [*map(_percent, errors), f"{a.ratio:.2f}", _percent(b.median_ape), _percent(b.own_median_ape), f"{b.ratio:.2f}"]
+        t.add_row(tpot.name, f"{tpot.n:,}", f"{a.share:.0%}", *line)
+    return t
+
+
 def tables(sets: Sequence[ErrorSet]) -> list[Table]:
     """A table for each section that has sets."""
     found = []
@@ -80,10 +98,9 @@ def tables(sets: Sequence[ErrorSet]) -> list[Table]:
         chosen = [p for p in pairs(s for s in sets if section_of(s) == section) if shown(p[0])]
         if not chosen:
             continue
-        with_peer = any(p[0].peer for p in chosen)
-        t = table(title, *OWN_COLUMNS, *(PEER_COLUMNS if with_peer else ()))
+        t = table(title, *OWN_COLUMNS)
         for pair in chosen:
-            t.add_row(*cells(pair, with_peer))
+            t.add_row(*cells(pair, with_peer=False))
         found.append(t)
     return found
 
@@ -113,7 +130,7 @@ def sentences(answered: dict[str, dict[str, float]], peer: PeerAnswers | None) -
     if peer is not None:
         lines += [
             f"{peer.name} {peer.version} answered {share['peer_answered']:,.0f} of {share['peer_asked']:,.0f} "
-            f"{words[mode]} validation rows ({share['peer_share']:.0%}); `ours there`: Tandem on those rows"
+            f"{words[mode]} validation rows ({share['peer_share']:.0%})"
             for mode, share in answered.items()
         ]
         lines += [f"not answered, {count} rows: {why}" for why, count in list(peer.reasons.items())[:3]]
