@@ -23,6 +23,7 @@ ASSUMPTIONS = (
     "full load: GPUs and requests as many as needed, so pools balance exactly",
     "TTFT is the prompt's own time, without a queue; points above 10 s are left out, 300 s for 1M-token prompts",
     "a prompt's state leaves layer by layer while later layers compute; only what cannot hide counts in TTFT",
+    "TPOT is a request's mean gap between tokens; in a shared pool stalls by other requests' prompts are part of it",
     "a decode pool does nothing else; co-located means the better of in-flight batching and piggybacking",
     "gain: ratio of areas under the two frontiers, linear axes, step functions",
     f"dynamic traffic: the bundled Azure conversation trace scaled to P50 4096/512; lognormal, {DRAWS:,} draws, seed {SEED}",

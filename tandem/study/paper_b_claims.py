@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tandem.perf.memory import total_weight_bytes
 from tandem.study import paper_b_why as why
-from tandem.study.paper_b_measures import Mapping, Measures
+from tandem.study.paper_b_measures import Mapping, Measures, step_parts
 from tandem.study.paper_b_space import (
     BALANCED_LONG,
     BALANCED_SHORT,
@@ -236,24 +235,17 @@ def _why_f7(m: Measures) -> str:
     floors = []
     for model in ("70B", "405B"):
         middle = m.mapping[model][len(m.mapping[model]) // 2]
-        sweep = m.space.get(model, PREFILL_HEAVY).sweep
-        needed = total_weight_bytes(sweep.model, sweep.precision) * middle.at / sweep.hardware.memory_bytes_per_s
-        floors.append(f"{model} at {middle.at:.0f} tok/s/user TP {needed:.1f}")
+        swept = m.space.get(model, PREFILL_HEAVY)
+        split = swept.split()
+        i = split.index(middle.at) or 0
+        step, tp = step_parts(swept, split, i), middle.split.tp
+        floors.append(f"{model} at {middle.at:.0f} tok/s/user TP {step.weights * tp / (1 / middle.at - step.launches):.1f}")
     return (
         f"at {p.at:.0f} tok/s/user Llama-70B decodes on ({p.split}) with batch {p.split_batch} in a pool of its own, on "
         f"({p.shared}) with batch {p.shared_batch} when shared: prompts take their part of every token's time there, the "
-        "batch shrinks to pay for it, and a small batch gives a wide instance too little work. Reading the weights once a "
-        f"token alone takes at least ({'; '.join(floors)}), so the largest model is pushed to the same width in either "
-        "mode and differs by its batch instead"
-    )
-
-
-def _why_f8(m: Measures) -> str:
-    return (
-        "printed relaxed ends 3.64, 2.07, 0.94, 0.33 have our order and lie within "
-        f"{max(3.64 / m.spans['R1'].relaxed, 2.07 / m.spans['405B'].relaxed, 0.94 / m.spans['70B'].relaxed):.1f} times of "
-        "ours: ratio = decode requests/s/GPU over prefill requests/s/GPU, and decode slows down as batches shrink while "
-        "prefill does not"
+        "batch shrinks to pay for it, and a small batch gives a wide instance too little work. But launches and reading "
+        f"the weights once a token already ask for {' and '.join(floors)}, so the largest model is driven to the same "
+        "width in either mode and differs by its batch instead"
     )
 
 
@@ -288,7 +280,7 @@ FINDINGS: tuple[Check, ...] = (
     Check(id="F7", title="Decode pools use more tensor parallelism and win at medium latency", source="section 4",
           printed="text, no number", judge=_f7, why=_why_f7),
     Check(id="F8", title="The best context-to-generation ratio moves a lot", source=f"Figure 9 ({PIXELS})",
-          printed="R1 3.64 to 0.056, 405B 2.07 to 0.20, 70B 0.94 to 0.45, 8B 0.33 to 0.43", judge=_f8, why=_why_f8),
+          printed="R1 3.64 to 0.056, 405B 2.07 to 0.20, 70B 0.94 to 0.45, 8B 0.33 to 0.43", judge=_f8, why=why.why_ratio),
     Check(id="F9", title="A fixed ratio loses", source=f"Figure 10 ({PIXELS})",
           printed="R1: 3.5 falls from 0.96 to 0.05 of the highest, 0.5 stays at 0.42 of 0.975", judge=_f9, why=_why_f9),
     Check(id="F10", title="A larger link domain always helps splitting", source="Figure 11",
