@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,56 +102,82 @@ def test_options_for_rows_need_rows(refused: Refused, name: tuple[str, ...]) -> 
     assert "rows='gone.csv': no such file" in refused(*name, "--rows", "gone.csv")
 
 
-@pytest.mark.slow
-def test_own_rows_move_the_fit_of_their_setting(command: Any, tmp_path: Path) -> None:
-    """Three rows 40 % slower than shipped fits expect: the written fits know the setting, and it became slower."""
+@pytest.fixture
+def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Runs a command in this process on a part of the measured rows, and gives its JSON."""
     pytest.importorskip("aiconfigurator_core")
-    from tandem.perf.backend import load_serving_fits, parse_fits
+    from tandem.cli.app import main
+    from tandem.perf import silicon
+
+    with silicon.sample_path().open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    kept = [r for r in lines if (r["backend"], r["mode"]) in (("vllm", "agg"), ("trtllm", "disagg"))]
+    part = tmp_path / "part.csv"
+    with part.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(r for i, r in enumerate(kept) if r["mode"] == "disagg" or i % 3 == 0)
+    monkeypatch.setattr(silicon, "sample_path", lambda: part)
+
+    def run(*words: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["tandem", *words, "--json"])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capfd.readouterr()
+        assert stopped.value.code == 0, err
+        return dict(json.loads(out))
+
+    return run
+
+
+@pytest.mark.slow
+def test_own_rows_move_the_fit_of_their_setting(few: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Three rows 40 % slower than the fit expects: the written fits know the setting, and it became slower."""
+    from tandem.perf.backend import parse_fits
     from tandem.spec.catalog import load_hardware, load_spec
 
-    file, out = tmp_path / "mine.csv", tmp_path / "fits.yaml"
-    shipped = found(command("validate", "--rows", str(_own(file, 1.0)), "--json"))["rows"]
-    slow = [1.4e3 * r["tpot_s"]["value"] for r in shipped]
-    own = _own(file, 1.0, slow)
-    data = found(command("calibrate", "serving", "--rows", str(own), "--out", str(out), "--json"))
-    assert [(f["model"], f["hardware"], f["num_rows"]) for f in data["fits"]] == [
-        ("nvidia/NVIDIA-Nemotron-Nano-9B-v2", "h200-sxm", 3)
-    ]
-    assert "3 rows of mine.csv" in yaml.safe_load(out.read_text())["provenance"]["source"]
     asked = ("vllm", load_hardware("h200-sxm"), load_spec("nano-9b-v2"), "bf16")
-    (before, was), (after, now) = load_serving_fits().find(*asked), parse_fits(out.read_text()).find(*asked)
+    out = tmp_path / "fits.yaml"
+    few("calibrate", "serving", "--out", str(out))
+    before, was = parse_fits(out.read_text()).find(*asked)
+    shipped = few("validate", "--rows", str(_own(tmp_path, (10.0, 15.0, 20.0))))["rows"]
+    slow = _own(tmp_path, tuple(1.4e3 * r["tpot_s"]["value"] for r in shipped))
+    data = few("calibrate", "serving", "--rows", str(slow), "--out", str(out))
+    name = "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
+    assert [(f["model"], f["hardware"], f["num_rows"]) for f in data["fits"]] == [(name, "h200-sxm", 3)]
+    assert "3 rows of mine.csv" in yaml.safe_load(out.read_text())["provenance"]["source"]
+    after, now = parse_fits(out.read_text()).find(*asked)
     assert (was, now) == ("transferred", "calibrated")
-    assert 1.1 < after.gemm / before.gemm < 1.5
+    assert 1.05 < after.gemm / before.gemm < 1.5
 
 
-def _own(file: Path, ttft_s: float, tpot_ms: list[float] | None = None) -> Path:
-    header = "id,model,hardware,isl,osl,concurrency,ttft_s,tpot_ms\n"
-    lines = [
-        f"r{c},nano-9b-v2,h200-sxm,1024,1024,{c},{ttft_s},{ms}\n"
-        for c, ms in zip((4, 16, 32), tpot_ms or (10, 15, 20), strict=True)
-    ]
-    file.write_text(header + "".join(lines))
+def _own(folder: Path, tpot: tuple[float, ...]) -> Path:
+    """Rows of a setting that nobody measured, with these TPOT in milliseconds."""
+    file = folder / "mine.csv"
+    rows = [f"r{c},nano-9b-v2,h200-sxm,1024,1024,{c},0.1,{t}" for c, t in zip((4, 16, 32), tpot, strict=True)]
+    file.write_text("\n".join(["id,model,hardware,isl,osl,concurrency,ttft_s,tpot_ms", *rows]) + "\n")
     return file
 
 
 @pytest.mark.slow
-def test_the_measured_rows_are_judged_in_every_way(command: Any) -> None:
-    """The sets that the contract names, over the sides and modes, with sane numbers."""
-    pytest.importorskip("aiconfigurator_core")
-    data = found(command("validate", "--json"))
+def test_measured_rows_are_judged_in_every_way(few: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """The sets that the contract names, over the sides and modes, with numbers in their order."""
+    page = tmp_path / "page.html"
+    data = few("validate", "--report", str(page))
     by_name = {s["name"]: s for s in data["sets"]}
     for metric in ("tpot", "ttft"):
         for name in ("all", "disaggregated", "leave-one-gpu-out", "leave-one-model-out", "leave-one-gpu-out disaggregated"):
-            assert by_name[f"validation {metric} {name}"]["n"] >= 90
+            assert by_name[f"validation {metric} {name}"]["n"] >= 20
         for label in ("calibrated", "transferred", "roofline"):
-            assert by_name[f"validation {metric} label {label}"]["n"] > 100
+            assert by_name[f"validation {metric} label {label}"]["n"] > 20
         assert by_name[f"both {metric} leave-one-gpu-out"]["n"] == by_name[f"both {metric} leave-one-model-out"]["n"]
-    errors = {
-        label: by_name[f"validation ttft label {label}"]["median_ape"] for label in ("calibrated", "transferred", "roofline")
-    }
-    assert errors["calibrated"] < errors["transferred"] < errors["roofline"]
-    assert (
-        by_name["validation tpot label calibrated"]["median_ape"] < by_name["validation tpot label transferred"]["median_ape"]
-    )
+        calibrated, transferred = (
+            by_name[f"validation {metric} label {x}"]["median_ape"] for x in ("calibrated", "transferred")
+        )
+        assert calibrated < transferred
+    assert all(set(s) == SETS for s in data["sets"])
     assert data["answered"]["disaggregated"]["share"] >= 0.95
     assert "rows" not in data
+    html = page.read_text()
+    assert "without h100-sxm" in html
+    assert "leave-one" not in html.split("</script>")[-1]
