@@ -47,6 +47,8 @@ def figure_of(data: Mapping[str, Any]) -> go.Figure:
             shown.add(series["name"])
     drawn.update_xaxes(type="log" if data["x_log"] else "linear", title=data["x_title"], title_standoff=6)
     drawn.update_yaxes(type="log" if data["y_log"] else "linear", exponentformat="power" if data["y_log"] else "none")
+    if data["x_labels"]:
+        drawn.update_xaxes(tickvals=list(range(len(data["x_labels"]))), ticktext=list(data["x_labels"]))
     if not data["y_log"]:
         drawn.update_yaxes(rangemode="tozero")
     for row in range(1, rows + 1):

@@ -70,6 +70,8 @@ class Figure:
     x_title: str
     y_title: str
     panels: tuple[Panel, ...]
+    x_labels: tuple[str, ...] = ()
+    """Names of x = 0, 1, 2 ..., where x counts cases instead of measuring something."""
     x_log: bool = False
     y_log: bool = False
 

@@ -64,10 +64,11 @@ def test_a_file_where_a_folder_should_be_is_refused_before_any_work(tmp_path: Pa
 
 def test_a_figure_draws_each_name_in_the_legend_once_and_text_is_escaped() -> None:
     series = {"name": "a", "x": [1.0, 2.0], "y": [2.0, 1.0], "text": (), "role": None, "style": "dash"}
-    figure = {"title": "t", "note": "<n>", "x_title": "x", "y_title": "y", "x_log": False, "y_log": True,
+    figure = {"title": "t", "note": "<n>", "x_title": "x", "y_title": "y", "x_log": False, "y_log": True, "x_labels": ("one",),
               "panels": [{"title": "p", "series": [series]},
                          {"title": "q", "series": [series, {**series, "name": "b"}]}]}  # fmt: skip
     drawn = figure_of(figure)
+    assert drawn.layout.xaxis.ticktext == ("one",)
     assert [t.showlegend for t in drawn.data] == [True, False, True]
     assert drawn.data[0].line.color == drawn.data[1].line.color != drawn.data[2].line.color
     claim = {"id": "X", "title": "<b>", "printed": "p", "ours": "o", "ours_by": {"tandem": "o < p"}, "holds": False,
