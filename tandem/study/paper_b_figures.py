@@ -269,8 +269,8 @@ def _elastic(m: Measures) -> Figure:
     ]
     return Figure(
         title="Pools sized for one traffic mix and fed another: R1 at 50 tok/s/user",
-        note=f"Share of the re-matched throughput. The best single ratio, {e.best_mix_ratio:.2f}, keeps {e.best_mix_kept:.0%} on "
-        "average.",
+        note=f"Share of the re-matched throughput. The best single ratio, {e.best_mix_ratio:.2f}, keeps {e.best_mix_kept:.0%} "
+        "on average.",
         x_title="mix served",
         x_labels=tuple(e.mixes),
         y_title="share of re-matched throughput",
