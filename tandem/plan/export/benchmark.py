@@ -88,7 +88,7 @@ def files(job: Job) -> dict[str, str]:
         f"{best.tokens_per_s_per_gpu.value:,.1f} tok/s/GPU over {job.plan.recommended.gpus} GPUs"
     )
     guidellm = f"guidellm run \\\n{shell(guidellm_flags(job), '  ')}\necho {shlex.quote('predicted: ' + expected)}\n"
-    compare = resources.files("tandem.plan.export") / "data" / "compare.py"
+    compare = resources.files("tandem.plan.export") / "data" / "compare.py.in"
     return {
         "benchmark/run.sh": _script(
             job, f"aiperf=={AIPERF}", "Measures and compares with the prediction. Usage: run.sh [URL]", aiperf
