@@ -176,7 +176,7 @@ def _aiperf_json(path: Path, given: Mapping[str, str]) -> dict[str, str]:
     if data.get("was_cancelled") or data.get("is_complete") is False:
         why = data.get("incomplete_reason") or "cancelled"
         raise TraceError(f"{path.name}: the run did not finish ({why}); measure it again")
-    config = data.get("input_config") or {}
+    config = _mapping(data.get("input_config"))
     phase = _profiling_phase(config)
     kind = phase.get("type", "concurrency")
     if kind != "concurrency" and "concurrency" not in given:
@@ -192,19 +192,25 @@ def _aiperf_json(path: Path, given: Mapping[str, str]) -> dict[str, str]:
     return {**{k: v for k, v in known.items() if v}, **row, **given}
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _profiling_phase(config: Mapping[str, Any]) -> dict[str, Any]:
     """The measured phase of AIPerf's own configuration; older versions have one block `loadgen` instead of phases."""
-    phases = [p for p in config.get("phases") or [] if isinstance(p, dict)]
+    phases = config.get("phases")
+    phases = [p for p in phases if isinstance(p, dict)] if isinstance(phases, list) else []
     if not phases:
-        return dict(config.get("loadgen") or {})
+        return _mapping(config.get("loadgen"))
     return next((p for p in phases if p.get("name") == "profiling"), phases[-1])
 
 
 def _model_name(config: Mapping[str, Any]) -> str:
     models = config.get("models")
     if isinstance(models, dict):
-        models = [item.get("name") for item in models.get("items") or [] if isinstance(item, dict)]
-    models = models or (config.get("endpoint") or {}).get("model_names")
+        items = models.get("items")
+        models = [item.get("name") for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    models = models or _mapping(config.get("endpoint")).get("model_names")
     return str(models[0]) if isinstance(models, list) and models else ""
 
 

@@ -13,7 +13,7 @@ from tandem.report.text import ms, table
 
 Pair = tuple[ErrorSet, ErrorSet]
 OWN_COLUMNS = ("!rows", ">n", ">TPOT median", ">mean", ">!ratio", ">in 80 %", ">TTFT median", ">!ratio", ">in 80 %")
-PEER_COLUMNS = (">peer answers", ">its TPOT", ">ours there", ">its TTFT", ">ours there")
+PEER_COLUMNS = (">peer answers", ">peer TPOT", ">Tandem there", ">peer TTFT", ">Tandem there")
 SECTIONS = {
     "validation": "Predicted against measured, settings on which no coefficient was fitted",
     "calibration": "The rows that were fitted",

@@ -123,6 +123,8 @@ def test_an_aiperf_csv_needs_the_model_and_the_concurrency(tmp_path: Path) -> No
         ({"inter_token_latency": {"unit": "parsec", "avg": 1}}, "inter_token_latency unit='parsec': must be one of ns, us, ms"),
         ({"inter_token_latency": {"unit": "ms", "avg": "fast"}}, "inter_token_latency avg='fast': must be a number"),
         ({"inter_token_latency": {"unit": "ms", "avg": -1.0}}, "tpot_s='-0.001': must be a number above 0"),
+        ({"input_config": ["odd"]}, "model='': must be given"),
+        ({"input_config": {"phases": "odd", "models": {"items": 3}, "endpoint": "x", "loadgen": 7}}, "model='': must be given"),
         ({"input_config": {"phases": [{"type": "poisson", "rate": 3}]}}, "type='poisson': not measured at a fixed concurrency"),
     ],
 )
