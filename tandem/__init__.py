@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tandem._version import __version__
 
 if TYPE_CHECKING:
-    from tandem.perf.estimate import EstimateResult, Instances, estimate, estimate_disaggregated
+    from tandem.perf.estimate import Draft, EstimateResult, Instances, estimate, estimate_disaggregated
     from tandem.perf.phases import PerfModel
     from tandem.plan.planner import Plan, find_plan
     from tandem.plan.rates import match_rates
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tandem.spec.workload import Slo, Trace, Workload, read_trace
 
 _HOME = {
-    "perf.estimate": ("EstimateResult", "Instances", "estimate", "estimate_disaggregated"),
+    "perf.estimate": ("Draft", "EstimateResult", "Instances", "estimate", "estimate_disaggregated"),
     "perf.phases": ("PerfModel",),
     "plan.planner": ("Plan", "find_plan"),
     "plan.rates": ("match_rates",),
@@ -45,6 +45,7 @@ _MODULE_OF = {name: f"tandem.{module}" for module, names in _HOME.items() for na
 
 __all__ = [
     "Deployment",
+    "Draft",
     "Estimate",
     "EstimateResult",
     "HardwareSpec",

@@ -155,6 +155,7 @@ def estimate(
     osl: Annotated[int | None, typer.Option(help="Output tokens.")] = None,
     batch: Annotated[int | None, typer.Option(help="Requests in flight in one instance.")] = None,
     concurrency: Annotated[int | None, typer.Option(help="Requests in flight in the whole deployment.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests/s that arrive, instead of a number in flight.")] = None,
     tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallelism.")] = 1,
     ep: Annotated[int, typer.Option(help="Expert parallelism.")] = 1,
@@ -163,6 +164,8 @@ def estimate(
     precision: PrecisionText = None,
     backend: Backend = "vllm",
     mode: Annotated[str, typer.Option(help="colocated or piggybacked.")] = "colocated",
+    draft_tokens: Annotated[int, typer.Option(help="Tokens that multi-token prediction proposes in each step.")] = 0,
+    acceptance: Annotated[float, typer.Option(help="Probability that a proposed token holds.")] = 0.7,
     cases: Annotated[Path | None, typer.Option(help="A CSV of cases instead of one.")] = None,
     json_out: Json = False,
 ) -> None:
@@ -171,6 +174,7 @@ def estimate(
 
     if cases is not None:
         return estimating.run_cases(cases, json_out)
+    from tandem.perf.estimate import Draft
     from tandem.spec.design import Parallelism
 
     for name, value in (("--model", model), ("--hardware", hardware), ("--isl", isl), ("--osl", osl)):
@@ -185,10 +189,12 @@ def estimate(
         osl=osl,
         batch=batch,
         concurrency=concurrency,
+        requests_per_s=rate,
         parallelism=layout,
         precision=precision,
         backend=backend,
         mode=mode,
+        draft=Draft(tokens=draft_tokens, acceptance=acceptance),
     )
 
 

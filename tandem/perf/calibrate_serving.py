@@ -38,11 +38,11 @@ from tandem.spec.errors import TandemError
 from tandem.spec.workload import Workload
 
 Array = NDArray[np.float64]
-PRIOR_SD = {"tpot": (0.4, 0.2, 0.2, 0.2, 0.2, 0.2), "ttft": (0.5, 0.3, 0.3, 0.3, 0.3, 0.2)}
+PRIOR_SD = {"tpot": (0.2, 0.1, 0.2, 0.2, 0.1, 0.1), "ttft": (0.5, 0.3, 0.3, 0.3, 0.3, 0.2)}
 """Prior standard deviation of a group's logarithms, by level of `group_keys`: a backend may differ from another by a third,
 one GPU generation or model of it by a fifth. TTFT is noisier (facts/validation.md)."""
 COMMON_SD = {"tpot": 0.5, "ttft": 1.0}
-SOFTNESS = {"tpot": 0.15, "ttft": 0.25}
+SOFTNESS = {"tpot": 0.25, "ttft": 0.25}
 FIRM = {
     "network": 2.5,
     "sequence_s": 2.0,

@@ -143,7 +143,7 @@ class LayerCosts:
             yield from self._draft(layout, load)
         stages = layout.pp * layout.cpp
         if np.any(np.asarray(stages) > 1):
-            yield Item("send", "bf16", ops.send(OUT * h * t), stages - 1.0, stages)
+            yield Item("send", "bf16", ops.send(OUT * h * t), stages - 1.0, layout.gpus)
 
     def _head(self, sampled: Array, count: Array, layout: Layout) -> Iterator[Item]:
         vocab = self.model.vocab_size / layout.tp

@@ -11,20 +11,32 @@ from numpy.typing import NDArray
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.divide import refuse_parallelism
 from tandem.perf.memory import MemoryUse
-from tandem.perf.phases import PerfModel
-from tandem.perf.pools import DecodePool, PrefillPool, split_times
+from tandem.perf.open_loop import OpenLoop, open_loop, open_loop_pools
+from tandem.perf.phases import ACCEPTANCE, PerfModel
+from tandem.perf.pools import DecodePool, PrefillPool, SplitTime, split_times
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import BACKENDS, Estimate, Parallelism, Precision
 from tandem.spec.errors import Infeasible, SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
-from tandem.spec.units import require_int
+from tandem.spec.units import require_int, require_number
 from tandem.spec.workload import Workload
 
 MATCHED_LOW = 0.75
 """Real disaggregated systems reach 75 to 100 % of a rate-matched curve (paper B facts 1.9): the interval's lower share."""
 PIGGYBACK_TOKENS = 2048
 """Step budget assumed when prompt chunks ride along with decode (vLLM's max_num_batched_tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Multi-token prediction: tokens proposed in each decode step, and the probability that one holds if those before did."""
+
+    tokens: int = 0
+    acceptance: float = ACCEPTANCE
+
+
+NO_DRAFT = Draft()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +100,37 @@ def estimate(
     concurrency: int | None = None,
     batch: int | None = None,
     parallelism: Parallelism | None = None,
+    requests_per_s: float | None = None,
     precision: str | Precision | None = None,
     backend: str = "vllm",
     mode: str = "colocated",
     gpus: int | None = None,
+    draft: Draft = NO_DRAFT,
 ) -> EstimateResult:
-    """Predict a co-located deployment at a fixed number of requests in flight.
+    """Predict a co-located deployment at a fixed number of requests in flight, or at a rate of Poisson arrivals.
 
-    `concurrency` counts the requests of the whole deployment, `batch` those of one instance; give one. `gpus` beyond
-    one instance means replicas. A concurrency above what memory holds is served at the largest batch; the rest waits,
-    and TTFT includes that wait. Raises SpecError on impossible values, naming the field.
+    `concurrency` counts the requests of the whole deployment, `batch` those of one instance, `requests_per_s` arrivals at the
+    whole deployment; give one. `gpus` beyond one instance means replicas. A concurrency above what memory holds is served at
+    the largest batch; the rest waits, and TTFT includes that wait. A rate above what the deployment sustains is refused.
+    Raises SpecError on impossible values, naming the field.
     """
-    perf = perf_model(model, hardware, precision, backend)
+    perf = replace(perf_model(model, hardware, precision, backend), draft_tokens=draft.tokens, acceptance=draft.acceptance)
     p = parallelism or Parallelism()
     check_fits(perf, p)
     if p.cpp > 1:
         raise SpecError(f"cpp={p.cpp}: chunked pipeline parallelism is for prefill pools; use pp here")
     replicas = _replicas(p, gpus)
-    if (concurrency is None) == (batch is None):
-        raise SpecError(f"concurrency={concurrency}, batch={batch}: give exactly one of --concurrency and --batch")
+    given = {"concurrency": concurrency, "batch": batch, "requests_per_s": requests_per_s}
+    if sum(value is not None for value in given.values()) != 1:
+        raise SpecError(
+            f"{', '.join(f'{k}={v}' for k, v in given.items())}: give exactly one of --concurrency, --batch and --rate"
+        )
+    if mode not in ("colocated", "piggybacked"):
+        raise SpecError(
+            f"mode={mode!r}: must be colocated or piggybacked; a disaggregated case names both pools, in a --cases file"
+        )
+    if requests_per_s is not None:
+        return _at_rate(perf, p, replicas, _fixed(isl, osl), mode, require_number("requests_per_s", requests_per_s))
     wanted = require_int("batch" if concurrency is None else "concurrency", batch if concurrency is None else concurrency)
     per_instance = wanted if concurrency is None else -(-wanted // replicas)
     workload = _fixed(isl, osl)
@@ -162,15 +186,31 @@ def _colocated(
     batch = np.array([float(it.batch)])
     if mode == "piggybacked":
         served = perf.piggybacked(it.layout, batch, workload, np.array([float(max(PIGGYBACK_TOKENS, 2 * it.batch))]))
-    elif mode == "colocated":
-        served = perf.colocated(it.layout, batch, workload, closed_loop=True, waiting=float(waiting))
     else:
-        raise SpecError(
-            f"mode={mode!r}: must be colocated or piggybacked; a disaggregated case names both pools, in a --cases file"
-        )
+        served = perf.colocated(it.layout, batch, workload, closed_loop=True, waiting=float(waiting))
     load = perf.decode_load(it.layout, batch, workload)
     rate = float(served.requests_per_s[0]) / it.parallelism.gpus
     return _result(perf, it.layout, load, served.ttft_s, served.tpot_s, rate * workload.mean_osl, max_batch, memory, it.batch)
+
+
+def _at_rate(perf: PerfModel, p: Parallelism, replicas: int, workload: Workload, mode: str, rate: float) -> EstimateResult:
+    layout, chunk = Layout.of(p), float(PIGGYBACK_TOKENS) if mode == "piggybacked" else None
+    _, max_batch = _memory(perf, p, workload, 1)
+    served = open_loop(perf, layout, np.array([rate / replicas]), workload, np.array([float(max_batch)]), chunk_tokens=chunk)
+    memory, _ = _memory(perf, p, workload, _requests(served, rate))
+    load = perf.decode_load(layout, served.batch + 1.0, workload)
+    per_gpu = rate * workload.mean_osl / (replicas * p.gpus)
+    return _result(perf, layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, _requests(served, rate))
+
+
+def _requests(served: OpenLoop, rate: float) -> int:
+    """Requests that decode in an instance at a rate that it sustains; SpecError at one that it does not."""
+    if not np.isfinite(served.ttft_s[0]):
+        raise SpecError(
+            f"requests_per_s={rate:g}: more than this deployment sustains, requests would wait without bound; "
+            "use more GPUs or a lower rate"
+        )
+    return max(1, round(float(served.batch[0])))
 
 
 def estimate_disaggregated(
@@ -182,33 +222,46 @@ def estimate_disaggregated(
     prefill: Instances,
     decode: Instances,
     concurrency: int | None = None,
+    requests_per_s: float | None = None,
     precision: str | Precision | None = None,
     backend: str = "vllm",
+    draft: Draft = NO_DRAFT,
 ) -> EstimateResult:
-    """Predict a prefill pool and a decode pool at a fixed number of requests in flight (perf.pools).
+    """Predict a prefill pool and a decode pool at a fixed number of requests in flight (perf.pools), or at a rate of Poisson
+    arrivals (perf.open_loop).
 
     `decode.batch` is the largest batch of a decode instance. `concurrency` counts the requests of the whole deployment and
     defaults to all decode slots; those that are being prefilled, or wait for it, do not decode.
     """
-    perf = replace(perf_model(model, hardware, precision, backend), split=True)
+    perf = replace(
+        perf_model(model, hardware, precision, backend),
+        split=True,
+        draft_tokens=draft.tokens,
+        acceptance=draft.acceptance,
+    )
     for pool in (prefill, decode):
         check_fits(perf, pool.parallelism)
-    slots = decode.batch * decode.replicas
-    asked = slots if concurrency is None else require_int("concurrency", concurrency)
+    if concurrency is not None and requests_per_s is not None:
+        raise SpecError(f"concurrency={concurrency}, requests_per_s={requests_per_s}: give one of them")
     workload = _fixed(isl, osl)
     _memory(perf, prefill.parallelism, Workload.fixed(isl, 1), prefill.batch)
     memory, max_batch = _memory(perf, decode.parallelism, workload, decode.batch)
-    served = split_times(
-        perf,
-        PrefillPool(prefill.layout, np.array([float(prefill.batch)]), np.array([float(prefill.replicas)])),
-        DecodePool(decode.layout, np.array([float(min(decode.batch, max_batch))]), np.array([float(decode.replicas)])),
-        workload,
-        np.array([float(asked)]),
-    )
+    prompts = PrefillPool(prefill.layout, np.array([float(prefill.batch)]), np.array([float(prefill.replicas)]))
+    limit = np.array([float(min(decode.batch, max_batch))])
+    decoding = DecodePool(decode.layout, limit, np.array([float(decode.replicas)]))
     gpus = prefill.replicas * prefill.parallelism.gpus + decode.replicas * decode.parallelism.gpus
+    served: OpenLoop | SplitTime
+    if requests_per_s is not None:
+        rate = require_number("requests_per_s", requests_per_s)
+        served = open_loop_pools(perf, prompts, decoding, np.array([rate]), workload)
+        batch = _requests(served, rate)
+    else:
+        slots = decode.batch * decode.replicas
+        asked = slots if concurrency is None else require_int("concurrency", concurrency)
+        served = split_times(perf, prompts, decoding, workload, np.array([float(asked)]))
+        rate, batch = float(served.requests_per_s[0]), max(1, round(float(served.batch[0])))
     load = perf.decode_load(decode.layout, served.batch, workload)
-    per_gpu = float(served.requests_per_s[0]) * osl / gpus
-    batch = max(1, round(float(served.batch[0])))
+    per_gpu = rate * osl / gpus
     return _result(perf, decode.layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, batch)
 
 

@@ -160,7 +160,7 @@ class PerfModel:
         return np.asarray(chunks * self._prompt_s(self.pricer.kernels(layout, load)))
 
     @cached_property
-    def _prompt_cost(self) -> float:
+    def prompt_cost(self) -> float:
         """GPU time of a prompt over its kernels' time. A backend may show less than all of it in TPOT, since newcomers wait
         for one another; the GPUs do all of the work."""
         return max(self.backend_fit.prefill, PHYSICS.prefill)
@@ -183,7 +183,7 @@ class PerfModel:
         mean_busy: Array = 0.0
         ttfts = []
         piped = np.any(np.asarray(layout.cpp) > 1)
-        for isl, weight in _by_isl(workload):
+        for isl, weight in by_isl(workload):
             chunks = np.maximum(np.ceil(seqs * isl / chunk_tokens), 1.0)
             kernels = self.prefill_kernels_s(layout, seqs, isl, chunks)
             ttft = fit.prompt * kernels + host * chunks
@@ -191,8 +191,8 @@ class PerfModel:
                 last = fit.prompt * self._last_chunk_s(layout, seqs, isl, chunks) + host
                 ttft = ttft / layout.cpp + (layout.cpp - 1.0) / layout.cpp * last
             ttfts.append(np.asarray(fit.host_s + ttft))
-            mean_busy = mean_busy + weight * (self._prompt_cost * kernels + host * chunks) / layout.cpp
-        index = _percentile_index([w for _, w in _by_isl(workload)], percentile)
+            mean_busy = mean_busy + weight * (self.prompt_cost * kernels + host * chunks) / layout.cpp
+        index = _percentile_index([w for _, w in by_isl(workload)], percentile)
         return PrefillTime(*np.broadcast_arrays(ttfts[index], batch / mean_busy))
 
     def _last_chunk_s(self, layout: Layout, seqs: Array, isl: Array, chunks: Array) -> Result:
@@ -223,15 +223,15 @@ class PerfModel:
         fit = self.backend_fit
         load = self.decode_load(layout, batch, workload)
         decode_s = self.decode_tpot_s(layout, batch, workload)
-        points = [(isl, weight, self.prefill_kernels_s(layout, 1.0, isl, 1.0)) for isl, weight in _by_isl(workload)]
+        points = [(isl, weight, self.prefill_kernels_s(layout, 1.0, isl, 1.0)) for isl, weight in by_isl(workload)]
         prompt_s = np.asarray(sum(weight * seconds for _, weight, seconds in points))
         asked_s = points[_percentile_index([w for _, w, _ in points], percentile)][2]
         steps = workload.mean_osl - 1.0
         others = np.maximum(load.decode_seqs - 1.0, 0.0)
-        shown = 0.0 if steps <= 0 else (fit.prefill if closed_loop else self._prompt_cost)
+        shown = 0.0 if steps <= 0 else (fit.prefill if closed_loop else self.prompt_cost)
         tpot = decode_s + shown * prompt_s * others / max(steps, 1.0)
-        busy_s = load.decode_seqs * (self._prompt_cost * prompt_s + self._host_s(1.0)) + steps * decode_s
-        request_s = np.maximum(self._prompt_cost * prompt_s + decode_s + tpot * steps, busy_s)
+        busy_s = load.decode_seqs * (self.prompt_cost * prompt_s + self._host_s(1.0)) + steps * decode_s
+        request_s = np.maximum(self.prompt_cost * prompt_s + decode_s + tpot * steps, busy_s)
         rate = batch / request_s
         ttft = fit.host_s + fit.prompt * asked_s + fit.pause * tpot
         if closed_loop:
@@ -239,8 +239,23 @@ class PerfModel:
             ttft = ttft + fit.burst * load.decode_seqs * prompt_s + fit.queue * waiting / batch * served_s
             rate = np.minimum(rate, (batch + waiting) / (ttft + tpot * steps))
         else:
-            ttft = ttft + prompt_wait_s(self._prompt_cost * prompt_s, load.decode_seqs / request_s, others)
+            ttft = ttft + prompt_wait_s(self.prompt_cost * prompt_s, load.decode_seqs / request_s, others)
         return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, True))
+
+    def chunk_step_s(
+        self, layout: Layout, batch: Array, workload: Workload, chunk_tokens: Array, *, cached_up: bool = False
+    ) -> tuple[Result, Result, Result]:
+        """Seconds of a decode step, what a chunk of a prompt adds to it, and the chunks of a mean prompt: `chunk_tokens`
+        less the decoding sequences' tokens in each."""
+        load = self.decode_load(layout, batch, workload)
+        chunks = np.maximum(workload.mean_isl / np.maximum(chunk_tokens - load.decode_seqs, 1.0), 1.0)
+        mixed = load._replace(
+            prefill_seqs=np.ones_like(chunks), isl=workload.mean_isl, chunks=chunks, cached_up=cached_up
+        )
+        pure_s = self._host_s(load.decode_seqs) + self._step_s(layout, load)
+        alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
+        extra_s = self.prompt_cost * np.maximum(self._prompt_s(together) - self._prompt_s(alone), 0.0)
+        return pure_s, extra_s, chunks
 
     def piggybacked(
         self,
@@ -258,17 +273,12 @@ class PerfModel:
         chunks can take them in and the batch cannot be kept up: not feasible, and prefill alone sets the rate.
         """
         load = self.decode_load(layout, batch, workload)
-        isl, osl = workload.mean_isl, workload.mean_osl
+        osl, fit = workload.mean_osl, self.backend_fit
         room = np.maximum(chunk_tokens - load.decode_seqs, 1.0)
-        chunks = np.maximum(isl / room, 1.0)
-        mixed = load._replace(prefill_seqs=np.ones_like(room), isl=isl, chunks=chunks, cached_up=cached_up)
-        fit = self.backend_fit
-        pure_s = self._host_s(load.decode_seqs) + self._step_s(layout, load)
-        alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
-        extra_s = self._prompt_cost * np.maximum(self._prompt_s(together) - self._prompt_s(alone), 0.0)
+        pure_s, extra_s, chunks = self.chunk_step_s(layout, batch, workload, chunk_tokens, cached_up=cached_up)
         carrying = load.decode_seqs / max((osl - 1.0) / self.tokens_per_step, 1.0) * chunks
         tpot = (pure_s + np.minimum(carrying, 1.0) * extra_s) / self.tokens_per_step
-        points = _by_isl(workload)
+        points = by_isl(workload)
         isl_at = points[_percentile_index([w for _, w in points], percentile)][0]
         ttft = fit.host_s + np.maximum(np.ceil(isl_at / room), 1.0) * (pure_s + extra_s)
         prompt_s = chunks * (pure_s + extra_s)
@@ -276,7 +286,7 @@ class PerfModel:
         return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, (carrying <= 1.0) & (chunk_tokens > load.decode_seqs)))
 
 
-def _by_isl(workload: Workload) -> list[tuple[float, float]]:
+def by_isl(workload: Workload) -> list[tuple[float, float]]:
     """Distinct prompt lengths of a workload with their weights, shortest first; groups of a trace share one mean length."""
     groups: dict[float, float] = {}
     for isl, weight in zip(workload.isl, workload.weight, strict=True):

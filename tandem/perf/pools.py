@@ -53,6 +53,17 @@ class PromptTimes(NamedTuple):
         return np.asarray(self.alone_s + busy * (self.crowded_s - self.alone_s))
 
 
+def exposed_transfer_s(perf: PerfModel, layout: Layout, workload: Workload, prompt_s: Array) -> Result:
+    """Seconds of state transfer that stick out of a prefill of `prompt_s`: a layer's state leaves while later layers compute.
+
+    What cannot hide is the last layer's share, or whatever the link is too slow to move during the prefill (paper B, section
+    3.2). The state of one prompt is s0 + k * isl bytes, cut over the GPUs that hold it uniquely.
+    """
+    seconds = perf.memory.sequence_bytes(layout, workload.mean_isl) / perf.hardware.scale_out_bytes_per_s
+    last = 1.0 / len(perf.model.layers)
+    return np.asarray(np.maximum(seconds * last, seconds - prompt_s * (1.0 - last)))
+
+
 class SplitTime(NamedTuple):
     """TTFT and TPOT in seconds, requests/s of the deployment, and requests decoding in an instance."""
 
@@ -84,7 +95,8 @@ def split_times(perf: PerfModel, prefill: PrefillPool, decode: DecodePool, workl
         tpot = perf.decode_tpot_s(decode.layout, np.maximum(batch, 1.0), workload)
         prompt = times.prompt_s(prompt + tpot * steps)
         queue = np.maximum(times.cycle_s - prompt - tpot * steps, 0.0)
-        ttft = fit.host_s + fit.prompt * prompt + fit.burst * times.burst_s + fit.queue * queue + fit.pause * tpot
+        sent = exposed_transfer_s(perf, prefill.layout, workload, fit.prompt * prompt)
+        ttft = fit.host_s + fit.prompt * prompt + sent + fit.burst * times.burst_s + fit.queue * queue + fit.pause * tpot
         decoding = share * tpot * steps / (ttft + tpot * steps)
         batch = (batch + np.clip(decoding, 1.0, decode.batch_limit)) / 2.0
     return SplitTime(*np.broadcast_arrays(ttft, tpot, concurrency / (ttft + tpot * steps), batch))

@@ -12,6 +12,7 @@ from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.estimate import MATCHED_LOW, intervals, memory_json
 from tandem.perf.ops import NETWORK
 from tandem.perf.phases import PerfModel
+from tandem.perf.pools import exposed_transfer_s
 from tandem.plan.search import Choice, Priced, Searched
 from tandem.spec.design import Deployment, Estimate, Pool, Role
 
@@ -111,7 +112,7 @@ class OptionMaker:
         pool = deployment.decode or deployment.colocated
         assert pool is not None
         return intervals(
-            self._perf,
+            self._perf_of(pool),
             Layout.of(pool.parallelism),
             self._load(pool),
             ttft_s=ttft,
@@ -119,6 +120,9 @@ class OptionMaker:
             tokens_per_s_per_gpu=rate * self.searched.workload.mean_osl / deployment.gpus,
             margin=MATCHED_LOW if deployment.mode == "disaggregated" else 1.0,
         )
+
+    def _perf_of(self, pool: Pool) -> PerfModel:
+        return self._perf if pool.role == "colocated" else self.searched.pools_perf
 
     def _load(self, pool: Pool) -> StepLoad:
         layout = Layout.of(pool.parallelism)
@@ -132,7 +136,7 @@ class OptionMaker:
     def _breakdown(self, pool: Pool) -> dict[str, dict[str, float]]:
         load = self._load(pool)
         classes = self._perf.pricer.breakdown(Layout.of(pool.parallelism), load)
-        fit = self._perf.backend_fit
+        fit = self._perf_of(pool).backend_fit
         host = fit.step_s + fit.sequence_s * (float(load.decode_seqs) + float(load.prefill_seqs))
         return {**classes, "host": {"seconds": host, "fixed": host, "compute": 0.0, "moved": 0.0}}
 
@@ -178,7 +182,9 @@ class OptionMaker:
             "ingress_bytes_per_s_per_gpu": float(into[0] * each_d),
             "link_bytes_per_s_per_gpu": self._perf.hardware.scale_out_bytes_per_s,
             "windowed": float(model.kv_bytes(prompt, kv=precision.kv) < prompt * model.kv_bytes_per_token(kv=precision.kv)),
-            "exposed_s": float(s.transfer_s(p.points.take(rows[0]), p.ttft_s[rows[0]])[0]),
+            "exposed_s": float(
+                exposed_transfer_s(self._perf, p.points.take(rows[0]).layout, s.workload, p.ttft_s[rows[0]])[0]
+            ),
         }
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from tandem.perf.memory import DEFAULT_STEP_TOKENS, LARGEST_STEP_TOKENS, MemoryUse, total_weight_bytes
 from tandem.perf.phases import PerfModel
+from tandem.perf.pools import exposed_transfer_s
 from tandem.plan.rates import TOLERANCE, Matches, fill_budget
 from tandem.plan.space import (
     BATCHES,
@@ -147,25 +149,19 @@ class Searched:
         served = self.perf.piggybacked(p.layout, p.batch, self.workload, p.chunk_tokens, percentile=self.percentile)
         return served.ttft_s, served.tpot_s, np.where(served.feasible, served.requests_per_s, 0.0)
 
+    @cached_property
+    def pools_perf(self) -> PerfModel:
+        """The performance model of prefill and decode in pools of their own, which backends were measured in as well."""
+        return replace(self.perf, split=True)
+
     def _decode(self, p: Points) -> tuple[Array, ...]:
-        tpot = self.perf.decode_tpot_s(p.layout, p.batch, self.workload)
+        tpot = self.pools_perf.decode_tpot_s(p.layout, p.batch, self.workload)
         return np.zeros_like(tpot), tpot, p.batch / (tpot * (self.workload.mean_osl - 1.0))
 
     def _prefill(self, p: Points) -> tuple[Array, ...]:
-        done = self.perf.prefill(p.layout, p.batch, self.workload, p.chunk_tokens, percentile=self.percentile)
-        exposed = self.transfer_s(p, done.ttft_s)
+        done = self.pools_perf.prefill(p.layout, p.batch, self.workload, p.chunk_tokens, percentile=self.percentile)
+        exposed = exposed_transfer_s(self.perf, p.layout, self.workload, done.ttft_s)
         return done.ttft_s + exposed, np.zeros_like(done.ttft_s), done.requests_per_s
-
-    def transfer_s(self, p: Points, ttft_s: Array) -> Array:
-        """Seconds of state transfer that stick out: each layer's state leaves while later layers still compute.
-
-        What cannot hide is the last layer's share, or whatever the link is too slow to move during the prefill
-        (paper B, section 3.2). The state of one prompt is s0 + k * isl bytes, cut over the GPUs that hold it uniquely.
-        """
-        bytes_per_gpu = self.perf.memory.sequence_bytes(p.layout, self.workload.mean_isl)
-        seconds = bytes_per_gpu / self.perf.hardware.scale_out_bytes_per_s
-        last = 1.0 / len(self.perf.model.layers)
-        return np.maximum(seconds * last, seconds - ttft_s * (1.0 - last))
 
     # --- choosing ---
 

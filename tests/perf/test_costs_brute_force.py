@@ -24,7 +24,8 @@ BF16 = 2.0
 
 @dataclass
 class Step:
-    """One engine step: `b` sequences decode at context `context`, and of each of `prompts` prompts tokens start..stop run."""
+    """One engine step: `b` sequences decode at context `context`, each with `draft` proposed tokens beside its next one, and
+    of each of `prompts` prompts tokens start..stop run."""
 
     b: int
     context: float
@@ -32,10 +33,15 @@ class Step:
     start: int
     stop: int
     isl: int
+    draft: int = 0
+
+    @property
+    def decoding(self) -> int:
+        return self.b * (1 + self.draft)
 
     @property
     def tokens(self) -> int:
-        return self.b + self.prompts * (self.stop - self.start)
+        return self.decoding + self.prompts * (self.stop - self.start)
 
 
 class Tally:
@@ -70,11 +76,27 @@ class Tally:
             getattr(self, type(layer).__name__.lower())(layer, s)
             if not isinstance(layer, MoE):
                 self.ring(BF16 * h * s.tokens, tp)
-        done = s.b + (s.prompts if s.stop == s.isl else 0)  # only a finished prompt samples its first token
-        self.linear(done, self.model.vocab_size / tp, h, "bf16")
-        self.add("memory", 0, 8 * done * self.model.vocab_size / tp)
+        self.head(s.decoding + (s.prompts if s.stop == s.isl else 0))  # only a finished prompt samples its first token
+        for _ in range(s.draft):
+            self.propose(s)
         for _ in range(int(stages) - 1):
             self.add("send", 0, BF16 * h * s.tokens)
+
+    def head(self, sampled: float) -> None:
+        self.linear(sampled, self.model.vocab_size / self.p.tp, self.h, "bf16")
+        self.add("memory", 0, 8 * sampled * self.model.vocab_size / self.p.tp)
+
+    def propose(self, s: Step) -> None:
+        """One pass of the drafting layer: joins two hidden states, then the last attention and the last feed-forward layer."""
+        alone = Step(s.b, s.context, 0, 0, 0, -1)
+        self.linear(s.b, self.h, 2 * self.h)
+        for kinds in ((Attention, MLA), (MLP, MoE)):
+            last = [m for m, _ in self.model.mixers if isinstance(m, kinds)][-1:]
+            for layer in last:
+                getattr(self, type(layer).__name__.lower())(layer, alone)
+                if not isinstance(layer, MoE):
+                    self.ring(BF16 * self.h * s.b, self.p.tp)
+        self.head(s.b)
 
     def attention(self, m: Attention, s: Step) -> None:
         d, tp, kv = m.head_dim, self.p.tp, BYTES[self.q.kv]
@@ -84,7 +106,9 @@ class Tally:
         for _ in range(s.b):
             seen = s.context if m.window is None else min(s.context, m.window)
             scores = 2 * heads * d * seen
-            self.add("attention_decode", 2 * scores, 2 * BF16 * heads * d + kv * 2 * kv_heads * d * seen)
+            self.add("attention_decode", 0, kv * 2 * kv_heads * d * seen)  # the cache is read once for all tokens
+            for _ in range(1 + s.draft):
+                self.add("attention_decode", 2 * scores, 2 * BF16 * heads * d)
         for _ in range(s.prompts):
             for position in range(s.start, s.stop):
                 seen = position + 1 if m.window is None else min(position + 1, m.window)
@@ -101,12 +125,14 @@ class Tally:
         self.linear(s.tokens, down, self.h)
         self.linear(s.tokens, heads * query, m.q_lora_rank or self.h)
         if s.b:
-            self.linear(s.b, heads * rank, m.qk_nope_head_dim, "bf16")
-            self.linear(s.b, heads * value, rank, "bf16")
+            self.linear(s.decoding, heads * rank, m.qk_nope_head_dim, "bf16")
+            self.linear(s.decoding, heads * value, rank, "bf16")
         for _ in range(s.b):
             flops = 2 * heads * (rank + rope) * s.context + 2 * heads * rank * s.context
             cache = BYTES[self.q.kv] * (rank + rope) * s.context
-            self.add("mla_decode", flops, cache + BF16 * heads * (rank + rope) + BF16 * heads * rank)
+            self.add("mla_decode", 0, cache)
+            for _ in range(1 + s.draft):
+                self.add("mla_decode", flops, BF16 * heads * (rank + rope) + BF16 * heads * rank)
         if s.prompts:
             self.linear(s.prompts * s.stop, heads * (m.qk_nope_head_dim + value), rank)  # earlier latents again
         for _ in range(s.prompts):
@@ -124,8 +150,10 @@ class Tally:
         io = BF16 * (3 * heads_here * p + 2 * groups * n)
         for _ in range(s.b):
             read = written = BYTES[self.q.state] * heads_here * p * n
-            self.add("scan_decode", 6 * heads_here * p * n, read + written + io)
-            self.add("conv_decode", 2 * kernel * conv_here, 2 * BF16 * kernel * conv_here)
+            self.add("scan_decode", 0, read)
+            for _ in range(1 + s.draft):  # the state after each token is kept until it is known which ones hold
+                self.add("scan_decode", 6 * heads_here * p * n, written + io)
+                self.add("conv_decode", 2 * kernel * conv_here, 2 * BF16 * kernel * conv_here)
         for _ in range(s.prompts):
             new = s.stop - s.start
             for _ in range(new):
@@ -176,9 +204,12 @@ class Tally:
         elif ep == 1:
             self.ring(BF16 * width * everyone, tp * dp)
         else:
-            sent = BF16 * width * s.tokens / tp * min(m.top_k, ep) * self.slices
-            for _ in ("there", "back"):
-                self.add("alltoall", 0, sent * (tp * dp - 1) / (tp * dp))
+            missed = 1.0
+            for _ in range(m.top_k):
+                missed *= 1 - 1 / ep
+            sent = width * s.tokens / tp * (ep * (1 - missed)) * self.slices
+            for number in (BYTES[a], BF16):  # there as the experts read it, back in bf16
+                self.add("alltoall", 0, number * sent * (tp * dp - 1) / (tp * dp))
 
 
 def priced(costs: LayerCosts, layout: Layout, load: StepLoad, times: float = 1.0) -> tuple[dict[str, float], dict[str, float]]:
@@ -244,10 +275,10 @@ def assert_same(
 
 
 @settings(max_examples=150, deadline=None)
-@given(models, precisions, layouts(), st.integers(1, 40), st.integers(1, 200))
-def test_decode_equals_the_loop(model: ModelSpec, q: Precision, layout: Layout, b: int, context: int) -> None:
-    load = StepLoad(decode_seqs=float(b), context=float(context))
-    assert_same(model, q, layout, load, [Step(b, context, 0, 0, 0, -1)])
+@given(models, precisions, layouts(), st.integers(1, 40), st.integers(1, 200), st.integers(0, 3))
+def test_decode_equals_the_loop(model: ModelSpec, q: Precision, layout: Layout, b: int, context: int, draft: int) -> None:
+    load = StepLoad(decode_seqs=float(b), context=float(context), draft=float(draft))
+    assert_same(model, q, layout, load, [Step(b, context, 0, 0, 0, -1, draft)])
 
 
 @settings(max_examples=150, deadline=None)

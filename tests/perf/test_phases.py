@@ -234,7 +234,7 @@ def test_piggybacked_gpus_work_at_most_all_the_time(name: str, b: int, isl: int,
     load = perf.decode_load(ONE, one(b), workload)
     mixed = load._replace(prefill_seqs=1.0, isl=float(isl), chunks=max(isl / room, 1.0))
     pure, together = (perf._prompt_s(perf.pricer.kernels(ONE, x))[0] for x in (load, mixed))
-    extra = perf._prompt_cost * max(together - pure, 0.0)
+    extra = perf.prompt_cost * max(together - pure, 0.0)
     decode = perf.decode_tpot_s(ONE, one(b), workload)[0]
     busy = served.requests_per_s[0] * (max(isl / room, 1.0) * extra + (osl - 1) * decode / b)
     if served.feasible[0]:
