@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tandem.report.html import COLOURS, bullets, cards, chart, footer, page
-from tandem.report.study_text import verdict
+from tandem.report.study_text import UNPRINTED, verdict
 
 PALETTE = ("#2f9e62", "#c23b62", "#1f9bb5", "#8a6d3b", "#d6a419", "#5b3a8c", "#6c6c75", "#e58aa5")
 """Colours of curves that are no mode's; none of them is a mode's colour."""
@@ -71,7 +71,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]], backends: Sequence[str]) -
         rows.append(
             "<tr "
             f"id='{escape(c['id'])}'><td><b>{escape(c['id'])}</b></td><td>{escape(c['title'])}<br><small>{escape(c['source'])}"
-            f"</small></td><td>{escape(c['printed'])}</td><td>{ours}<details><summary>why</summary>{escape(c['why'])}</details></td>"
+            f"</small></td><td>{escape(c['printed'] or UNPRINTED)}</td><td>{ours}<details><summary>why</summary>{escape(c['why'])}</details></td>"
             f"{cells}</tr>"
         )
     style = (
@@ -98,9 +98,9 @@ def study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
         cards(heads),
         "<h2>Claims</h2>",
         claims_table(claims, backends),
-        "<h2>What cannot come from the stated model</h2>",
-        bullets(data["errata"]),
     ]
+    if data["errata"]:
+        body += ["<h2>What cannot come from the stated model</h2>", bullets(data["errata"])]
     for number, figure in data["figures"].items():
         label = f"Figure {number}: " if number.isdigit() else ""
         body.append(f"<h2>{escape(label + figure['title'])}</h2><p class='note'>{escape(figure['note'])}</p>")

@@ -10,6 +10,10 @@ from rich.table import Table
 from tandem.report.text import table
 
 
+UNPRINTED = "nobody"
+"""Shown where no printed number exists."""
+
+
 def verdict(holds: bool | None) -> str:
     """`holds`, `no`, or `-` where it was not judged."""
     return "-" if holds is None else "holds" if holds else "no"
@@ -20,7 +24,7 @@ def claims_table(title: str, claims: Sequence[Mapping[str, Any]], backends: Sequ
     t = table(title, "!", "claim", "printed", "ours", *(f"!{name}" for name in backends))
     for c in claims:
         verdicts = [verdict(c["holds"]), verdict(c["holds_engine"])][: len(backends)]
-        t.add_row(c["id"], c["title"], c["printed"], c["ours_by"][backends[0]], *verdicts, end_section=True)
+        t.add_row(c["id"], c["title"], c["printed"] or UNPRINTED, c["ours_by"][backends[0]], *verdicts, end_section=True)
     return t
 
 

@@ -95,7 +95,7 @@ def loads_of(swept: Swept, split: Curve, i: int) -> Loads:
     unit = float(np.asarray(points.layout.dp * points.layout.pp)[0])
     high = max(float(points.batch[0]), 2.0 * unit)
     low = max(np.floor(high / 2.0 / unit), 1.0) * unit
-    ends = [float(swept.perf.decode_tpot_s(points.layout, np.array([b]), swept.sweep.workload)[0]) for b in (low, high)]
+    ends = swept.perf.decode_tpot_s(points.layout, np.array([low, high]), swept.sweep.workload).tolist()
     each = max((ends[1] - ends[0]) / (high - low), 1e-12)
     gpus = float(decode.gpus[row[0]])
     # A group prefills one prompt at a time while its other stages and groups do the same.
@@ -105,14 +105,16 @@ def loads_of(swept: Swept, split: Curve, i: int) -> Loads:
     return Loads(max(ends[0] - each * low, 0.0), each, gpus, own, alone, float(decode.max_batch[row[0]]))
 
 
-def decide(swept: Swept, tpot_s: float, split: Curve, shared: Curve) -> Decision:
-    """Both kinds of deployment at a TPOT bound."""
+def decide(swept: Swept, tpot_s: float, split: Curve, shared: Curve, *, explain: bool) -> Decision:
+    """Both kinds of deployment at a TPOT bound; `explain` adds the loads."""
     i = split.index(1.0 / tpot_s)
-    loads = loads_of(swept, split, i) if i is not None else None
+    loads = loads_of(swept, split, i) if explain and i is not None else None
     return Decision(split.at(1.0 / tpot_s), shared.at(1.0 / tpot_s), loads)
 
 
-def decisions(space: HybridSpace, model: str, *, ttft_cutoffs_s: tuple[float, ...] = (PAPER_TTFT_CUTOFF_S,)) -> list[Decisions]:
+def decisions(
+    space: HybridSpace, model: str, *, ttft_cutoffs_s: tuple[float, ...] = (PAPER_TTFT_CUTOFF_S,), explain: bool = False
+) -> list[Decisions]:
     """All cells of a model, once for each TTFT cutoff; a cell is priced once."""
     found: list[Decisions] = [{} for _ in ttft_cutoffs_s]
     space.progress(f"{model}, {space.setting.backend}, {space.setting.hardware}")
@@ -122,7 +124,7 @@ def decisions(space: HybridSpace, model: str, *, ttft_cutoffs_s: tuple[float, ..
             for cells, cutoff in zip(found, ttft_cutoffs_s, strict=True):
                 split, shared = swept.split(ttft_cutoff_s=cutoff), swept.shared(ttft_cutoff_s=cutoff)
                 for tpot_s in TPOTS_S:
-                    cells[isl, osl, tpot_s] = decide(swept, tpot_s, split, shared)
+                    cells[isl, osl, tpot_s] = decide(swept, tpot_s, split, shared, explain=explain)
     return found
 
 

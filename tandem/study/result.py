@@ -13,7 +13,7 @@ Style = Literal["line", "dash", "markers"]
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """One printed claim beside our numbers.
+    """One claim beside our numbers; `printed` is None where nobody has printed one.
 
     `holds` is the verdict of the study's judging backend, `holds_engine` that of the second one (None where it was not
     priced). `why` is arithmetic: what decides, and where the claim does not hold what would have to change. `ours_by` is
@@ -22,7 +22,7 @@ class Claim:
 
     id: str
     title: str
-    printed: str
+    printed: str | None
     ours: str
     holds: bool
     holds_engine: bool | None
@@ -33,7 +33,8 @@ class Claim:
 
     def __post_init__(self) -> None:
         for name in ("id", "title", "printed", "ours", "why", "source"):
-            if not getattr(self, name).strip():
+            text = getattr(self, name)
+            if not (name == "printed" and text is None) and not text.strip():
                 raise SpecError(f"claim {self.id or '?'}: {name} is empty; a verdict needs it")
 
 
