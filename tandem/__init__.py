@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tandem._version import __version__
 
 if TYPE_CHECKING:
+    from tandem.perf.backend import ServingFits
     from tandem.perf.estimate import Draft, EstimateResult, Instances, estimate, estimate_disaggregated
     from tandem.perf.phases import PerfModel
     from tandem.plan.planner import Plan, find_plan
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tandem.spec.workload import Slo, Trace, Workload, read_trace
 
 _HOME = {
+    "perf.backend": ("ServingFits",),
     "perf.estimate": ("Draft", "EstimateResult", "Instances", "estimate", "estimate_disaggregated"),
     "perf.phases": ("PerfModel",),
     "plan.planner": ("Plan", "find_plan"),
@@ -58,6 +60,7 @@ __all__ = [
     "Plan",
     "Pool",
     "Precision",
+    "ServingFits",
     "Slo",
     "SpecError",
     "TandemError",

@@ -24,6 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (SI un
 ModelName = Annotated[str, typer.Option("--model", "-m", help="Hub id, short name, config.json or checkpoint folder.")]
 HardwareName = Annotated[str, typer.Option("--hardware", help="GPU name (`tandem hardware` lists them) or a YAML file.")]
 Backend = Annotated[str, typer.Option(help="vllm, sglang, trtllm or tandem.")]
+Fits = Annotated[Path | None, typer.Option(help="Your own fits, which `tandem calibrate serving --rows --out` wrote.")]
 PrecisionText = Annotated[str | None, typer.Option("--precision", help="bf16, fp8, fp8_block, fp4, mxfp4, int4 or weights/activations/kv; default: the published weights' format.")]  # fmt: skip  # noqa: E501
 
 
@@ -166,6 +167,7 @@ def estimate(
     mode: Annotated[str, typer.Option(help="colocated or piggybacked.")] = "colocated",
     draft_tokens: Annotated[int, typer.Option(help="Tokens that multi-token prediction proposes in each step.")] = 0,
     acceptance: Annotated[float, typer.Option(help="Probability that a proposed token holds.")] = 0.7,
+    fits: Fits = None,
     cases: Annotated[Path | None, typer.Option(help="A CSV of cases instead of one.")] = None,
     json_out: Json = False,
 ) -> None:
@@ -173,7 +175,7 @@ def estimate(
     from tandem.cli import estimating
 
     if cases is not None:
-        return estimating.run_cases(cases, json_out)
+        return estimating.run_cases(cases, fits, json_out)
     from tandem.perf.estimate import Draft
     from tandem.spec.design import Parallelism
 
@@ -195,6 +197,7 @@ def estimate(
         backend=backend,
         mode=mode,
         draft=Draft(tokens=draft_tokens, acceptance=acceptance),
+        fits=fits,
     )
 
 
@@ -211,6 +214,7 @@ def plan(
     percentile: Annotated[float, typer.Option(help="Share of prompts that TTFT must hold for, percent.")] = 50.0,
     precision: PrecisionText = None,
     backend: Backend = "vllm",
+    fits: Fits = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
     export: Annotated[Path | None, typer.Option(help="Write runnable deployments and a benchmark into this folder.")] = None,
     json_out: Json = False,
@@ -227,6 +231,7 @@ def plan(
         bounds=(ttft, tpot, percentile),
         precision=precision,
         backend=backend,
+        fits=fits,
         report=report,
         export=export,
         json_out=json_out,

@@ -8,6 +8,7 @@ from typing import Any
 from rich.progress import track
 
 from tandem.cli.app import emit
+from tandem.perf.backend import ServingFits
 from tandem.perf.cases import estimate_cases, read_cases
 from tandem.perf.estimate import estimate
 from tandem.report import text
@@ -16,7 +17,7 @@ from tandem.spec.design import Estimate
 
 def run_one(json_out: bool, **case: Any) -> None:
     """Estimate one case and print it."""
-    found = estimate(**case)
+    found = estimate(**case | {"fits": ServingFits.read(case["fits"]) if case["fits"] else None})
     if json_out:
         return emit(found.to_json())
     p = case["parallelism"]
@@ -24,11 +25,17 @@ def run_one(json_out: bool, **case: Any) -> None:
     text.console().print(text.estimate_table(title, found))
 
 
-def run_cases(path: Path, json_out: bool) -> None:
+def run_cases(path: Path, fits: Path | None, json_out: bool) -> None:
     """Estimate every row of a CSV; a row that cannot be estimated says why and the others go on."""
-    rows = read_cases(path)
+    rows, own = read_cases(path), ServingFits.read(fits) if fits else None
     answers = list(
-        track(estimate_cases(rows), total=len(rows), description="estimating", console=text.progress_console(), transient=True)
+        track(
+            estimate_cases(rows, fits=own),
+            total=len(rows),
+            description="estimating",
+            console=text.progress_console(),
+            transient=True,
+        )
     )
     if json_out:
         return emit({"rows": answers})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.cli.app import emit
+from tandem.perf.backend import ServingFits
 from tandem.plan.export.folder import check_folder, export_plan
 from tandem.plan.planner import find_plan
 from tandem.report import html, text
@@ -33,6 +34,7 @@ def run(
     bounds: tuple[float | None, float | None, float],
     precision: str | None,
     backend: str,
+    fits: Path | None,
     report: Path | None,
     export: Path | None,
     json_out: bool,
@@ -51,6 +53,7 @@ def run(
             slo=slo,
             precision=precision,
             backend=backend,
+            fits=ServingFits.read(fits) if fits else None,
             progress=step,
         )
     if report is not None:

@@ -1,15 +1,18 @@
 """What a serving backend makes of the kernels: host time, what graphs hide, how prefill disturbs decode, how prompts wait.
 
-At a fixed number of requests in flight, with g sequences in an attention group and p prompt seconds (work and half the launches):
+At a fixed number of requests in flight, with g sequences in an attention group and p prompt seconds (work and half the
+launches):
 
     TPOT = step + sequence*g + launch*T0 + gemm*Tg + quantised_gemm*Tq + attention*Ta
          + (moe + i)*Tm + (moe_compute + i)*Tc + network*Tn + other*To + prefill * (g - 1) / (OSL - 1) * p
     TTFT = host + prompt*p + burst*g*p + queue*W + pause*TPOT
 
 T0 are a decode step's fixed kernel seconds, T. its remaining ones by class (Tm: what experts move, Tc: their arithmetic), i the
-`imbalance` where ep > 1, W the wait of requests that memory does not hold. Each coefficient is its physical default times exp(sum of deviations): of the
-backend, the backend on a GPU generation, with a model family, and as separate prefill and decode pools, and one factor over all terms for the backend with
-a model, and with a model on a GPU in a weight format (docs/adr/0007). `tandem calibrate serving` fits the deviations.
+`imbalance` where ep > 1, W the wait of requests that memory does not hold. With multi-token prediction all but the prefill term
+are over the tokens that a step yields. Each coefficient is its physical default times exp(sum of deviations): of the backend,
+the backend on a GPU generation, with a model family, and in separate prefill and decode pools, and one factor over all terms
+for the backend with a model, and with a model on a GPU in a weight format (docs/adr/0007). `tandem calibrate serving` fits the
+deviations.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -134,6 +138,19 @@ class ServingFits:
     models: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, path: str | Path) -> ServingFits:
+        """A user's own fits from a file; SpecError that names it where it is none."""
+        file = Path(path)
+        if not file.is_file():
+            raise SpecError(f"fits={str(path)!r}: no such file; `tandem calibrate serving --out FILE` writes one")
+        try:
+            return parse_fits(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise SpecError(f"fits={str(path)!r}: not a text file") from None
+        except SpecError as wrong:
+            raise SpecError(f"fits={str(path)!r}: {wrong}") from None
+
     def find(
         self, backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str, split: bool = False
     ) -> tuple[BackendFit, Evidence]:
@@ -176,10 +193,3 @@ def load_serving_fits() -> ServingFits:
     """The fits that ship with Tandem."""
     source = resources.files("tandem.perf") / "data" / "serving_fits.yaml"
     return parse_fits(source.read_text(encoding="utf-8"))
-
-
-def find_backend(
-    backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str, split: bool = False
-) -> tuple[BackendFit, Evidence]:
-    """Coefficients of the shipped fits for a setting, and what they rest on."""
-    return load_serving_fits().find(backend, hardware, model, weights, split)

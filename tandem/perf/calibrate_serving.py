@@ -107,9 +107,7 @@ def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
     """The terms of rows that `group_rows` put together."""
     first = rows[0]
     split = first.prefill is not None
-    perf = PerfModel(
-        first.model, first.hardware, first.precision, first.backend, split=split, draft_tokens=first.draft_tokens
-    )
+    perf = PerfModel(first.model, first.hardware, first.precision, first.backend, split=split, draft_tokens=first.draft_tokens)
     layout, workload = layout_arrays(rows), Workload.fixed(first.isl, first.osl)
     asked, one = np.array([float(r.concurrency) / r.replicas for r in rows]), np.ones(len(rows))
     batch = served_batch(perf, layout, asked, workload)

@@ -9,13 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tandem.perf.estimate import EstimateResult, Instances, estimate, estimate_disaggregated
+from tandem.perf.backend import ServingFits
+from tandem.perf.estimate import NO_DRAFT, Draft, EstimateResult, Instances, estimate, estimate_disaggregated
 from tandem.spec.design import Parallelism
 from tandem.spec.errors import SpecError, TandemError, TraceError
 
 _SHARED = ["tp", "pp", "dp", "ep", "moe_tp", "gpus"]
 _POOLS = [f"{role}_{field}" for role in ("prefill", "decode") for field in ("workers", "tp", "pp", "dp", "ep", "batch")]
-COLUMNS = ["id", "model", "hardware", "backend", "precision", "mode", "isl", "osl", "concurrency", "batch", *_SHARED, *_POOLS]
+_ASKED = ["concurrency", "batch", "rate", "draft_tokens", "acceptance"]
+COLUMNS = ["id", "model", "hardware", "backend", "precision", "mode", "isl", "osl", *_ASKED, *_SHARED, *_POOLS]
 """Columns that a cases file may have; empty cells take the default, and cells of the other mode are not read."""
 
 
@@ -46,12 +48,14 @@ def read_cases(path: Path, extra: Sequence[str] = (), given: Mapping[str, str] |
     return rows
 
 
-def estimate_cases(rows: list[dict[str, str]], progress: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+def estimate_cases(
+    rows: list[dict[str, str]], progress: Callable[[int], None] = lambda _: None, fits: ServingFits | None = None
+) -> Iterator[dict[str, Any]]:
     """For each row its id and the predictions, or its id and `error`."""
     for number, row in enumerate(rows, start=1):
         answer: dict[str, Any] = {"id": row.get("id") or str(number)}
         try:
-            found = asdict(_estimate_row(row))
+            found = asdict(_estimate_row(row, fits))
             kept = ("ttft_s", "tpot_s", "tokens_per_s_per_gpu", "tokens_per_s_per_user", "evidence")
             answer |= {key: found[key] for key in kept}
         except TandemError as wrong:
@@ -60,7 +64,15 @@ def estimate_cases(rows: list[dict[str, str]], progress: Callable[[int], None] =
         yield answer
 
 
-def whole_number(row: dict[str, str], field: str, default: int | None = None) -> int | None:
+def _number(row: dict[str, str], field: str, default: float | None = None) -> float | None:
+    text = row.get(field, "")
+    try:
+        return float(text) if text else default
+    except ValueError:
+        raise SpecError(f"{field}={text!r}: must be a number") from None
+
+
+def whole_number(row: dict[str, str], field: str, default: int | None = None, low: int = 1) -> int | None:
     """The whole number in a cell, or the default where it is empty; SpecError where it is anything else."""
     text = row.get(field, "")
     if not text:
@@ -69,8 +81,8 @@ def whole_number(row: dict[str, str], field: str, default: int | None = None) ->
         value = float(text)
     except ValueError:
         value = -1.0
-    if not math.isfinite(value) or value != int(value) or value < 1:
-        raise SpecError(f"{field}={text!r}: must be a whole number of at least 1")
+    if not math.isfinite(value) or value != int(value) or value < low:
+        raise SpecError(f"{field}={text!r}: must be a whole number of at least {low}")
     return int(value)
 
 
@@ -86,7 +98,7 @@ def _one(row: dict[str, str], field: str) -> int:
     return whole_number(row, field, 1) or 1
 
 
-def _estimate_row(row: dict[str, str]) -> EstimateResult:
+def _estimate_row(row: dict[str, str], fits: ServingFits | None) -> EstimateResult:
     common: dict[str, Any] = {
         "model": row["model"],
         "hardware": row["hardware"],
@@ -95,6 +107,12 @@ def _estimate_row(row: dict[str, str]) -> EstimateResult:
         "precision": row.get("precision") or None,
         "backend": row.get("backend") or "vllm",
         "concurrency": whole_number(row, "concurrency"),
+        "requests_per_s": _number(row, "rate"),
+        "draft": Draft(
+            tokens=whole_number(row, "draft_tokens", 0, low=0) or 0,
+            acceptance=_number(row, "acceptance", NO_DRAFT.acceptance) or 0.0,
+        ),
+        "fits": fits,
     }
     mode = row.get("mode") or "colocated"
     if mode == "disaggregated":

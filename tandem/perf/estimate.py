@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.perf.backend import ServingFits
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.divide import refuse_parallelism
 from tandem.perf.memory import MemoryUse
@@ -79,16 +80,20 @@ class Instances:
 
 
 def perf_model(
-    model: str | ModelSpec, hardware: str | HardwareSpec, precision: str | Precision | None, backend: str
+    model: str | ModelSpec,
+    hardware: str | HardwareSpec,
+    precision: str | Precision | None,
+    backend: str,
+    fits: ServingFits | None = None,
 ) -> PerfModel:
-    """The performance model for names or specs; precision defaults to the model's native format."""
+    """The performance model for names or specs; precision defaults to the model's native format, fits to the shipped ones."""
     spec = load_spec(model) if isinstance(model, str) else model
     gpu = load_hardware(hardware) if isinstance(hardware, str) else hardware
     if backend not in BACKENDS:
         raise SpecError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if not isinstance(precision, Precision):
         precision = Precision.parse(precision, native=spec.native_precision)
-    return PerfModel(spec, gpu, precision, backend)
+    return PerfModel(spec, gpu, precision, backend, fits=fits)
 
 
 def estimate(
@@ -106,6 +111,7 @@ def estimate(
     mode: str = "colocated",
     gpus: int | None = None,
     draft: Draft = NO_DRAFT,
+    fits: ServingFits | None = None,
 ) -> EstimateResult:
     """Predict a co-located deployment at a fixed number of requests in flight, or at a rate of Poisson arrivals.
 
@@ -114,7 +120,8 @@ def estimate(
     the largest batch; the rest waits, and TTFT includes that wait. A rate above what the deployment sustains is refused.
     Raises SpecError on impossible values, naming the field.
     """
-    perf = replace(perf_model(model, hardware, precision, backend), draft_tokens=draft.tokens, acceptance=draft.acceptance)
+    perf = perf_model(model, hardware, precision, backend, fits)
+    perf = replace(perf, draft_tokens=draft.tokens, acceptance=draft.acceptance)
     p = parallelism or Parallelism()
     check_fits(perf, p)
     if p.cpp > 1:
@@ -200,7 +207,13 @@ def _at_rate(perf: PerfModel, p: Parallelism, replicas: int, workload: Workload,
     memory, _ = _memory(perf, p, workload, _requests(served, rate))
     load = perf.decode_load(layout, served.batch + 1.0, workload)
     per_gpu = rate * workload.mean_osl / (replicas * p.gpus)
-    return _result(perf, layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, _requests(served, rate))
+    found = _result(perf, layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, _requests(served, rate))
+    return replace(found, tokens_per_s_per_gpu=_exactly(found.tokens_per_s_per_gpu))
+
+
+def _exactly(arriving: Estimate) -> Estimate:
+    """What arrives is served, no more and no less, as long as it is sustained."""
+    return replace(arriving, low=arriving.value, high=arriving.value)
 
 
 def _requests(served: OpenLoop, rate: float) -> int:
@@ -226,6 +239,7 @@ def estimate_disaggregated(
     precision: str | Precision | None = None,
     backend: str = "vllm",
     draft: Draft = NO_DRAFT,
+    fits: ServingFits | None = None,
 ) -> EstimateResult:
     """Predict a prefill pool and a decode pool at a fixed number of requests in flight (perf.pools), or at a rate of Poisson
     arrivals (perf.open_loop).
@@ -234,7 +248,7 @@ def estimate_disaggregated(
     defaults to all decode slots; those that are being prefilled, or wait for it, do not decode.
     """
     perf = replace(
-        perf_model(model, hardware, precision, backend),
+        perf_model(model, hardware, precision, backend, fits),
         split=True,
         draft_tokens=draft.tokens,
         acceptance=draft.acceptance,
@@ -262,7 +276,10 @@ def estimate_disaggregated(
         rate, batch = float(served.requests_per_s[0]), max(1, round(float(served.batch[0])))
     load = perf.decode_load(decode.layout, served.batch, workload)
     per_gpu = rate * osl / gpus
-    return _result(perf, decode.layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, batch)
+    found = _result(perf, decode.layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, batch)
+    if requests_per_s is not None:
+        found = replace(found, tokens_per_s_per_gpu=_exactly(found.tokens_per_s_per_gpu))
+    return found
 
 
 def _result(

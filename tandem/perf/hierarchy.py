@@ -21,8 +21,8 @@ STEP_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class Level:
-    """One level of groups: the group of each row (by name; "" for none, which never deviates), the prior standard deviation of a group's logarithms, and
-    whether a group deviates term by term or by one factor over all terms."""
+    """One level of groups: the group of each row (by name; "" for none, which never deviates), the prior standard deviation of
+    a group's logarithms, and whether a group deviates term by term or by one factor over all terms."""
 
     groups: Sequence[str]
     prior_sd: float

@@ -3,11 +3,12 @@
 Arrivals are Poisson, of `together` requests at a time. Decoding is a queue with as many servers as requests (M/G/inf): a
 request meets, on average, the b requests that are decoding, so its own steps are those of a batch of b + 1, and Little's law
 gives b. Prompts are one queue for each attention group: M/G/1 with vacations, which are the decode steps that run when no
-prompt waits (Takagi, Queueing Analysis 1, 1991, section 2.2), so the mean wait of requests at rate r for prompts of S seconds is
+prompt waits (the decomposition of Fuhrmann and Cooper, 1985), so the mean wait of requests at rate r, prompts of S seconds, is
 
     W = (r E[S^2] + (together - 1) E[S]) / (2 (1 - r E[S])) + pause * step
 
-and decoding, which stands still while prompts run, takes 1 / (1 - r E[S]) times its steps. A request that memory does not
+and decoding, which stands still while prompts run, takes 1 / (1 - r E[S]) times its steps and the prompts that came during
+the request's own wait and prefill. A request that memory does not
 hold would wait without bound in a system loaded for ever: such a rate is refused, and so is one at which prompts alone take
 all of the time.
 """
@@ -59,9 +60,9 @@ def open_loop(
     if chunk_tokens is None:
         mean_s, square_s2, own_s = _prompts(perf, layout, workload)
         busy = np.minimum(rate * mean_s, FULL)
-        batch = _decode_batch(perf, layout, requests_per_s, workload, max_batch, lambda step: step / (1.0 - busy))
-        step = perf.decode_tpot_s(layout, batch + 1.0, workload)
-        tpot = step / (1.0 - busy)
+        left_s = busy * (mean_s + _wait_s(rate, mean_s, square_s2, busy, together)) / max(workload.mean_osl - 1.0, 1.0)
+        batch = _decode_batch(perf, layout, requests_per_s, workload, max_batch, lambda step: (step + left_s) / (1.0 - busy))
+        tpot = (_step_s(perf, layout, batch, workload) + left_s) / (1.0 - busy)
     else:
         batch = _decode_batch(perf, layout, requests_per_s, workload, max_batch, lambda step: step)
         for _ in range(8):
@@ -72,7 +73,7 @@ def open_loop(
             tpot = (step + carrying * extra_s) / perf.tokens_per_step
             batch = np.minimum(requests_per_s * tpot * max(workload.mean_osl - 1.0, 0.0), max_batch)
         square_s2, own_s = mean_s**2, mean_s
-    waits = (rate * square_s2 + (together - 1) * mean_s) / (2.0 * (1.0 - busy))
+    waits = _wait_s(rate, mean_s, square_s2, busy, together)
     decoding = -np.expm1(-batch / groups)
     ttft = fit.host_s + own_s + waits + fit.pause * decoding * tpot
     load = np.maximum(busy, (batch + 1.0) / max_batch)
@@ -96,10 +97,10 @@ def open_loop_pools(
     mean_s = times.crowded_s
     busy = np.minimum(rate * mean_s, FULL)
     own_s = times.alone_s + busy * (times.crowded_s - times.alone_s)
-    waits = (rate * mean_s**2 + (together - 1) / groups * mean_s) / (2.0 * (1.0 - busy))
+    waits = _wait_s(rate, mean_s, mean_s**2, busy, 1.0 + (together - 1) / groups)
     share = requests_per_s / decode.replicas
     batch = _decode_batch(perf, decode.layout, share, workload, decode.batch_limit, lambda step: step)
-    tpot = perf.decode_tpot_s(decode.layout, batch + 1.0, workload)
+    tpot = _step_s(perf, decode.layout, batch, workload)
     prompt_s = fit.prompt * own_s
     ttft = fit.host_s + prompt_s + waits + exposed_transfer_s(perf, prefill.layout, workload, prompt_s) + fit.pause * tpot
     return _bounded(ttft, tpot, batch, np.maximum(busy, (batch + 1.0) / decode.batch_limit))
@@ -109,6 +110,19 @@ def _bounded(ttft: Array, tpot: Array, batch: Array, load: Array) -> OpenLoop:
     stable = np.asarray(load) < FULL
     found = OpenLoop(*np.broadcast_arrays(ttft, tpot, batch, load))
     return found._replace(ttft_s=np.where(stable, found.ttft_s, np.inf), tpot_s=np.where(stable, found.tpot_s, np.inf))
+
+
+def _wait_s(rate: Array, mean_s: Array, square_s2: Array, busy: Array, together: Array) -> Result:
+    """Mean wait of a prompt for those before it."""
+    return np.asarray((rate * square_s2 + (together - 1) * mean_s) / (2.0 * (1.0 - busy)))
+
+
+def _step_s(perf: PerfModel, layout: Layout, others: Array, workload: Workload) -> Result:
+    """Seconds a token of a request that decodes beside `others`, a mean, so between the whole numbers around it."""
+    groups = layout.dp * layout.pp
+    below = np.floor(others / groups)
+    low, high = (perf.decode_tpot_s(layout, (below + 1.0 + more) * groups, workload) for more in (0.0, 1.0))
+    return np.asarray(low + (others / groups - below) * (high - low))
 
 
 def _prompts(perf: PerfModel, layout: Layout, workload: Workload) -> tuple[Result, Result, Result]:
@@ -135,6 +149,6 @@ def _decode_batch(
     steps = max(workload.mean_osl - 1.0, 0.0)
     for _ in range(HALVINGS):
         middle = (low + high) / 2.0
-        enough = middle >= requests_per_s * steps * slowed(perf.decode_tpot_s(layout, middle + 1.0, workload))
+        enough = middle >= requests_per_s * steps * slowed(_step_s(perf, layout, middle, workload))
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return high

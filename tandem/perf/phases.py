@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.backend import PHYSICS, BackendFit, find_backend
+from tandem.perf.backend import PHYSICS, BackendFit, ServingFits, load_serving_fits
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.memory import MemoryModel
 from tandem.perf.ops import Array, attended_pairs
@@ -78,6 +78,8 @@ class PerfModel:
     """Tokens that multi-token prediction proposes in each decode step, beside the one that is certain."""
     acceptance: float = ACCEPTANCE
     """Probability that a proposed token holds, given that those before it did."""
+    fits: ServingFits | None = None
+    """All backends' fits to use instead of the shipped ones: a user's own (`tandem calibrate serving --rows`)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.draft_tokens <= 16:
@@ -104,7 +106,8 @@ class PerfModel:
 
     @cached_property
     def _found(self) -> tuple[BackendFit, Evidence]:
-        return find_backend(self.backend, self.hardware, self.model, self.precision.weights, self.split)
+        fits = self.fits or load_serving_fits()
+        return fits.find(self.backend, self.hardware, self.model, self.precision.weights, self.split)
 
     @cached_property
     def backend_fit(self) -> BackendFit:
@@ -155,7 +158,7 @@ class PerfModel:
     def prefill_kernels_s(
         self, layout: Layout, seqs: Array, isl: Array, chunks: Array, *, cached_up: bool = False, busy_groups: Array = 1.0
     ) -> Result:
-        """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each busy attention group, in equal chunks."""
+        """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each busy attention group, in chunks."""
         load = StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks, cached_up=cached_up, busy_groups=busy_groups)
         return np.asarray(chunks * self._prompt_s(self.pricer.kernels(layout, load)))
 
@@ -249,9 +252,7 @@ class PerfModel:
         less the decoding sequences' tokens in each."""
         load = self.decode_load(layout, batch, workload)
         chunks = np.maximum(workload.mean_isl / np.maximum(chunk_tokens - load.decode_seqs, 1.0), 1.0)
-        mixed = load._replace(
-            prefill_seqs=np.ones_like(chunks), isl=workload.mean_isl, chunks=chunks, cached_up=cached_up
-        )
+        mixed = load._replace(prefill_seqs=np.ones_like(chunks), isl=workload.mean_isl, chunks=chunks, cached_up=cached_up)
         pure_s = self._host_s(load.decode_seqs) + self._step_s(layout, load)
         alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
         extra_s = self.prompt_cost * np.maximum(self._prompt_s(together) - self._prompt_s(alone), 0.0)

@@ -182,9 +182,7 @@ class OptionMaker:
             "ingress_bytes_per_s_per_gpu": float(into[0] * each_d),
             "link_bytes_per_s_per_gpu": self._perf.hardware.scale_out_bytes_per_s,
             "windowed": float(model.kv_bytes(prompt, kv=precision.kv) < prompt * model.kv_bytes_per_token(kv=precision.kv)),
-            "exposed_s": float(
-                exposed_transfer_s(self._perf, p.points.take(rows[0]).layout, s.workload, p.ttft_s[rows[0]])[0]
-            ),
+            "exposed_s": float(exposed_transfer_s(self._perf, p.points.take(rows[0]).layout, s.workload, p.ttft_s[rows[0]])[0]),
         }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tandem.perf.backend import ServingFits
 from tandem.perf.phases import PerfModel
 from tandem.plan.frontier import frontier_choices
 from tandem.plan.option import Option, OptionMaker
@@ -114,12 +115,14 @@ def find_plan(
     slo: Slo | None = None,
     precision: str | Precision | None = None,
     backend: str = "vllm",
+    fits: ServingFits | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """The best deployment of `model` on `gpus` x `hardware` for this traffic under the SLO.
 
-    Precision defaults to the format of the model's published weights. Throughput counts output tokens over all GPUs of
-    the deployment. Raises SpecError on impossible values and NoPlanError when no deployment can meet the request.
+    Precision defaults to the format of the model's published weights, `fits` to the shipped ones. Throughput
+    counts output tokens over all GPUs of the deployment. Raises SpecError on impossible values and NoPlanError when no
+    deployment can meet the request.
     """
     started = time.perf_counter()
     spec = load_spec(model) if isinstance(model, str) else model
@@ -132,7 +135,7 @@ def find_plan(
     objective = slo or Slo()
     if not isinstance(precision, Precision):
         precision = Precision.parse(precision, native=spec.native_precision)
-    perf = PerfModel(spec, gpu, precision, backend)
+    perf = PerfModel(spec, gpu, precision, backend, fits=fits)
     searched = Searched(perf, workload, gpus, objective.percentile).price_all(progress)
     progress("choosing")
     choices = searched.select(objective, gpus)

@@ -146,13 +146,13 @@ def inspect_table(spec: ModelSpec, data: dict[str, Any]) -> Table:
 def estimate_table(title: str, e: EstimateResult) -> Table:
     """The predictions of one case."""
     t = table(title, "!what", "value (80 % interval)")
-    t.add_row("TTFT at this concurrency", span_ms(e.ttft_s))
+    t.add_row("TTFT with queueing", span_ms(e.ttft_s))
     t.add_row("TPOT", span_ms(e.tpot_s))
     t.add_row("interactivity", span(e.tokens_per_s_per_user, " tok/s/user"))
     t.add_row("throughput", span(e.tokens_per_s_per_gpu, " tok/s/GPU"))
     t.add_row("batch of an instance", f"{e.batch:,} of at most {e.max_batch:,}")
     if e.waiting:
-        t.add_row("waiting for a place", f"{e.waiting:,} requests, which TTFT does not include")
+        t.add_row("waiting for a place", f"{e.waiting:,} requests; TTFT includes their wait")
     m = e.memory
     held = m["weight_bytes"] + m["kv_bytes"] + m["state_bytes"] + m["workspace_bytes"]
     t.add_row("memory at that batch, fullest GPU", f"{gib(held)} of {gib(m['usable_bytes'])} usable")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tandem.perf.backend import ServingFits
 from tandem.perf.cases import COLUMNS, estimate_cases, read_cases
 from tandem.perf.estimate import Instances, estimate, estimate_disaggregated
 from tandem.spec.design import Parallelism
-from tandem.spec.errors import TraceError
+from tandem.spec.errors import SpecError, TraceError
 
 LLAMA = "meta-llama/Meta-Llama-3.1-8B"
 R1 = "deepseek-ai/DeepSeek-R1"
@@ -168,3 +171,34 @@ def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path: Path) -> None:
     """Spreadsheets export one."""
     file = write(tmp_path / "c.csv", "\ufeffmodel,hardware,isl,osl\nm,h,1,2\n")
     assert read_cases(file) == [{"model": "m", "hardware": "h", "isl": "1", "osl": "2"}]
+
+
+def test_every_option_of_one_case_is_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "cases.csv"
+    path.write_text(
+        "id,model,hardware,backend,isl,osl,concurrency,rate,draft_tokens,acceptance,tp\n"
+        "flight,deepseek-r1,b200-sxm,trtllm,1024,1024,8,,,,8\n"
+        "drafted,deepseek-r1,b200-sxm,trtllm,1024,1024,8,,3,0.7,8\n"
+        "arrivals,deepseek-r1,b200-sxm,trtllm,1024,1024,,2.5,,,8\n"
+        "wrong,deepseek-r1,b200-sxm,trtllm,1024,1024,,many,,,8\n"
+    )
+    flight, drafted, arrivals, wrong = estimate_cases(read_cases(path))
+    assert drafted["tpot_s"]["value"] < 0.8 * flight["tpot_s"]["value"]
+    assert arrivals["tokens_per_s_per_gpu"]["value"] == pytest.approx(2.5 * 1024 / 8)
+    assert wrong["error"] == "rate='many': must be a number"
+
+
+def test_own_fits_change_the_answer_and_bad_ones_are_named(tmp_path: Path) -> None:
+    shipped = resources.files("tandem.perf") / "data" / "serving_fits.yaml"
+    data = yaml.safe_load(shipped.read_text(encoding="utf-8"))
+    data["common"]["tpot"]["step_s"] += 1.0
+    slower = tmp_path / "slower.yaml"
+    slower.write_text(yaml.safe_dump(data))
+    row = {"model": "qwen3-8b", "hardware": "h100-sxm", "isl": "1024", "osl": "128", "concurrency": "4"}
+    own, plain = (next(estimate_cases([row], fits=f)) for f in (ServingFits.read(slower), None))
+    assert own["tpot_s"]["value"] > plain["tpot_s"]["value"] + 1e-3
+    with pytest.raises(SpecError, match=r"fits='.*none\.yaml': no such file; `tandem calibrate serving"):
+        ServingFits.read(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(SpecError, match=r"fits='.*bad\.yaml': serving fits: not what"):
+        ServingFits.read(tmp_path / "bad.yaml")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.perf.estimate import MATCHED_LOW, Instances, estimate, estimate_disaggregated, perf_model
+from tandem.perf.estimate import Draft, Instances, estimate, estimate_disaggregated
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import BACKENDS, Estimate, Parallelism
 from tandem.spec.errors import SpecError
@@ -94,21 +94,45 @@ def test_what_does_not_fit_waits() -> None:
     assert full.tpot_s.value > estimate(**ask(batch=full.max_batch - 1)).tpot_s.value
 
 
-def test_disaggregated_rate_is_that_of_the_slower_pool_with_its_margin() -> None:
-    perf = perf_model(LLAMA, "h100-sxm", None, "vllm")
-    one = {"model": LLAMA, "hardware": "h100-sxm", "isl": 4096, "osl": 512}
+def test_disaggregated_requests_are_conserved_and_decode_is_never_outrun() -> None:
+    """Little's law over both pools, and the rate that the decode pool alone would allow as a bound."""
+    one = {"model": LLAMA, "hardware": "h100-sxm", "isl": 4096, "osl": 512, "concurrency": 16}
     found = estimate_disaggregated(**one, prefill=replace(POOL, batch=1), decode=replace(POOL, batch=16))
-    more_prefill = estimate_disaggregated(**one, prefill=replace(POOL, batch=1, replicas=4), decode=replace(POOL, batch=16))
-    assert more_prefill.tpot_s == found.tpot_s
-    assert more_prefill.ttft_s == found.ttft_s
-    total = [found.tokens_per_s_per_gpu.value * 2, more_prefill.tokens_per_s_per_gpu.value * 5]
-    assert total[0] <= total[1] * (1 + 1e-12)
-    decode_only = 16 / (found.tpot_s.value * 511) * 512
-    assert max(total) <= decode_only * (1 + 1e-12)
-    value, high = found.tokens_per_s_per_gpu, max(perf.backend_fit.tpot_p90, 1.0)
-    assert value.low == pytest.approx(MATCHED_LOW * value.value / high)
-    capped = estimate_disaggregated(**one, prefill=replace(POOL, batch=1), decode=replace(POOL, batch=16), concurrency=4)
-    assert capped.tpot_s.value < found.tpot_s.value
+    rate = found.tokens_per_s_per_gpu.value * 2 / 512
+    assert rate * (found.ttft_s.value + found.tpot_s.value * 511) == pytest.approx(16, rel=1e-4)
+    assert rate <= 16 / (found.tpot_s.value * 511)
+    more = estimate_disaggregated(**one, prefill=replace(POOL, batch=1, replicas=4), decode=replace(POOL, batch=16))
+    assert more.ttft_s.value < found.ttft_s.value
+    assert more.batch >= found.batch
+    fewer = estimate_disaggregated(**one | {"concurrency": 4}, prefill=replace(POOL, batch=1), decode=replace(POOL, batch=16))
+    assert fewer.tpot_s.value < found.tpot_s.value
+    assert fewer.ttft_s.value < found.ttft_s.value
+
+
+def test_multi_token_prediction_pays_while_a_step_is_bound_by_weights() -> None:
+    """At a small batch a step of four tokens costs little more than one of a single token and yields 2.5 of them at the
+    default acceptance; without acceptance it only costs."""
+    case = {"model": "deepseek-r1", "hardware": "b200-sxm", "isl": 1024, "osl": 1024, "batch": 4, "backend": "trtllm"}
+    case["parallelism"] = Parallelism(tp=8)
+    plain = estimate(**case).tpot_s.value
+    drafted = estimate(**case, draft=Draft(tokens=3)).tpot_s.value
+    assert 1.3 < plain / drafted < 1 + 0.7 + 0.7**2 + 0.7**3
+    assert estimate(**case, draft=Draft(tokens=3, acceptance=0.0)).tpot_s.value > plain
+    assert estimate(**case, draft=Draft(tokens=0)).tpot_s.value == plain
+
+
+@pytest.mark.parametrize(
+    ("draft", "text"),
+    [
+        (Draft(tokens=17), "draft_tokens=17: must be from 0 to 16"),
+        (Draft(tokens=-1), "draft_tokens=-1"),
+        (Draft(tokens=1, acceptance=1.0), "acceptance=1.0: must be at least 0 and below 1"),
+        (Draft(tokens=2), "draft_tokens=2: meta-llama/Meta-Llama-3.1-8B was published without multi-token prediction"),
+    ],
+)
+def test_impossible_drafts(draft: Draft, text: str) -> None:
+    with pytest.raises(SpecError, match=text):
+        estimate(**ask(), draft=draft)
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [

@@ -17,7 +17,6 @@ from tandem.perf.backend import (
     TERMS,
     BackendFit,
     ServingFits,
-    find_backend,
     fingerprint,
     load_serving_fits,
     parse_fits,
@@ -143,7 +142,7 @@ def test_calibration_recovers_the_backend_that_made_the_rows() -> None:
 def test_terms_are_those_that_the_prediction_adds_up(changes: dict[str, object]) -> None:
     """Coefficients times terms is what `colocated` then predicts: fitting and predicting cannot drift apart."""
     r = row(**{"concurrency": 12, **changes})
-    fit = find_backend(r.backend, r.hardware, r.model, r.precision.weights)[0]
+    fit = load_serving_fits().find(r.backend, r.hardware, r.model, r.precision.weights)[0]
     (p,) = (predict([r]),)
     terms = row_terms([r])
     scale = {m: [getattr(fit, name) / getattr(PHYSICS, name) for name in names] for m, names in TERMS.items()}

@@ -159,21 +159,31 @@ def test_the_largest_batch_of_a_long_prompt_is_the_same_in_plan_and_estimate() -
     assert e.max_batch == int(table.max_batch[0])
 
 
-def test_the_disaggregated_optimum_equals_a_search_over_every_pair_of_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("budget", [9, 12, 16])
+def test_the_disaggregated_optimum_equals_a_search_over_every_pair_of_counts(
+    monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """The best balanced pair, or an unbalanced one that serves more than TOLERANCE beyond it and as much as any pair."""
     monkeypatch.setattr("tandem.plan.search.BATCHES", SMALL_BATCHES)
-    perf, slo, budget = perf_model("qwen3-8b", "h100", None, "vllm"), Slo(ttft_s=1.0, tpot_s=0.02), 12
+    perf, slo = perf_model("qwen3-8b", "h100", None, "vllm"), Slo(ttft_s=1.0, tpot_s=0.02)
     found = Searched(perf, Workload.fixed(2048, 256), budget, 50.0).price_all()
     prefill, decode = found.priced["prefill"], found.priced["decode"]
-    best = 0.0
+    best = {"balanced": 0.0, "any": 0.0}
     for p in found.prefill_candidates(slo, budget):
         for d in np.flatnonzero(decode.tpot_s <= 0.02):
             for n_p, n_d in itertools.product(range(1, budget), repeat=2):
                 pools = n_p * prefill.requests_per_s[p], n_d * decode.requests_per_s[d]
-                if n_p * prefill.gpus[p] + n_d * decode.gpus[d] <= budget and max(pools) <= 1.03 * min(pools):
-                    best = max(best, min(pools))
+                if n_p * prefill.gpus[p] + n_d * decode.gpus[d] > budget:
+                    continue
+                best["any"] = max(best["any"], min(pools))
+                if max(pools) <= (1 + TOLERANCE) * min(pools):
+                    best["balanced"] = max(best["balanced"], min(pools))
     choice = found.disaggregated(slo, budget)
     assert choice is not None
-    assert best * TIE <= choice.requests_per_s <= best * (1 + 1e-9)
+    kind = "balanced" if choice.imbalance <= TOLERANCE else "any"
+    assert best[kind] * (TIE if kind == "balanced" else 1 - 1e-9) <= choice.requests_per_s <= best[kind] * (1 + 1e-9)
+    if kind == "any":
+        assert best["balanced"] < (1 - TOLERANCE) * best["any"] * (1 + 1e-3)
 
 
 def test_prefill_candidates_are_the_fastest_of_their_size_under_the_bound() -> None:
