@@ -337,6 +337,17 @@ def study_paper_b(
     studying.run_paper_b(out, json_out)
 
 
+@study.command("hybrids")
+def study_hybrids(
+    out: Annotated[Path | None, typer.Option(help="Folder for the HTML report and claims.json.")] = None,
+    json_out: Json = False,
+) -> None:
+    """Mamba-2 hybrids beside Transformers of their size: which traffic makes splitting worth it, and what moves."""
+    from tandem.cli import studying
+
+    studying.run_hybrids(out, json_out)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the HTML report.")] = Path("out/demo"),

@@ -18,6 +18,13 @@ PAPER_B_LEAD = (
     "the printed number, priced by Tandem's performance model without a GPU; a claim that fails is explained with arithmetic."
 )
 
+HYBRIDS_TITLE = "Hybrids: should prefill and decode be split?"
+HYBRIDS_LEAD = (
+    "Four Mamba-2 hybrids beside Transformers of their size on H100: what splitting prefill from decode gains each, in which "
+    "proportion, what moves between the pools, and which traffic changes the answer. Nobody has published this; most claims "
+    "have no printed number, and no measured serving row of a Mamba-2 hybrid stands behind the predictions."
+)
+
 
 def run_paper_b(out: Path | None, json_out: bool) -> None:
     """Run the study of paper B; the exit code does not depend on which claims hold."""
@@ -27,6 +34,16 @@ def run_paper_b(out: Path | None, json_out: bool) -> None:
     with text.progress("studying") as step:
         data = study_paper_b(progress=step).to_json()
     _finish("paper-b", PAPER_B_TITLE, PAPER_B_LEAD, data, out, json_out)
+
+
+def run_hybrids(out: Path | None, json_out: bool) -> None:
+    """Run the study of hybrids; the exit code does not depend on which claims hold."""
+    from tandem.study.hybrids import study_hybrids
+
+    _require_new_folder(out)
+    with text.progress("studying") as step:
+        data = study_hybrids(progress=step).to_json()
+    _finish("hybrids", HYBRIDS_TITLE, HYBRIDS_LEAD, data, out, json_out)
 
 
 def _require_new_folder(out: Path | None) -> None:

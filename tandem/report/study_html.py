@@ -66,7 +66,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]], backends: Sequence[str]) -
     rows = []
     for c in claims:
         verdicts = [c["holds"], c["holds_engine"]][: len(backends)]
-        cells = "".join(f"<td class='{'yes' if v else 'no'}'>{verdict(v)}</td>" for v in verdicts)
+        cells = "".join(f"<td class='{'' if v is None else 'yes' if v else 'no'}'>{verdict(v)}</td>" for v in verdicts)
         ours = "<br>".join(f"<i>{escape(b)}</i>: {escape(c['ours_by'][b])}" for b in backends)
         rows.append(
             "<tr "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from tandem.plan.rates import TOLERANCE
 from tandem.plan.search import PAPER_TTFT_CUTOFF_S
 from tandem.study.hybrids_space import TPOTS_S, HybridSpace, Pair
 from tandem.study.sweep import Curve, Swept
@@ -115,17 +118,34 @@ def decide(swept: Swept, tpot_s: float, split: Curve, shared: Curve, *, explain:
 def decisions(
     space: HybridSpace, model: str, *, ttft_cutoffs_s: tuple[float, ...] = (PAPER_TTFT_CUTOFF_S,), explain: bool = False
 ) -> list[Decisions]:
-    """All cells of a model, once for each TTFT cutoff; a cell is priced once."""
+    """All cells of a model, once for each TTFT cutoff; a cell is priced once. `explain` adds the loads under the first."""
     found: list[Decisions] = [{} for _ in ttft_cutoffs_s]
-    space.progress(f"{model}, {space.setting.backend}, {space.setting.hardware}")
     for isl in space.isls:
         for osl in space.osls:
             swept = space.price(model, (isl, osl))
-            for cells, cutoff in zip(found, ttft_cutoffs_s, strict=True):
+            for which, (cells, cutoff) in enumerate(zip(found, ttft_cutoffs_s, strict=True)):
                 split, shared = swept.split(ttft_cutoff_s=cutoff), swept.shared(ttft_cutoff_s=cutoff)
                 for tpot_s in TPOTS_S:
-                    cells[isl, osl, tpot_s] = decide(swept, tpot_s, split, shared, explain=explain)
+                    cells[isl, osl, tpot_s] = decide(swept, tpot_s, split, shared, explain=explain and which == 0)
     return found
+
+
+def all_decisions(
+    space: HybridSpace,
+    models: Sequence[str],
+    *,
+    ttft_cutoffs_s: tuple[float, ...] = (PAPER_TTFT_CUTOFF_S,),
+    explain: bool = False,
+) -> list[dict[str, Decisions]]:
+    """Cells of several models at once, on all cores: model -> cells for each TTFT cutoff. One sweep is too small for two."""
+
+    def one(model: str) -> list[Decisions]:
+        return decisions(space, model, ttft_cutoffs_s=ttft_cutoffs_s, explain=explain)
+
+    space.progress(f"{len(models)} models, {space.setting.backend}, {space.setting.hardware}")
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        found = list(pool.map(one, models))
+    return [{m: cells[i] for m, cells in zip(models, found, strict=True)} for i in range(len(ttft_cutoffs_s))]
 
 
 class Flips(NamedTuple):
@@ -158,14 +178,51 @@ def flips_of(hybrid: Decisions, transformer: Decisions, threshold: float = WORTH
     return flips
 
 
-def law_errors(cells: Decisions) -> Iterator[tuple[float, bool]]:
-    """(relative error of the law's gain, whether it decides as the sweep does) for every cell that both serve."""
+class BreakEven(NamedTuple):
+    """The OSL up to which splitting is worth it, interpolated between grid points; `bounded` says on which side the grid
+    ends: `below` (never worth it), `above` (always), or `inside`."""
+
+    osl: float
+    bounded: str
+
+    def __str__(self) -> str:
+        return f"{'<' if self.bounded == 'below' else '>' if self.bounded == 'above' else ''}{self.osl:,.0f}"
+
+
+def break_even(cells: Decisions, isl: int, tpot_s: float, threshold: float = WORTH) -> BreakEven:
+    """Where the gain of a row of cells falls below the threshold for good, linear in the logarithm of OSL."""
+    osls = sorted({osl for i, osl, t in cells if (i, t) == (isl, tpot_s)})
+    worth = [osl for osl in osls if cells[isl, osl, tpot_s].worth(threshold)]
+    if not worth:
+        return BreakEven(float(osls[0]), "below")
+    last = worth[-1]
+    if last == osls[-1]:
+        return BreakEven(float(last), "above")
+    after = osls[osls.index(last) + 1]
+    high, low = cells[isl, last, tpot_s].gain, cells[isl, after, tpot_s].gain
+    if high is None or low is None:
+        return BreakEven(float(last), "inside")
+    share = (high - threshold) / (high - low)
+    return BreakEven(float(last * (after / last) ** share), "inside")
+
+
+class LawCheck(NamedTuple):
+    """The law beside one cell: relative error of its gain, whether it decides alike, whether the cell is no tie."""
+
+    error: float
+    agrees: bool
+    clear: bool
+
+
+def law_checks(cells: Decisions) -> Iterator[LawCheck]:
+    """Every cell in which both kinds of deployment meet the bound."""
     for (_, osl, tpot_s), cell in cells.items():
         if cell.gain is None or cell.loads is None or cell.split <= 0:
             continue
         gain = cell.loads.gain(tpot_s, float(osl))
         if gain is not None:
-            yield gain / cell.gain - 1.0, (gain >= WORTH) == cell.worth()
+            clear = abs(cell.gain / WORTH - 1.0) > TOLERANCE
+            yield LawCheck(gain / cell.gain - 1.0, (gain >= WORTH) == cell.worth(), clear)
 
 
 def models_of(pair: Pair) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from typing import Final, NamedTuple
+from threading import Lock
+from typing import Any, Final, NamedTuple
 
 from tandem.perf.costs import Item
 from tandem.perf.efficiency import OpTimer
@@ -22,8 +23,8 @@ JUDGE, ENGINE = "tandem", "vllm"
 NODE_GPUS = 8
 """An instance stays inside one NVLink node of H100 or H200."""
 PREFILL_HEAVY, DECODE_HEAVY = (8192, 1024), (1024, 8192)
-ISLS: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-OSLS: Final = (128, 512, 2048, 8192)
+ISLS: Final = (512, 2048, 8192, 32768)
+OSLS: Final = (256, 512, 1024, 2048, 4096, 8192, 16384)
 TPOTS_S: Final = (0.010, 0.020, 0.050)
 SCAN_OPS = ("scan_prefill", "scan_decode", "conv_prefill", "conv_decode")
 LLAMA_BLOCKS = 64
@@ -42,7 +43,8 @@ PAIRS: Final = {
     "9B": Pair("nvidia/NVIDIA-Nemotron-Nano-9B-v2", "Qwen/Qwen3-8B", ("meta-llama/Meta-Llama-3.1-8B",)),
     "12B": Pair("nvidia/NVIDIA-Nemotron-Nano-12B-v2", "Mistral-Nemo-12B"),
     "30B-A3B": Pair("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Qwen/Qwen3-30B-A3B"),
-    "56B": Pair("nvidia/Nemotron-H-56B-Base-8K", f"Llama-3.1-70B, {LLAMA_BLOCKS} of 80 blocks", ("meta-llama/Meta-Llama-3.1-70B",)),
+    "56B": Pair("nvidia/Nemotron-H-56B-Base-8K", f"Llama-3.1-70B, {LLAMA_BLOCKS} of 80 blocks",
+                ("meta-llama/Meta-Llama-3.1-70B",)),
 }  # fmt: skip
 
 
@@ -131,12 +133,14 @@ class HybridSpace:
     kept: dict[tuple[str, tuple[int, int]], Swept] = field(default_factory=dict)
     points_priced: int = 0
     points_considered: int = 0
+    counting: Any = field(default_factory=Lock)
 
     def price(self, model: str, mix: tuple[int, int]) -> Swept:
         """A sweep that is counted and handed out, but not kept."""
         swept = self.setting.price(model_of(model), Workload.fixed(*mix), self.max_instance_gpus)
-        self.points_priced += sum(len(p.points) for p in swept.space.priced.values())
-        self.points_considered += swept.points_evaluated
+        with self.counting:
+            self.points_priced += sum(len(p.points) for p in swept.space.priced.values())
+            self.points_considered += swept.points_evaluated
         return swept
 
     def get(self, model: str, mix: tuple[int, int]) -> Swept:
