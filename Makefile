@@ -16,8 +16,8 @@ quick: $(VENV)/.test  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2
 
 check: $(VENV)/.check  ## formatting, lint, types, import rules
-	$(BIN)/ruff format --check tandem tests benchmarks
-	$(BIN)/ruff check tandem tests benchmarks
+	$(BIN)/ruff format --check tandem tests benchmarks tools
+	$(BIN)/ruff check tandem tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -55,7 +55,7 @@ FIRM = {
 }
 """How much smaller the prior standard deviation of a term is: work was measured operator by operator, so it is held closer to
 its curve than host time and collectives inside a graph; bf16 matrix multiplications are known best."""
-FOLDS = 5
+FOLDS = 10
 """Parts in which settings are held out to measure what the coefficients leave unexplained."""
 MIN_SPREAD_ROWS = 30
 """Fewest held-out rows for which a backend's family has an interval of its own."""
