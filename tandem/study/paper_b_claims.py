@@ -147,7 +147,7 @@ def _f6(m: Measures) -> Verdict:
     grows = llama[-1].split.tp >= 4 * llama[0].split.tp
     text = (
         f"R1 from ({r1[0].split}) with {_batch_per_gpu(r1[0]):.0f} sequences a GPU to ({r1[-1].split}) with "
-        f"{_batch_per_gpu(r1[-1]):.1f}; Llama-70B TP {llama[0].split.tp} to {llama[-1].split.tp}; expert parallelism at "
+        f"{_batch_per_gpu(r1[-1]):.2g}; Llama-70B TP {llama[0].split.tp} to {llama[-1].split.tp}; expert parallelism at "
         f"{sum(p.split.ep > 1 for p in r1)} of {len(r1)} points"
     )
     values = {

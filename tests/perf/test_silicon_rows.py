@@ -92,3 +92,33 @@ def test_such_a_file_serves_as_a_users_rows_and_keeps_its_split(tmp_path: Path) 
     file = write(tmp_path / "s.csv", LINE)
     assert is_silicon_format(LINE)
     assert read_measurements([file], {}, "calibration") == list(read_rows(file))
+
+
+DRAFTED = {
+    **LINE, "id": "r1_c4", "backend": "trtllm", "model_path": "deepseek-ai/DeepSeek-R1", "system": "b200_sxm",
+    "batch_size": "4", "tp_size": "8", "moe_tp_size": "8", "backend_version": "1.2.0rc6.post3",
+    "silicon_data_source": "silicon_concurrency=4; measured=2026-02-05T19:55:05Z",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "drafted"),
+    [
+        ({}, 3),
+        ({"tp_size": "1", "attention_dp_size": "8", "batch_size": "1", "moe_tp_size": "1", "moe_ep_size": "8",
+          "silicon_data_source": "silicon_concurrency=8; measured=2026-02-05T19:55:05Z"}, 1),
+        ({"backend_version": "1.2.0rc6.post2"}, 0),
+        ({"backend_version": "1.1.0rc2.post2"}, 3),
+        ({"backend_version": "1.1.0rc2.post2",
+          "silicon_data_source": "silicon_concurrency=4; measured=2025-12-15T00:00:00Z"}, 0),
+        ({"silicon_data_source": "silicon_concurrency=4"}, 0),
+        ({"model_path": "deepseek-ai/DeepSeek-V3"}, 0),
+        ({"backend": "sglang"}, 0),
+        ({"silicon_tpot_ms": "50"}, 3),
+    ],
+)  # fmt: skip
+def test_what_was_drafted_is_known_by_backend_model_image_and_day_alone(
+    tmp_path: Path, changes: dict[str, str], drafted: int
+) -> None:
+    (row,) = read_rows(write(tmp_path / "s.csv", {**DRAFTED, **changes}))
+    assert row.draft_tokens == drafted
