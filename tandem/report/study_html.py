@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -17,6 +18,8 @@ PALETTE = ("#2f9e62", "#c23b62", "#1f9bb5", "#8a6d3b", "#d6a419", "#5b3a8c", "#6
 """Colours of curves that are no mode's; none of them is a mode's colour."""
 _ROLES = {**COLOURS, "printed": "#1c1d22"}
 _HEIGHT = 380
+CLASSES = {True: "yes", False: "no", None: ""}
+"""How a verdict looks."""
 
 
 def figure_of(data: Mapping[str, Any]) -> go.Figure:
@@ -37,23 +40,33 @@ def figure_of(data: Mapping[str, Any]) -> go.Figure:
             colour = _ROLES.get(key) or colours.setdefault(key, PALETTE[len(colours) % len(PALETTE)])
             drawn.add_scatter(
                 x=series["x"], y=series["y"], name=series["name"], legendgroup=series["name"],
-                showlegend=series["name"] not in shown, text=list(series["text"]) or None,
+                showlegend=len(series["x"]) > 0 and series["name"] not in shown, text=list(series["text"]) or None,
                 mode="markers" if series["style"] == "markers" else "lines",
                 line={"color": colour, "width": 2, "dash": "dash" if series["style"] == "dash" else "solid"},
                 marker={"color": colour, "size": 10, "symbol": "diamond"},
                 hovertemplate="%{x:.4g}, %{y:.4g}<br>%{text}" if series["text"] else "%{x:.4g}, %{y:.4g}",
                 row=number // columns + 1, col=number % columns + 1,
             )  # fmt: skip
-            shown.add(series["name"])
+            shown |= {series["name"]} if len(series["x"]) else set()
+        span = _span([y for series in panel["series"] for y in series["y"]], data["y_log"])
+        drawn.update_yaxes(range=span, row=number // columns + 1, col=number % columns + 1)
     drawn.update_xaxes(type="log" if data["x_log"] else "linear", title=data["x_title"], title_standoff=6)
     drawn.update_yaxes(type="log" if data["y_log"] else "linear", exponentformat="power" if data["y_log"] else "none")
     if data["x_labels"]:
         drawn.update_xaxes(tickvals=list(range(len(data["x_labels"]))), ticktext=list(data["x_labels"]))
-    if not data["y_log"]:
-        drawn.update_yaxes(rangemode="tozero")
     for row in range(1, rows + 1):
         drawn.update_yaxes(title=data["y_title"], row=row, col=1)
     return drawn
+
+
+def _span(values: Sequence[float], log: bool) -> tuple[float, float] | None:
+    """The range of an axis, from zero where it is linear, with room on top for the panel's title."""
+    if not values or min(values) < 0 or max(values) <= 0:
+        return None
+    if not log:
+        return 0.0, 1.15 * max(values)
+    low, high = math.log10(min(v for v in values if v > 0)), math.log10(max(values))
+    return low - 0.05 * max(high - low, 0.2), high + 0.15 * max(high - low, 0.2)
 
 
 def _height(data: Mapping[str, Any]) -> int:
@@ -66,13 +79,13 @@ def claims_table(claims: Sequence[Mapping[str, Any]], backends: Sequence[str]) -
     rows = []
     for c in claims:
         verdicts = [c["holds"], c["holds_engine"]][: len(backends)]
-        cells = "".join(f"<td class='{'' if v is None else 'yes' if v else 'no'}'>{verdict(v)}</td>" for v in verdicts)
+        cells = "".join(f"<td class='{CLASSES[v]}'>{verdict(v)}</td>" for v in verdicts)
         ours = "<br>".join(f"<i>{escape(b)}</i>: {escape(c['ours_by'][b])}" for b in backends)
         rows.append(
             "<tr "
             f"id='{escape(c['id'])}'><td><b>{escape(c['id'])}</b></td><td>{escape(c['title'])}<br><small>{escape(c['source'])}"
-            f"</small></td><td>{escape(c['printed'] or UNPRINTED)}</td><td>{ours}<details><summary>why</summary>{escape(c['why'])}</details></td>"
-            f"{cells}</tr>"
+            f"</small></td><td>{escape(c['printed'] or UNPRINTED)}</td><td>{ours}<details>"
+            f"<summary>why</summary>{escape(c['why'])}</details></td>{cells}</tr>"
         )
     style = (
         "<style>.claims td{vertical-align:top;white-space:normal;text-align:left}.claims td:nth-child(4){min-width:22rem}"

@@ -166,7 +166,8 @@ def measure(space: HybridSpace, *, others: bool = True) -> HybridMeasures:
     for model in models:
         space.progress(f"{model}, {space.setting.backend}")
         sides |= {(model, mix): side_of(space.get(model, mix)) for mix in MIXES}
-    cells, tight = all_decisions(space, models, ttft_cutoffs_s=(PAPER_CUTOFF_S, TIGHT_CUTOFF_S), explain=True)
+    cutoffs = (PAPER_CUTOFF_S, TIGHT_CUTOFF_S)
+    cells, tight = all_decisions(space, models, ttft_cutoffs_s=cutoffs, explain=True)
     precision = Precision.parse(space.setting.precision)
     states = {m: state_of(model_of(m), precision) for m in cells}
     crossings = {name: crossing_of(states[p.hybrid], states[p.transformer]) for name, p in PAIRS.items()}
@@ -218,7 +219,7 @@ def variants_of(base: HybridMeasures, engine: HybridMeasures | None) -> Variants
         spaces.append(varied)
     if engine is not None:
         cells[engine.space.setting.backend] = engine.cells
-    other = HybridSpace(OTHER_GPU, space.isls[1::2], space.osls, space.max_instance_gpus, space.progress)
+    other = HybridSpace(OTHER_GPU, space.isls[1::2], space.osls[::2], space.max_instance_gpus, space.progress)
     models = [m for p in PAIRS.values() for m in (p.hybrid, p.transformer)]
     (found,) = all_decisions(other, models)
     spaces.append(other)
