@@ -198,6 +198,8 @@ class Variants:
 
     cells: dict[str, dict[str, Decisions]]
     other_gpu: dict[str, Decisions]
+    sides: dict[str, dict[str, Side]]
+    """Name -> hybrid -> its numbers at PREFILL_HEAVY, for what is varied about recurrent layers."""
     points_priced: int = 0
     points_considered: int = 0
 
@@ -212,10 +214,11 @@ class Variants:
 def variants_of(base: HybridMeasures, engine: HybridMeasures | None) -> Variants:
     """Price what the recurrent kernels' stand-ins, the state's format, TTFT and the GPU could change."""
     space, cells = base.space, {f"TTFT {TIGHT_CUTOFF_S:g} s": base.tight}
-    spaces = []
+    spaces, sides = [], {}
     for name, setting in SCANS.items():
         varied = HybridSpace(setting, space.isls, space.osls, space.max_instance_gpus, space.progress)
         (cells[name],) = all_decisions(varied, [p.hybrid for p in PAIRS.values()])
+        sides[name] = {p.hybrid: side_of(varied.get(p.hybrid, PREFILL_HEAVY)) for p in PAIRS.values()}
         spaces.append(varied)
     if engine is not None:
         cells[engine.space.setting.backend] = engine.cells
@@ -223,7 +226,7 @@ def variants_of(base: HybridMeasures, engine: HybridMeasures | None) -> Variants
     models = [m for p in PAIRS.values() for m in (p.hybrid, p.transformer)]
     (found,) = all_decisions(other, models)
     spaces.append(other)
-    return Variants(cells, found, sum(s.points_priced for s in spaces), sum(s.points_considered for s in spaces))
+    return Variants(cells, found, sides, sum(s.points_priced for s in spaces), sum(s.points_considered for s in spaces))
 
 
 def firm_flips(pair: Pair, base: HybridMeasures, variants: Variants) -> dict[str, list[Key]]:
