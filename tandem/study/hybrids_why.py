@@ -126,10 +126,10 @@ def short_prompts(m: HybridMeasures) -> str:
     key = (512, 1024, 0.02)
     if _has(m, key):
         text += ". " + _beside(m, "56B", key)
-    return text + (
-        ". The 9B and 12B are near parity there: with contexts of 512 + OSL / 2 they pass their crossing within the outputs, "
-        "and their gains differ by less than the 3 % to which pools are balanced"
-    )
+    key = (512, 512, 0.02)
+    if _has(m, key):
+        text += ". The exception is a tie, closer than the 3 % to which pools are balanced: " + _beside(m, "9B", key)
+    return text
 
 
 def law(m: HybridMeasures) -> str:
