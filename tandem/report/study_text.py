@@ -9,7 +9,6 @@ from rich.table import Table
 
 from tandem.report.text import table
 
-
 UNPRINTED = "nobody"
 """Shown where no printed number exists."""
 
