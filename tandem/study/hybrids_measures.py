@@ -8,7 +8,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from tandem.spec.design import Precision
+from tandem.perf.costs import Layout
+from tandem.spec.design import Evidence, Precision
 from tandem.spec.model import ModelSpec
 from tandem.study.hybrids_cells import (
     BreakEven,
@@ -59,6 +60,8 @@ class Side(NamedTuple):
     need_low: float
     need_high: float
     piggyback: float
+    evidence: Evidence
+    """What its decode steps' prediction rests on."""
 
 
 class Ends(NamedTuple):
@@ -118,6 +121,7 @@ def side_of(swept: Swept) -> Side:
     plain, chunked = swept.shared(modes=["colocated"]), swept.shared(modes=["piggybacked"])
     need = swept.transfer(split).need_bytes_per_s
     assert split.ratio is not None
+    layout = Layout.of(swept.parallelism(split, 0))
     top = max(plain.top, chunked.top)
     return Side(
         gain=area_gain(split, shared) or 0.0,
@@ -127,6 +131,9 @@ def side_of(swept: Swept) -> Side:
         need_low=float(need.min()),
         need_high=float(need.max()),
         piggyback=chunked.area(top) / plain.area(top),
+        evidence=swept.perf.evidence(
+            layout, swept.perf.decode_load(layout, float(swept.batch(split, 0)), swept.sweep.workload)
+        ),
     )
 
 

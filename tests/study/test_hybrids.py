@@ -58,7 +58,8 @@ def test_every_claim_is_there_once_and_says_where_nobody_printed_a_number(small:
         assert claim["why"]
         assert (claim["printed"] is None) == claim["source"].startswith("ours")
     assert {"figures", "points_evaluated", "seconds", "assumptions"} <= set(data)
-    assert any("transferred" in a for a in data["assumptions"])
+    assert any("Evidence: backend vllm `transferred`, tandem (kernels alone) `roofline`" in a for a in data["assumptions"])
+    assert {s["evidence"] for s in data["findings"]["tandem"]["sides"].values()} == {"roofline"}
     assert 0 < data["points_evaluated"] < data["points_considered"]
 
 
