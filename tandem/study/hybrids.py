@@ -41,8 +41,8 @@ def assumptions() -> tuple[str, ...]:
         sizes.append(", ".join(f"{n.rsplit('/', 1)[-1]} {model_of(n).parameters / 1e9:.2f} B" for n in names))
     return (
         "no public serving grid of a Mamba-2 hybrid exists, and no table of Mamba-2's own scan: the measured kernels of Gated "
-        f"DeltaNet stand in for it. Evidence: backend {ENGINE} `transferred`, {JUDGE} (kernels alone) `roofline`; H9 and H13 vary "
-        "what that could change",
+        f"DeltaNet stand in for it. Evidence: backend {ENGINE} `transferred`, {JUDGE} (kernels alone) `roofline`; H9 and H13 "
+        "vary what that could change",
         "pairs, hybrid first: " + "; ".join(sizes),
         "Mistral-Nemo-12B (its published configuration) stands in for a 12B Transformer, which the catalogue lacks; "
         "Llama-3.1-70B is cut to 64 of its 80 blocks, and also priced whole. The closest of size differ by 8 % (9B) to 1 %",
