@@ -43,6 +43,8 @@ class Plan:
     refused: dict[str, int]
     points_evaluated: int
     seconds: float
+    fits: ServingFits | None = None
+    """Serving fits that it was priced with; None for the shipped ones."""
 
     @property
     def recommended(self) -> Deployment:
@@ -159,6 +161,7 @@ def find_plan(
         refused=searched.refused,
         points_evaluated=searched.points_evaluated,
         seconds=time.perf_counter() - started,
+        fits=fits,
     )
 
 

@@ -1,4 +1,4 @@
-"""A benchmark that measures what the plan predicts: its traffic, its number of requests in flight, its units."""
+"""A benchmark of the plan's traffic at its number of requests in flight, beside what is predicted for exactly that."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _script(job: Job, package: str, what: str, command: str) -> str:
 
 def files(job: Job) -> dict[str, str]:
     """`benchmark/run.sh`, what it should measure, and the comparison of both."""
-    best = job.plan.best
+    best = job.expected
     aiperf = f'aiperf profile \\\n{shell(aiperf_flags(job), "  ")}\npython3 compare.py {ARTIFACTS} "$CONCURRENCY"\n'
     expected = (
         f"TTFT {best.ttft_s.value * 1e3:.1f} ms, TPOT {best.tpot_s.value * 1e3:.1f} ms, "

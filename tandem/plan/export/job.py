@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from tandem.perf.memory import DEFAULT_STEP_TOKENS, LARGEST_STEP_TOKENS
+from tandem.plan.export.expected import Expected, expect
 from tandem.plan.planner import Plan
 from tandem.spec._aliases import SIBLINGS
 from tandem.spec.design import Pool, Role
@@ -121,9 +123,14 @@ class Job:
         """The instance of a role."""
         return next(i for i in self.instances if i.role == role)
 
+    @cached_property
+    def expected(self) -> Expected:
+        """What the benchmark should measure."""
+        return expect(self.plan, self.concurrency)
+
     def predicted(self) -> dict[str, Any]:
-        """What the plan predicts under the benchmark's traffic, in SI units."""
-        best = self.plan.best
+        """What the benchmark should measure, and beside it under `plan` what was planned in steady traffic, in SI units."""
+        best, expected = self.plan.best, self.expected
         return {
             "model": self.model.name,
             "hardware": self.plan.hardware.name,
@@ -133,11 +140,18 @@ class Job:
             "isl": self.plan.workload.mean_isl,
             "osl": self.plan.workload.mean_osl,
             "concurrency": self.concurrency,
-            "requests_per_s": best.requests_per_s,
-            "ttft_s": asdict(best.ttft_s),
-            "ttft_percentile": self.plan.slo.percentile,
-            "tpot_s": asdict(best.tpot_s),
-            "tokens_per_s_per_gpu": asdict(best.tokens_per_s_per_gpu),
+            "how": expected.how,
+            "requests_per_s": expected.requests_per_s,
+            "ttft_s": asdict(expected.ttft_s),
+            "tpot_s": asdict(expected.tpot_s),
+            "tokens_per_s_per_gpu": asdict(expected.tokens_per_s_per_gpu),
+            "plan": {
+                "requests_per_s": best.requests_per_s,
+                "ttft_s": asdict(best.ttft_s),
+                "ttft_percentile": self.plan.slo.percentile,
+                "tpot_s": asdict(best.tpot_s),
+                "tokens_per_s_per_gpu": asdict(best.tokens_per_s_per_gpu),
+            },
         }
 
 
@@ -210,7 +224,7 @@ def host_gpus(scale_up_gpus: int) -> int:
 
 
 def _concurrency(plan: Plan) -> int:
-    """Requests in flight that the prediction is for: full batches, or by Little's law over both pools."""
+    """Requests in flight that the plan comes to and the benchmark keeps: full batches, or by Little's law over both pools."""
     pool = plan.recommended.colocated
     if pool is not None:
         return pool.batch * pool.replicas

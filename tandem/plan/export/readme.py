@@ -79,21 +79,25 @@ def _pool(i: Instance) -> str:
 
 
 def _prediction(job: Job) -> list[str]:
-    best, slo = job.plan.best, job.plan.slo
+    plan, slo, expected = job.plan.best, job.plan.slo, job.expected
     bounds = [f"{n} <= {v * 1e3:g} ms" for n, v in (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s)) if v is not None]
     return [
-        f"Predicted with {_count(job.concurrency, 'request')} in flight, {job.plan.workload.mean_isl:,.0f} tokens in, "
-        f"{job.plan.workload.mean_osl:,.0f} out{' (asked: ' + ', '.join(bounds) + ')' if bounds else ''}; 80 % intervals:",
+        f"Predicted with {job.plan.workload.mean_isl:,.0f} tokens in, {job.plan.workload.mean_osl:,.0f} out"
+        f"{' (asked: ' + ', '.join(bounds) + ')' if bounds else ''}; 80 % intervals:",
         "",
-        f"- TTFT {_show(best.ttft_s, 1e3, 'ms')}",
-        f"- TPOT {_show(best.tpot_s, 1e3, 'ms')}",
-        f"- {_show(best.tokens_per_s_per_gpu, 1, 'tok/s/GPU')}",
-        f"- evidence: {best.tpot_s.evidence}",
+        f"| | planned, in steady traffic | the benchmark, {_count(job.concurrency, 'request')} in flight |",
+        "|---|---|---|",
+        f"| TTFT | {_show(plan.ttft_s, 1e3, 'ms')} | {_show(expected.ttft_s, 1e3, 'ms')} |",
+        f"| TPOT | {_show(plan.tpot_s, 1e3, 'ms')} | {_show(expected.tpot_s, 1e3, 'ms')} |",
+        f"| tok/s/GPU | {_show(plan.tokens_per_s_per_gpu, 1)} | {_show(expected.tokens_per_s_per_gpu, 1)} |",
+        f"| evidence | {plan.tpot_s.evidence} | {expected.tpot_s.evidence} |",
+        "",
+        f"The benchmark's column is {expected.how}.",
     ]
 
 
-def _show(e: Estimate, factor: float, unit: str) -> str:
-    return f"{e.value * factor:,.1f} {unit} ({e.low * factor:,.1f} to {e.high * factor:,.1f})"
+def _show(e: Estimate, factor: float, unit: str = "") -> str:
+    return f"{e.value * factor:,.1f}{' ' * bool(unit)}{unit} ({e.low * factor:,.1f} to {e.high * factor:,.1f})"
 
 
 def _files() -> list[str]:
@@ -117,6 +121,7 @@ def _measure(job: Job) -> list[str]:
         "",
         f"`pip install aiperf=={AIPERF}`, then `bash benchmark/run.sh URL`. It sends the planned traffic with "
         f"{_count(job.concurrency, 'request')} in flight, and prints measured and predicted TTFT, TPOT and tok/s/GPU.",
+        "The prediction is the benchmark's column of the table above; `benchmark/predicted.json` holds both.",
         "Prefix caching is off in every file, because the prediction counts none: turn it on once you have measured.",
         "Only the backend that was planned for is predicted; the others carry other overheads.",
     ]
