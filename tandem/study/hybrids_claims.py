@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tandem.study import hybrids_why as why
-from tandem.study.hybrids_cells import PROVEN, WORTH, Flips, Key, flips_of
+from tandem.study.hybrids_cells import PROVEN, WORTH, Flips, flips_of
 from tandem.study.hybrids_measures import HybridMeasures, Side, Variants, advantage_of, firm_flips
 from tandem.study.hybrids_space import DECODE_HEAVY, ENGINE, JUDGE, PAIRS, PREFILL_HEAVY
 from tandem.study.result import Claim
@@ -35,11 +35,6 @@ def both_sides(m: HybridMeasures, mix: tuple[int, int] = PREFILL_HEAVY) -> dict[
 def against(pairs: dict[str, tuple[float, float]], digits: int = 2) -> str:
     """`9B 1.65 to 1.37, ...`: hybrid first."""
     return ", ".join(f"{n} {a:.{digits}f} to {b:.{digits}f}" for n, (a, b) in pairs.items())
-
-
-def cell_name(key: Key) -> str:
-    """`8192/16384 at 20 ms`."""
-    return f"{key[0]}/{key[1]} at {key[2] * 1e3:.0f} ms"
 
 
 def _h1(m: HybridMeasures) -> Verdict:

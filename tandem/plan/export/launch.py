@@ -10,6 +10,8 @@ from tandem.plan.export.job import Instance, Job
 from tandem.plan.export.placement import Place, num_nodes, place
 
 HEAD = "#!/usr/bin/env bash\n"
+API_PORT, MASTER_PORT, ROUTER_PORT = 8100, 29500, 8000
+"""First port of a host's servers, first port at which the ranks of an instance meet, and the port of the router."""
 
 
 class Release(NamedTuple):
@@ -68,8 +70,8 @@ def node_script(job: Job, release: Release, functions: str, environment: dict[st
         'node="${1:?the number of this host}"\n'
         f': "${{MODEL:?set it to a checkpoint in {job.checkpoint.wanted}}}"\n'
         'here="${NODES[$node]:?host $node has no address in nodes.env}"\n'
-        "API_PORT=8100\n"
-        "MASTER_PORT=29500\n"
+        f"API_PORT={API_PORT}\n"
+        f"MASTER_PORT={MASTER_PORT}\n"
         f"{exports}\n{functions}\n\n"
         "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"
         'case "$node" in\n'
@@ -84,9 +86,9 @@ def _slot(places: list[Place], part: Place) -> int:
     return next(p.slot for p in places if (p.instance.role, p.number, p.rank) == (part.instance.role, part.number, 0))
 
 
-def url(p: Place, port: int) -> Shell:
+def url(p: Place) -> Shell:
     """Address of an instance, its host still a shell variable."""
-    return Shell(f"http://${{NODES[{p.node}]}}:{port + p.slot}")
+    return Shell(f"http://${{NODES[{p.node}]}}:{API_PORT + p.slot}")
 
 
 def router_script(package: str, command: str, flags: list[Flag]) -> str:

@@ -17,7 +17,7 @@ FORMATS = EngineFormats(
     online={"fp8": "fp8"},
     state_option="--mamba-ssm-dtype",
 )
-API_PORT, BOOTSTRAP_PORT, ROUTER_PORT = 8100, 8998, 8000
+BOOTSTRAP_PORT = 8998
 PAGE = 128
 """Tokens of the largest cache page that SGLang's attention backends take: it refuses chunks that are no multiple of a page."""
 ATTENTION_DP = "--attn-dp-size"
@@ -108,14 +108,14 @@ def _function(job: Job, i: Instance) -> str:
 
 def _router(job: Job) -> str:
     places = [p for p in place(job) if p.rank == 0]
-    flags: list[Flag] = [("--host", "0.0.0.0"), ("--port", str(ROUTER_PORT)), ("--policy", "round_robin")]
+    flags: list[Flag] = [("--host", "0.0.0.0"), ("--port", str(launch.ROUTER_PORT)), ("--policy", "round_robin")]
     if job.split:
         flags.append(("--pd-disaggregation", None))
         for p in places:
-            flags.append((f"--{p.instance.role}", launch.url(p, API_PORT)))
+            flags.append((f"--{p.instance.role}", launch.url(p)))
             if p.instance.role == "prefill":
                 flags.append((str(BOOTSTRAP_PORT + p.slot), None))
     else:
         flags.append(("--worker-urls", None))
-        flags += [(launch.url(p, API_PORT), None) for p in places]
+        flags += [(launch.url(p), None) for p in places]
     return launch.router_script(f"sglang-router=={SGLANG_ROUTER}", "python3 -m sglang_router.launch_router", flags)

@@ -20,7 +20,7 @@ FORMATS = EngineFormats(
     state_option="--mamba-ssm-cache-dtype",
 )
 ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
-API_PORT, NIXL_PORT, MASTER_PORT, ROUTER_PORT = 8100, 5600, 29500, 8000
+NIXL_PORT = 5600
 NIXL_PORTS = 64
 """Side-channel ports set apart for one instance: vLLM takes one for each data-parallel rank."""
 
@@ -125,11 +125,11 @@ def _function(job: Job, i: Instance) -> str:
 
 def _router(job: Job) -> str:
     places = [p for p in place(job) if p.rank == 0]
-    flags: list[Flag] = [("--host", "0.0.0.0"), ("--port", str(ROUTER_PORT)), ("--policy", "round_robin")]
+    flags: list[Flag] = [("--host", "0.0.0.0"), ("--port", str(launch.ROUTER_PORT)), ("--policy", "round_robin")]
     if job.split:
         flags.append(("--vllm-pd-disaggregation", None))
-        flags += [(f"--{p.instance.role}", launch.url(p, API_PORT)) for p in places]
+        flags += [(f"--{p.instance.role}", launch.url(p)) for p in places]
     else:
         flags.append(("--worker-urls", None))
-        flags += [(launch.url(p, API_PORT), None) for p in places]
+        flags += [(launch.url(p), None) for p in places]
     return launch.router_script(f"vllm-router=={VLLM_ROUTER}", "vllm-router", flags)
