@@ -13,6 +13,7 @@ from tandem.perf.backend import ServingFits
 from tandem.perf.estimate import NO_DRAFT, Draft, EstimateResult, Instances, estimate, estimate_disaggregated
 from tandem.spec.design import Parallelism
 from tandem.spec.errors import SpecError, TandemError, TraceError
+from tandem.spec.units import require_int
 
 _SHARED = ["tp", "pp", "dp", "ep", "moe_tp", "gpus"]
 _POOLS = [f"{role}_{field}" for role in ("prefill", "decode") for field in ("workers", "tp", "pp", "dp", "ep", "batch")]
@@ -39,7 +40,12 @@ def read_cases(path: Path, extra: Sequence[str] = (), given: Mapping[str, str] |
                 raise TraceError(f"{path.name}: column {unknown[0]!r} is unknown; columns are {', '.join(known)}")
             if missing:
                 raise TraceError(f"{path.name}: has no column {missing[0]}; needs model, hardware, isl, osl")
-            cells = [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+            cells = []
+            for number, row in enumerate(reader, start=1):
+                if None in row:
+                    where = f"{path.name} row {number} (line {reader.line_num})"
+                    raise TraceError(f"{where}: cells: their number is not that of the {len(names)} columns")
+                cells.append({k.strip(): (v or "").strip() for k, v in row.items()})
             rows = [{**given, **{k: v for k, v in row.items() if v or k not in given}} for row in cells]
     except (UnicodeDecodeError, csv.Error) as wrong:
         raise TraceError(f"{path.name}: not a readable CSV file ({wrong})") from None
@@ -83,7 +89,7 @@ def whole_number(row: dict[str, str], field: str, default: int | None = None, lo
         value = -1.0
     if not math.isfinite(value) or value != int(value) or value < low:
         raise SpecError(f"{field}={text!r}: must be a whole number of at least {low}")
-    return int(value)
+    return require_int(field, int(value), low=low)
 
 
 def required_number(row: dict[str, str], field: str) -> int:

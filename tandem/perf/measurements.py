@@ -12,11 +12,12 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tandem.perf.cases import instance_of, pool_of, read_cases, required_number, whole_number
-from tandem.perf.estimate import check_fits, perf_model
+from tandem.perf.estimate import NO_DRAFT, Draft, estimate, estimate_disaggregated, perf_model
 from tandem.perf.silicon import MeasuredRow, Side, is_silicon_format, read_rows
 from tandem.spec.design import Pool
 from tandem.spec.errors import SpecError, TandemError, TraceError
@@ -45,10 +46,11 @@ def read_measurements(paths: Iterable[Path], given: Mapping[str, str], side: Sid
         rows += _read_file(path, given, side)
     if not rows:
         raise TraceError("rows: no usable row in the given files")
-    first: dict[str, int] = {}
-    for number, row in enumerate(rows, start=1):
-        if first.setdefault(row.row_id, number) != number:
-            raise TraceError(f"rows: id={row.row_id!r} is in two files; every row needs its own")
+    first: dict[str, MeasuredRow] = {}
+    for row in rows:
+        other = first.setdefault(row.row_id, row)
+        if other is not row:
+            raise TraceError(f"{row.where}: id={row.row_id!r} is in two files ({other.where}); every row needs its own")
     return rows
 
 
@@ -90,7 +92,7 @@ def _read_table(path: Path, columns: list[str], given: Mapping[str, str], side: 
 
 def _measured(row: dict[str, str], where: str, side: Side) -> MeasuredRow:
     try:
-        return _measured_row(row, side)
+        return replace(_measured_row(row, side), where=where)
     except TandemError as wrong:
         raise TraceError(f"{where}: {wrong}") from None
 
@@ -100,6 +102,7 @@ def _measured_row(row: dict[str, str], side: Side) -> MeasuredRow:
         if not row.get(name):
             raise SpecError(f"{name}='': must be given, in the file or as --{name}")
     perf = perf_model(row["model"], row["hardware"], row.get("precision") or None, row.get("backend") or "vllm")
+    _refuse_idle_cells(row)
     common: dict[str, Any] = {
         "row_id": row["id"],
         "model": perf.model,
@@ -111,37 +114,51 @@ def _measured_row(row: dict[str, str], side: Side) -> MeasuredRow:
         "ttft_s": latency_s(row, "ttft"),
         "tpot_s": latency_s(row, "tpot"),
         "side": side,
+        "draft_tokens": whole_number(row, "draft_tokens", 0, low=0),
     }
-    if common["osl"] < 2:
-        raise SpecError(f"osl={common['osl']}: must be at least 2, or there is no time per output token")
+    asked = {name: common[name] for name in ("model", "hardware", "backend", "precision", "isl", "osl")}
+    asked["draft"] = Draft(tokens=common["draft_tokens"])
     mode, concurrency = row.get("mode") or "colocated", whole_number(row, "concurrency")
     if mode == "disaggregated":
         prefill, decode = (pool_of(row, role, concurrency) for role in ("prefill", "decode"))
-        check_fits(perf, prefill.parallelism)
-        check_fits(perf, decode.parallelism)
+        estimate_disaggregated(**asked, prefill=prefill, decode=decode, concurrency=concurrency)  # refuses what cannot be
         pool = Pool(parallelism=prefill.parallelism, batch=prefill.batch, replicas=prefill.replicas, role="prefill")
-        asked = concurrency or decode.batch * decode.replicas
         return MeasuredRow(
             **common,
             parallelism=decode.parallelism,
             replicas=decode.replicas,
-            concurrency=asked,
+            concurrency=concurrency or decode.batch * decode.replicas,
             prefill=pool,
             decode_batch=decode.batch,
         )
     if mode != "colocated":
         raise SpecError(f"mode={mode!r}: must be colocated or disaggregated")
-    parallelism = instance_of(row)
-    check_fits(perf, parallelism)
-    gpus = whole_number(row, "gpus", parallelism.gpus) or parallelism.gpus
-    if gpus % parallelism.gpus:
-        raise SpecError(f"gpus={gpus}: must be a multiple of the {parallelism.gpus} GPUs of one instance ({parallelism})")
-    replicas, batch = gpus // parallelism.gpus, whole_number(row, "batch")
+    parallelism, batch = instance_of(row), whole_number(row, "batch")
     if (concurrency is None) == (batch is None):
         raise SpecError(
             f"concurrency={row.get('concurrency', '')!r}: give either concurrency or batch, at which it was measured"
         )
+    gpus = whole_number(row, "gpus", parallelism.gpus) or parallelism.gpus
+    estimate(**asked, parallelism=parallelism, gpus=gpus, concurrency=concurrency, batch=batch)  # refuses what cannot be
+    replicas = gpus // parallelism.gpus
     return MeasuredRow(**common, parallelism=parallelism, replicas=replicas, concurrency=concurrency or replicas * (batch or 1))
+
+
+def _refuse_idle_cells(row: Mapping[str, str]) -> None:
+    """Refuse cells of a cases file that would change nothing here: rows stand at a fixed concurrency, by one acceptance."""
+    if row.get("rate"):
+        raise SpecError(
+            f"rate={row['rate']!r}: measured rows are at a fixed number in flight; give concurrency, the mean of it"
+        )
+    text = row.get("acceptance", "")
+    try:
+        other = bool(text) and float(text) != NO_DRAFT.acceptance
+    except ValueError:
+        other = True
+    if other:
+        raise SpecError(
+            f"acceptance={text!r}: leave it empty; measured rows are compared at the fitted one, {NO_DRAFT.acceptance:g}"
+        )
 
 
 def latency_s(row: Mapping[str, str], metric: str) -> float:
@@ -186,7 +203,7 @@ def _aiperf_json(path: Path, given: Mapping[str, str]) -> dict[str, str]:
     metrics = {}
     for metric, (name, _) in _AIPERF.items():
         found = data.get(name)
-        metrics[metric] = (found.get("avg"), found.get("unit", "")) if isinstance(found, dict) else (None, "")
+        metrics[metric] = (found.get("avg"), str(found.get("unit", ""))) if isinstance(found, dict) else (None, "")
     row = _aiperf_row(path, metrics)
     known = {"model": _model_name(config), "concurrency": str(phase.get("concurrency") or "")}
     return {**{k: v for k, v in known.items() if v}, **row, **given}
@@ -236,8 +253,10 @@ def _aiperf_row(path: Path, metrics: Mapping[str, tuple[Any, str]]) -> dict[str,
             raise TraceError(f"{path.name}: has no {name}; AIPerf writes it with --streaming")
         try:
             number = float(value)
-        except (TypeError, ValueError):
-            raise TraceError(f"{path.name}: {name} avg={value!r}: must be a number") from None
+        except (TypeError, ValueError, OverflowError):
+            raise TraceError(f"{path.name}: {name} avg={str(value)[:40]!r}: must be a number") from None
+        if not (math.isfinite(number) and number > 0):
+            raise TraceError(f"{path.name}: {name} avg={value!r}: must be a number above 0")
         if metric in PLAUSIBLE_S:
             if unit not in _UNITS_S:
                 raise TraceError(f"{path.name}: {name} unit={unit!r}: must be one of {', '.join(_UNITS_S)}")

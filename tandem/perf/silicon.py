@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +56,8 @@ class MeasuredRow:
     """Tokens drafted by multi-token prediction in each step; the rows do not state it (see `_draft_tokens`)."""
     decode_batch: int | None = None
     """Places of a decode instance, where the source states them beside a pool's concurrency."""
+    where: str = field(default="", compare=False)
+    """File and row that it was read from, for messages."""
 
 
 def sample_path() -> Path:
@@ -70,7 +72,7 @@ def sample_path() -> Path:
 
 
 def side_of(model_path: str, system: str, precision: str, isl: str, osl: str) -> Side:
-    """The split of facts/validation.md: a quarter of the groups, chosen by checksum, is for validation only."""
+    """The split of docs/accuracy.md: a quarter of the groups, chosen by checksum, is for validation only."""
     key = f"{model_path}|{system}|{precision}|{isl}|{osl}".encode()
     return "validation" if zlib.crc32(key) % 4 == 0 else "calibration"
 
@@ -92,7 +94,7 @@ def read_rows(path: Path) -> Iterator[MeasuredRow]:
             except TandemError as wrong:
                 raise TraceError(f"{where}: {wrong}") from None
             if measured is not None:
-                yield measured
+                yield replace(measured, where=where)
 
 
 def is_silicon_format(columns: Iterable[str]) -> bool:

@@ -54,6 +54,7 @@ def test_a_row_is_priced_as_the_function_prices_it(tmp_path: Path) -> None:
         ({"isl": "12.5"}, "isl='12.5'"),
         ({"isl": "-4"}, "isl='-4'"),
         ({"isl": "1e12"}, "isl=1000000000000"),
+        ({"concurrency": "1e17", "batch": ""}, "concurrency=100000000000000000"),
         ({"osl": "0"}, "osl='0'"),
         ({"tp": "0"}, "tp='0'"),
         ({"tp": "3"}, "tp=3"),
@@ -127,10 +128,11 @@ def test_pools_without_a_batch_take_one_prompt_a_group_and_share_the_concurrency
         ("model,hardware,isl\n", "has no column osl"),
         ("", "has no column model"),
         ("model,hardware,isl,osl\n", "holds no cases"),
+        ("model,hardware,isl,osl\na,b,1,2\na,b,1,2,3\n", "cells: their number"),
     ],
 )
 def test_columns_are_checked_before_anything_runs(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(TraceError, match=f"c.csv: {said}"):
+    with pytest.raises(TraceError, match=f"c.csv.*: {said}"):
         read_cases(write(tmp_path / "c.csv", text))
 
 

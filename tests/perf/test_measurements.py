@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from tandem.perf.measurements import LATENCIES, latency_s, read_measurements
 from tandem.perf.silicon import MeasuredRow
+from tandem.perf.validate import predict, refuse_wrong_units
 from tandem.spec.design import Parallelism, Pool
 from tandem.spec.errors import SpecError, TraceError
 
@@ -82,6 +84,34 @@ def test_a_disaggregated_row_has_both_pools(tmp_path: Path) -> None:
     assert found.concurrency == 96
 
 
+def test_drafted_tokens_are_read_and_the_fitted_acceptance_may_be_stated(tmp_path: Path) -> None:
+    (split,) = read(table(tmp_path / "m.csv", {**SPLIT, "draft_tokens": "2"}))
+    assert split.draft_tokens == 2
+    whole = {**ROW, "model": "deepseek-r1", "hardware": "b200-sxm", "precision": "fp4", "tp": "8"}
+    first, second = read(
+        table(tmp_path / "n.csv", {**whole, "draft_tokens": "3", "acceptance": "0.70"}, {**whole, "id": "b", "acceptance": ""})
+    )
+    assert (first.draft_tokens, second.draft_tokens) == (3, 0)
+
+
+def test_a_row_knows_where_it_stood(tmp_path: Path) -> None:
+    first, second = read(table(tmp_path / "m.csv", ROW, {**ROW, "id": "b"}))
+    assert (first.where, second.where) == ("m.csv row 1", "m.csv row 2")
+
+
+def test_a_latency_in_another_unit_is_refused_with_its_file_and_row(tmp_path: Path) -> None:
+    """4.5 s a token is plausible of some deployment, not of this one."""
+    rows = read(table(tmp_path / "m.csv", ROW, {**ROW, "id": "b", "tpot_s": "4.5"}))
+    with pytest.raises(TraceError, match=r"m.csv row 2: row 'b': tpot_s=4.5 is .* times what is predicted .*check its unit"):
+        refuse_wrong_units(predict(rows))
+
+
+def test_a_line_with_more_cells_than_columns_is_refused(tmp_path: Path) -> None:
+    file = table(tmp_path / "m.csv", ROW, {**ROW, "tpot_s": "0.0125,7"})
+    with pytest.raises(TraceError, match=r"m.csv row 2 \(line 3\): cells: their number is not that of the 11 columns"):
+        read(file)
+
+
 def test_options_fill_what_the_file_leaves_empty_and_nothing_else(tmp_path: Path) -> None:
     own = {**ROW, "tp": "", "id": "b"}
     without = [{k: v for k, v in r.items() if k != "hardware"} for r in (ROW, own)]
@@ -122,7 +152,13 @@ def test_an_aiperf_csv_needs_the_model_and_the_concurrency(tmp_path: Path) -> No
         ({"time_to_first_token": None}, "has no time_to_first_token; AIPerf writes it with --streaming"),
         ({"inter_token_latency": {"unit": "parsec", "avg": 1}}, "inter_token_latency unit='parsec': must be one of ns, us, ms"),
         ({"inter_token_latency": {"unit": "ms", "avg": "fast"}}, "inter_token_latency avg='fast': must be a number"),
-        ({"inter_token_latency": {"unit": "ms", "avg": -1.0}}, "tpot_s='-0.001': must be a number above 0"),
+        ({"inter_token_latency": {"unit": "ms", "avg": -1.0}}, "inter_token_latency avg=-1.0: must be a number above 0"),
+        ({"inter_token_latency": {"unit": "ms", "avg": math.nan}}, "inter_token_latency avg=nan: must be a number above 0"),
+        ({"inter_token_latency": {"unit": ["ms"], "avg": 10}}, "inter_token_latency unit=.*: must be one of"),
+        ({"time_to_first_token": {"unit": "ms", "avg": 10**400}}, "time_to_first_token avg='1000.*': must be a number"),
+        ({"input_sequence_length": {"avg": math.nan}}, "input_sequence_length avg=nan: must be a number above 0"),
+        ({"input_sequence_length": {"avg": -64}}, "input_sequence_length avg=-64: must be a number above 0"),
+        ({"output_sequence_length": {"avg": math.inf}}, "output_sequence_length avg=inf: must be a number above 0"),
         ({"input_config": ["odd"]}, "model='': must be given"),
         ({"input_config": {"phases": "odd", "models": {"items": 3}, "endpoint": "x", "loadgen": 7}}, "model='': must be given"),
         ({"input_config": {"phases": [{"type": "poisson", "rate": 3}]}}, "type='poisson': not measured at a fixed concurrency"),
@@ -162,12 +198,19 @@ def test_an_unusable_aiperf_export_is_refused(tmp_path: Path, changes: dict[str,
         ({"batch": "4"}, "concurrency='8': give either concurrency or batch"),
         ({"mode": "piggybacked"}, "mode='piggybacked': must be colocated or disaggregated"),
         ({"id": "first"}, "id='first': row 1 has it already"),
+        ({"isl": "99999999999"}, "isl=99999999999: must be a whole number from 1 to"),
+        ({"isl": "900000000"}, "isl=900000000: must be"),
+        ({"concurrency": "1e17"}, "concurrency=100000000000000000: must be a whole number from 1 to 1,000,000,000"),
+        ({"model": "deepseek-r1"}, "tp=2: deepseek-ai/DeepSeek-R1 with one sequence of 1,536 tokens needs"),
+        ({"rate": "2"}, "rate='2': measured rows are at a fixed number in flight"),
+        ({"acceptance": "0.9"}, "acceptance='0.9': leave it empty"),
+        ({"acceptance": "high"}, "acceptance='high': leave it empty"),
+        ({"draft_tokens": "3"}, "draft_tokens=3: Qwen/Qwen3-8B was published without multi-token prediction"),
+        ({"draft_tokens": "some"}, "draft_tokens='some': must be a whole number of at least 0"),
     ],
 )
 def test_a_bad_cell_is_refused_with_file_row_field_and_value(tmp_path: Path, changes: dict[str, str], words: str) -> None:
-    file = table(
-        tmp_path / "m.csv", {**ROW, "id": "first", "tpot_ms": "", "mode": "", "gpus": "", "batch": ""}, {**ROW, **changes}
-    )
+    file = table(tmp_path / "m.csv", {**dict.fromkeys(changes, ""), **ROW, "id": "first"}, {**ROW, **changes})
     with pytest.raises(TraceError, match=f"m.csv row 2: .*{words}"):
         read(file)
 
@@ -198,8 +241,10 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_files_are_put_together_and_their_ids_stay_apart(tmp_path: Path) -> None:
     one, two = table(tmp_path / "one.csv", ROW), table(tmp_path / "two.csv", {**ROW, "id": "b"})
     assert [r.row_id for r in read_measurements([one, two], {}, "calibration")] == ["a", "b"]
-    with pytest.raises(TraceError, match="id='a' is in two files"):
+    with pytest.raises(TraceError, match=r"three.csv row 1: id='a' is in two files \(one.csv row 1\)"):
         read_measurements([one, table(tmp_path / "three.csv", ROW)], {}, "calibration")
+    with pytest.raises(TraceError, match=r"one.csv row 1: id='a' is in two files"):
+        read_measurements([one, one], {}, "calibration")
 
 
 @pytest.mark.parametrize("name", LATENCIES)
