@@ -56,6 +56,26 @@ def test_a_rate_of_arrivals_agrees_with_the_simulation(isl: int, osl: int, share
     assert found.ttft_s[0] == pytest.approx(mean_ttft_s(jobs), rel=2 * AGREE)
 
 
+@pytest.mark.parametrize(
+    ("isl", "osl", "share", "tpot", "ttft"),
+    [
+        (1024, 128, 0.9, (-0.06, 0.0), (0.08, 0.2)),
+        (256, 512, 0.85, (-0.03, 0.02), (0.0, 0.13)),
+        (4096, 256, 0.85, (-0.13, -0.03), (-0.05, 0.1)),
+        (8192, 64, 0.85, (-0.28, -0.15), (-0.1, 0.1)),
+    ],
+)
+def test_near_saturation_tpot_is_low_and_ttft_high_as_the_concepts_page_says(
+    isl: int, osl: int, share: float, tpot: tuple[float, float], ttft: tuple[float, float]
+) -> None:
+    workload = Workload.fixed(isl, osl)
+    rate = share * float(IDEAL.colocated(ONE, one(200), workload).requests_per_s[0])
+    jobs = [job for seed in (1, 2, 3) for job in run_open(engine(IDEAL, workload), rate, 1500, seed=seed)]
+    found = open_loop(IDEAL, ONE, one(rate), workload, one(4000))
+    assert tpot[0] <= found.tpot_s[0] / mean_tpot_s(jobs) - 1 <= tpot[1]
+    assert ttft[0] <= found.ttft_s[0] / mean_ttft_s(jobs) - 1 <= ttft[1]
+
+
 def test_arrivals_in_groups_agree_with_the_simulation() -> None:
     workload, rate = Workload.fixed(4096, 64), 5.0
     jobs = run_open(engine(IDEAL, workload), rate, 6000, seed=2, together=4)
