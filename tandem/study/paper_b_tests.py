@@ -16,7 +16,7 @@ from tandem.study.paper_b_claims import (
     listed,
     r1_gains,
 )
-from tandem.study.paper_b_measures import Measures
+from tandem.study.paper_b_measures import PRINTED_RATIO, Measures
 from tandem.study.paper_b_space import BALANCED_LONG, BALANCED_SHORT, DECODE_HEAVY, PREFILL_HEAVY, mix_name
 
 PRINTED_NEED = {"R1": (0.40e9, 1.23e9), "R1 at 1M": (0.97e9, 1.82e9)}
@@ -38,9 +38,13 @@ def _t2(m: Measures) -> Verdict:
     common, own = ({k: getattr(s, side) for k, s in m.spans.items()} for side in ("common", "own"))
     holds = common["405B"] > common["70B"] > common["8B"] and common["8B"] < 2
     dense = ("405B", "70B", "8B")
+    sizes = [common[k] / (PRINTED_RATIO[k][0] / PRINTED_RATIO[k][1]) for k in dense]
+    near = all(0.5 <= s <= 2 for s in sizes)
     text = (
         "common range "
         + listed(dense, [common[k] for k in dense], 1)
+        + f"; that is {', '.join(f'{s:.1f}' for s in sizes)} times the printed: "
+        + ("order and size" if near else "the order only")
         + "; own ends "
         + listed(dense, [own[k] for k in dense], 0)
     )
@@ -125,7 +129,7 @@ def _why_t8(m: Measures) -> str:
 TESTS: tuple[Check, ...] = (
     Check(id="T1", title="R1 16k/2k: the ratio falls monotonically, at least 10 times", source=f"Figure 9 ({PIXELS})",
           printed="65 times", judge=_t1, why=_why_t1),
-    Check(id="T2", title="Span of the ratio: 405B > 70B > 8B, the last flat", source=f"Figure 9 ({PIXELS})",
+    Check(id="T2", title="Order of the ratio's spans: 405B > 70B > 8B, the last flat", source=f"Figure 9 ({PIXELS})",
           printed="10.4, 2.1 and 0.8 times", judge=_t2, why=why.why_span),
     Check(id="T3", title="Fixed ratios 3.5 and 0.5 against the optimum", source=f"Figure 10 ({PIXELS})",
           printed="3.5: at least 95 % relaxed, at most 20 % tight; 0.5: 35 to 50 % relaxed", judge=_t3, why=why.why_fixed),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +118,20 @@ def test_a_claim_without_a_reason_and_a_ragged_curve_are_refused() -> None:
         Claim(**{**asdict(claim), "why": " "})
     with pytest.raises(SpecError, match="x has 1, y 2"):
         Series(name="a", x=[1.0], y=[1.0, 2.0])
+
+
+def test_t2_says_whether_more_than_the_order_is_the_printed_one(measured: Measures) -> None:
+    judge = next(t for t in TESTS if t.id == "T2").judge
+
+    def spans(sizes: dict[str, float]) -> Measures:
+        return replace(measured, spans={k: s._replace(common_relaxed=sizes[k], common_tight=1.0) for k, s in found.items()})
+
+    found = {k: s for k, s in measured.spans.items() if k in ("405B", "70B", "8B")}
+    printed, ours = judge(spans({"405B": 10.4, "70B": 2.1, "8B": 0.8})), judge(spans({"405B": 239, "70B": 2.6, "8B": 1.3}))
+    assert printed.holds
+    assert ours.holds
+    assert "order and size" in printed.text
+    assert "23.1, 1.2, 1.7 times the printed: the order only" in ours.text
 
 
 @pytest.mark.slow
