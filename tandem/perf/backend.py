@@ -18,9 +18,10 @@ deviations.
 from __future__ import annotations
 
 import math
+import re
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 
 import yaml
 
-from tandem.spec.design import Evidence
+from tandem.spec.design import BACKENDS, Evidence
 from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec, MoE
@@ -178,14 +179,88 @@ class ServingFits:
 
 
 def parse_fits(text: str) -> ServingFits:
-    """Fits from the YAML that `tandem calibrate serving --out` writes; SpecError where it is not that."""
+    """Fits from the YAML that `tandem calibrate serving --out` writes; SpecError where it is not that.
+
+    Everything that `ServingFits.find` reads is checked here, once, so that looking a setting up cannot fail.
+    """
     try:
         data = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        spread = {m: {k: (float(v[0]), float(v[1])) for k, v in groups.items()} for m, groups in data["spread"].items()}
-        names = {f.name for f in fields(ServingFits)}
-        return ServingFits(**{k: v for k, v in data.items() if k in names and k != "spread"}, spread=spread)
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as wrong:
-        raise SpecError(f"serving fits: not what `tandem calibrate serving --out` writes ({wrong})") from None
+        top = _entries("", data)
+        common = {m: _deviations(f"common.{m}", _entry(top, "common", m), m) for m in TERMS}
+        groups = _entries("groups", top.get("groups"))
+        backends = {_check_group(name, group) for name, group in groups.items()}
+        if alone := sorted(backends - set(groups)):
+            raise SpecError(f"groups: has no {alone[0]!r}, which others deviate from")
+        spread = {m: _intervals(m, _entry(top, "spread", m), backends) for m in TERMS}
+        kept = {k: _entries(k, top[k]) for k in ("models", "provenance") if top.get(k)}
+        return ServingFits(common=common, groups=groups, spread=spread, **kept)
+    except (yaml.YAMLError, SpecError, ValueError, RecursionError) as wrong:
+        why = " ".join(str(wrong).split())
+        raise SpecError(f"serving fits: not what `tandem calibrate serving --out` writes ({why})") from None
+
+
+MAX_LOG = 10.0
+"""Largest deviation that a file may hold: a factor of 22 thousand is no serving backend, it is a slip."""
+_SETTING = re.compile(r"(\S+) on .+ with [0-9a-f]{8} in \S+(?: in pools)?")
+_ARITHMETIC = re.compile(r"(\S+) with [0-9a-f]{8}")
+_SHARED = re.compile(r"(\S+)(?: on .+| with \S+| in pools)?")
+
+
+def _entries(where: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict) or not value or not all(isinstance(key, str) for key in value):
+        raise SpecError(f"{where or 'file'}={str(value)[:40]!r}: must be a mapping of names, and hold some")
+    return value
+
+
+def _entry(top: Mapping[str, Any], section: str, metric: Metric) -> object:
+    return _entries(section, top.get(section)).get(metric)
+
+
+def _require(where: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise SpecError(f"{where}={str(value)[:40]!r}: must be a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _deviations(where: str, value: object, metric: Metric) -> dict[str, float]:
+    terms = _entries(where, value)
+    if unknown := [name for name in terms if name not in TERMS[metric]]:
+        raise SpecError(f"{where}.{unknown[0]}: no term of {metric}; they are {', '.join(TERMS[metric])}")
+    return {name: _require(f"{where}.{name}", log, -MAX_LOG, MAX_LOG) for name, log in terms.items()}
+
+
+def _check_group(name: str, group: object) -> str:
+    """Checks one group as its level (`group_keys`) is read, and names its backend."""
+    where, setting = f"groups.{name}", _SETTING.fullmatch(name)
+    found = setting or _ARITHMETIC.fullmatch(name) or _SHARED.fullmatch(name)
+    if found is None or found[1] not in BACKENDS:
+        raise SpecError(f"{where}: no name of a group; it starts with one of {', '.join(BACKENDS)}")
+    entry = _entries(where, group)
+    for metric in TERMS:
+        if found.re is _SHARED:
+            _deviations(f"{where}.{metric}", entry.get(metric), metric)
+        else:
+            _require(f"{where}.{metric}", entry.get(metric), -MAX_LOG, MAX_LOG)
+    for key in ("num_rows", "sequences_max", "isl_max") if setting or name in BACKENDS else ():
+        _require(f"{where}.{key}", entry.get(key), 0.0, 1e12)
+    return found[1]
+
+
+def _intervals(metric: Metric, value: object, backends: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """10th and 90th percentiles by `evidence backend [family]`."""
+    found: dict[str, tuple[float, float]] = {}
+    for name, pair in _entries(f"spread.{metric}", value).items():
+        where = f"spread.{metric}.{name}"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise SpecError(f"{where}={str(pair)[:40]!r}: must be two numbers, [low, high]")
+        low, high = (_require(where, end, 1e-6, 1e6) for end in pair)
+        if low > high:
+            raise SpecError(f"{where}={pair}: the first must not be above the second")
+        found[name] = low, high
+    for name in (f"{evidence} {backend}" for evidence in ("calibrated", "transferred") for backend in sorted(backends)):
+        if name not in found:
+            raise SpecError(f"spread.{metric}: has no {name!r}")
+    return found
 
 
 @cache
