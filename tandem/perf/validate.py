@@ -174,9 +174,9 @@ def refuse_wrong_units(p: Predictions) -> None:
         wrong = np.flatnonzero((typical > UNIT_FACTOR) | (typical < 1.0 / UNIT_FACTOR))
         if len(wrong):
             row = p.rows[int(wrong[0])]
-            where = f"{row.where}: " if row.where else ""
+            at = f"{row.where}: " if row.where else ""
             raise TraceError(
-                f"{where}row {row.row_id!r}: {metric}={getattr(row, metric):g} is {factor[wrong[0]]:,.3g} times what is predicted "
+                f"{at}row {row.row_id!r}: {metric}={getattr(row, metric):g} is {factor[wrong[0]]:,.3g} times what is predicted "
                 f"({getattr(p, metric)[wrong[0]]:.3g} s); check its unit: {metric} is seconds, {metric[:-1]}ms milliseconds"
             )
 
