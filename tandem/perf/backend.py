@@ -56,8 +56,8 @@ Metric = str
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackendFit:
     """Coefficients of one backend for one model, GPU and weight format, and the 10th and 90th percentile of measured /
-    predicted. The defaults are what physics expects before any serving row is seen; `scoped` says where rows stood:
-    beyond twice their batch or prompt a prediction is `transferred`."""
+    predicted. The defaults are what physics expects before any serving row is seen; the fields of DOMAIN say where rows
+    stood: a prediction far beyond is `transferred` (`PerfModel.evidence`)."""
 
     step_s: float = 2e-3
     sequence_s: float = 1e-5
@@ -79,6 +79,9 @@ class BackendFit:
     num_rows: int = 0
     sequences_max: float = 0.0
     isl_max: float = 0.0
+    gpus_max: float = 0.0
+    pp_max: float = 1.0
+    drafts_max: float = 0.0
     tpot_p10: float = 0.5
     tpot_p90: float = 2.0
     ttft_p10: float = 0.5
@@ -93,8 +96,9 @@ class BackendFit:
 PHYSICS = BackendFit()
 """The defaults of every coefficient: what a deviation of 0 means."""
 
-KERNELS_ONLY = BackendFit(step_s=0.0, sequence_s=0.0, launch=1.0, imbalance=0.0, host_s=0.0, burst=0.0)
-"""No serving software at all: kernels back to back. Its interval is a guess of a factor of two, and evidence says so."""
+KERNELS_ONLY = BackendFit(step_s=0.0, sequence_s=0.0, launch=1.0, imbalance=0.0, host_s=0.0, burst=0.0, ttft_p90=16.0)
+"""No serving software at all: kernels back to back. Evidence says so; TPOT's interval is a factor of two. TTFT at a fixed
+concurrency, with all that servers add, is 1.5 to 16 times as much on the calibration rows of three backends."""
 
 
 def fingerprint(model: ModelSpec) -> str:
@@ -121,12 +125,24 @@ def group_keys(backend: str, hardware: HardwareSpec, model: ModelSpec, weights: 
         f"{backend} with {fit_family(model)}",
         f"{backend} in pools" if split else "",
         f"{backend} with {arch}",
-        f"{backend} on {hardware.name} with {arch} in {weights}",
+        f"{backend} on {hardware.name} with {arch} in {weights}{' in pools' if split else ''}",
     )
 
 
 SHARED_LEVELS = 4
 """The first so many of `group_keys` deviate term by term, the rest by one factor over all of a metric's terms."""
+
+
+def _spread_kind(model: ModelSpec, split: bool) -> str:
+    """Whose residuals a prediction takes. Of a hybrid without experts nothing was measured: it takes those of all families."""
+    if split:
+        return "pools"
+    family = fit_family(model)
+    return family if family == model.family else "of any family"
+
+
+DOMAIN = ("sequences_max", "isl_max", "gpus_max", "pp_max", "drafts_max")
+"""Fields of BackendFit that say where rows stood."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +169,19 @@ class ServingFits:
             raise SpecError(f"fits={str(path)!r}: {wrong}") from None
 
     def find(
-        self, backend: str, hardware: HardwareSpec, model: ModelSpec, weights: str, split: bool = False
+        self,
+        backend: str,
+        hardware: HardwareSpec,
+        model: ModelSpec,
+        weights: str,
+        split: bool = False,
+        label: Evidence | None = None,
     ) -> tuple[BackendFit, Evidence]:
-        """Coefficients for a setting. `calibrated` where rows of this model on this GPU in this format were fitted;
-        `transferred` where only wider groups know it; `roofline` and KERNELS_ONLY for a backend nobody measured."""
+        """Coefficients for a setting. `calibrated` where rows of this model on this GPU in this format, in pools or not, were
+        fitted; `transferred` where only wider groups know it; `roofline` and KERNELS_ONLY for a backend nobody measured.
+        The percentiles are those of `label`, for a prediction that rests on less than its setting; without it, of the setting:
+        where the model and the GPU generation were measured, only not together, those of rows whose setting was left out.
+        """
         keys = group_keys(backend, hardware, model, weights, split)
         if keys[0] not in self.groups:
             return KERNELS_ONLY, "roofline"
@@ -170,11 +195,14 @@ class ServingFits:
                     deviation = self.groups.get(key, {}).get(metric, 0.0)
                     log += deviation.get(term, 0.0) if level < SHARED_LEVELS and deviation else deviation or 0.0
                 values[term] = getattr(PHYSICS, term) * math.exp(log)
-            group = f"{evidence} {backend}"
-            finer = self.spread[metric].get(f"{group} {'pools' if split else fit_family(model)}", self.spread[metric][group])
+            near = own is None and label is None and keys[1] in self.groups and keys[-2] in self.groups
+            group = f"{'near' if near else label or evidence} {backend}"
+            if group not in self.spread[metric]:
+                group = f"{evidence} {backend}"
+            finer = self.spread[metric].get(f"{group} {_spread_kind(model, split)}", self.spread[metric][group])
             values |= dict(zip((f"{metric}_p10", f"{metric}_p90"), finer, strict=True))
         widest = own or self.groups[keys[0]]
-        values |= {k: float(widest[k]) for k in ("sequences_max", "isl_max")} | {"num_rows": int(widest["num_rows"])}
+        values |= {k: float(widest[k]) for k in DOMAIN} | {"num_rows": int(widest["num_rows"])}
         return BackendFit(**values), evidence
 
 
@@ -241,7 +269,7 @@ def _check_group(name: str, group: object) -> str:
             _deviations(f"{where}.{metric}", entry.get(metric), metric)
         else:
             _require(f"{where}.{metric}", entry.get(metric), -MAX_LOG, MAX_LOG)
-    for key in ("num_rows", "sequences_max", "isl_max") if setting or name in BACKENDS else ():
+    for key in (*DOMAIN, "num_rows") if setting or name in BACKENDS else ():
         _require(f"{where}.{key}", entry.get(key), 0.0, 1e12)
     return found[1]
 

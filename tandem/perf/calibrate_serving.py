@@ -19,6 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from tandem.perf.backend import (
+    DOMAIN,
     PHYSICS,
     SHARED_LEVELS,
     TERMS,
@@ -32,7 +33,7 @@ from tandem.perf.backend import (
 from tandem.perf.costs import Layout
 from tandem.perf.hierarchy import Hierarchy, Level, fit_hierarchy
 from tandem.perf.phases import PerfModel
-from tandem.perf.pools import PrefillPool, prompt_times
+from tandem.perf.pools import PrefillPool, exposed_transfer_s, prompt_times
 from tandem.perf.silicon import MeasuredRow
 from tandem.spec.errors import TandemError
 from tandem.spec.workload import Workload
@@ -103,6 +104,11 @@ def served_batch(perf: PerfModel, layout: Layout, concurrency: Array, workload: 
     return np.clip(use.max_batch(layout), 1.0, concurrency)
 
 
+def decode_slots(rows: Sequence[MeasuredRow]) -> Array:
+    """Largest batch of a decode instance that disaggregated rows state."""
+    return np.array([np.inf if r.decode_batch is None else float(r.decode_batch) for r in rows])
+
+
 def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
     """The terms of rows that `group_rows` put together."""
     first = rows[0]
@@ -114,7 +120,7 @@ def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
     if split:
         # Of the requests in flight those decode that are not in their first token: Little's law on the measured times.
         decoding = [r.tpot_s * (r.osl - 1) / (r.ttft_s + r.tpot_s * (r.osl - 1)) for r in rows]
-        batch = np.clip(asked * decoding, 1.0, batch)
+        batch = np.clip(asked * decoding, 1.0, np.minimum(batch, decode_slots(rows)))
     load = perf.decode_load(layout, batch, workload)
     launch, work = perf.pricer.classes(layout, load)
     seqs = np.asarray(load.decode_seqs)
@@ -122,6 +128,7 @@ def row_terms(rows: Sequence[MeasuredRow]) -> RowTerms:
         times = prompt_times(perf, prefill_arrays(rows), workload, np.array([float(r.concurrency) for r in rows]))
         tpot_s = np.array([r.tpot_s for r in rows])
         prompt_s = times.prompt_s(times.alone_s + tpot_s * max(first.osl - 1.0, 1.0)) * one
+        prompt_s = prompt_s + exposed_transfer_s(perf, prefill_arrays(rows).layout, workload, prompt_s)
         burst_s, cycle_s = (np.asarray(x) * one for x in (times.burst_s, times.cycle_s))
         stall_s, waiting = 0.0 * one, 0.0 * one
     else:
@@ -173,6 +180,13 @@ class Table:
             parts.append(row_terms(group))
         keys = [group_keys(r.backend, r.hardware, r.model, r.precision.weights, r.prefill is not None) for r in members]
         return cls(members, RowTerms(*(np.concatenate(column) for column in zip(*parts, strict=True))), list(keys))
+
+    def domain(self, i: int) -> tuple[float, ...]:
+        """Where a row stood, in the order of backend.DOMAIN."""
+        row = self.rows[i]
+        pools = [row.parallelism] + ([row.prefill.parallelism] if row.prefill else [])
+        stages = max(p.pp * p.cpp for p in pools)
+        return float(self.terms.sequences[i]), row.isl, max(p.gpus for p in pools), stages, row.draft_tokens
 
     def measured(self, metric: str) -> Array:
         """Measured seconds of a metric."""
@@ -249,19 +263,24 @@ def calibrate_serving(rows: Iterable[MeasuredRow], progress: Callable[[str], Non
     table = Table.of(kept, progress)
     progress("fitting")
     fits = table.fit()
-    groups = _groups(table, fits)
-    common = {m: dict(zip(TERMS[m], _rounded(fits[m].common), strict=True)) for m in TERMS}
     models = {fingerprint(r.model): r.model.name for r in reversed(kept)}
-    return ServingFits(common=common, groups=groups, spread=_spread(table, progress), models=models)
+    return ServingFits(
+        common=common_terms(fits), groups=group_entries(table, fits), spread=_spread(table, progress), models=models
+    )
 
 
 def _rounded(values: Array) -> list[float]:
     return [round(float(v), 4) for v in values]
 
 
-def _groups(table: Table, fits: dict[str, Hierarchy]) -> dict[str, dict[str, Any]]:
+def common_terms(fits: dict[str, Hierarchy]) -> dict[str, dict[str, float]]:
+    """What all backends share, by metric and term."""
+    return {m: dict(zip(TERMS[m], _rounded(fits[m].common), strict=True)) for m in TERMS}
+
+
+def group_entries(table: Table, fits: dict[str, Hierarchy]) -> dict[str, dict[str, Any]]:
+    """Each group's rows, deviations and, where ServingFits.find asks for it, domain."""
     groups: dict[str, dict[str, Any]] = {}
-    sequences, isl = table.terms.sequences, np.array([r.isl for r in table.rows])
     for level in range(len(table.keys[0])):
         names = np.array([key[level] for key in table.keys])
         for name in np.unique(names[names != ""]):
@@ -271,7 +290,8 @@ def _groups(table: Table, fits: dict[str, Hierarchy]) -> dict[str, dict[str, Any
                 values = _rounded(fits[metric].deviations[str(name)])
                 entry[metric] = dict(zip(terms, values, strict=True)) if level < SHARED_LEVELS else values[0]
             if level in (0, len(table.keys[0]) - 1):
-                entry |= {"sequences_max": float(sequences[inside].max()), "isl_max": float(isl[inside].max())}
+                stood = np.array([table.domain(int(i)) for i in np.flatnonzero(inside)]).max(axis=0)
+                entry |= dict(zip(DOMAIN, (float(x) for x in stood), strict=True))
             groups[str(name)] = entry
     return groups
 
@@ -280,6 +300,7 @@ def _spread(table: Table, progress: Callable[[str], None]) -> dict[str, dict[str
     """10th and 90th percentile of measured / predicted of held-out rows, by metric and `evidence backend [family]`."""
     cuts = {
         "calibrated": [[fold_of(r) for r in table.rows]],
+        "near": [[key[-1] for key in table.keys]],
         "transferred": [[fingerprint(r.model) for r in table.rows], [r.hardware.name for r in table.rows]],
     }
     ratios: dict[str, dict[str, list[Array]]] = {m: defaultdict(list) for m in TERMS}
@@ -301,6 +322,12 @@ def _spread(table: Table, progress: Callable[[str], None]) -> dict[str, dict[str
                 continue
             low, high = np.quantile(np.array(values), [0.1, 0.9])
             spread[metric][name] = (round(float(low), 4), round(float(high), 4))
+    for metric in ratios:
+        for name in [n for n in spread[metric] if n.startswith("transferred ")]:  # never surer of what nobody measured
+            own = name.replace("transferred", "calibrated", 1)
+            if own in spread[metric]:
+                (low, high), (low_own, high_own) = spread[metric][name], spread[metric][own]
+                spread[metric][name] = min(low, low_own), max(high, high_own)
     for intervals in spread.values():  # too few rows to hold anything out: a factor of two, as for KERNELS_ONLY
         for backend in {key[0] for key in table.keys}:
             for evidence in cuts:

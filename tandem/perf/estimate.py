@@ -13,8 +13,8 @@ from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.divide import refuse_parallelism
 from tandem.perf.memory import MemoryUse
 from tandem.perf.open_loop import OpenLoop, open_loop, open_loop_pools
-from tandem.perf.phases import ACCEPTANCE, PerfModel
-from tandem.perf.pools import DecodePool, PrefillPool, SplitTime, split_times
+from tandem.perf.phases import ACCEPTANCE, Basis, PerfModel
+from tandem.perf.pools import DecodePool, PrefillPool, SplitTime, pools_basis, split_times
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import BACKENDS, Estimate, Parallelism, Precision
 from tandem.spec.errors import Infeasible, SpecError
@@ -196,8 +196,9 @@ def _colocated(
     else:
         served = perf.colocated(it.layout, batch, workload, closed_loop=True, waiting=float(waiting))
     load = perf.decode_load(it.layout, batch, workload)
-    rate = float(served.requests_per_s[0]) / it.parallelism.gpus
-    return _result(perf, it.layout, load, served.ttft_s, served.tpot_s, rate * workload.mean_osl, max_batch, memory, it.batch)
+    per_gpu = float(served.requests_per_s[0]) / it.parallelism.gpus * workload.mean_osl
+    basis = perf.basis(it.layout, load, as_measured=mode == "colocated")
+    return _result(perf, it.layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, it.batch, basis)
 
 
 def _at_rate(perf: PerfModel, p: Parallelism, replicas: int, workload: Workload, mode: str, rate: float) -> EstimateResult:
@@ -207,7 +208,8 @@ def _at_rate(perf: PerfModel, p: Parallelism, replicas: int, workload: Workload,
     memory, _ = _memory(perf, p, workload, _requests(served, rate))
     load = perf.decode_load(layout, served.batch + 1.0, workload)
     per_gpu = rate * workload.mean_osl / (replicas * p.gpus)
-    found = _result(perf, layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, _requests(served, rate))
+    basis, batch = perf.basis(layout, load, as_measured=False), _requests(served, rate)
+    found = _result(perf, layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, batch, basis)
     return replace(found, tokens_per_s_per_gpu=_exactly(found.tokens_per_s_per_gpu))
 
 
@@ -245,7 +247,8 @@ def estimate_disaggregated(
     arrivals (perf.open_loop).
 
     `decode.batch` is the largest batch of a decode instance. `concurrency` counts the requests of the whole deployment and
-    defaults to all decode slots; those that are being prefilled, or wait for it, do not decode.
+    defaults to all decode slots; those that are being prefilled, or wait for it, do not decode, and those beyond the slots wait
+    for one, which TTFT includes.
     """
     perf = replace(
         perf_model(model, hardware, precision, backend, fits),
@@ -258,25 +261,29 @@ def estimate_disaggregated(
     if concurrency is not None and requests_per_s is not None:
         raise SpecError(f"concurrency={concurrency}, requests_per_s={requests_per_s}: give one of them")
     workload = _fixed(isl, osl)
-    _memory(perf, prefill.parallelism, Workload.fixed(isl, 1), prefill.batch)
+    slots = decode.batch * decode.replicas
+    asked = slots if concurrency is None else require_int("concurrency", concurrency)
+    _, most_prompts = _memory(perf, prefill.parallelism, Workload.fixed(isl, 1), prefill.batch)
     memory, max_batch = _memory(perf, decode.parallelism, workload, decode.batch)
-    prompts = PrefillPool(prefill.layout, np.array([float(prefill.batch)]), np.array([float(prefill.replicas)]))
-    limit = np.array([float(min(decode.batch, max_batch))])
-    decoding = DecodePool(decode.layout, limit, np.array([float(decode.replicas)]))
+    prompts = PrefillPool(
+        prefill.layout, np.array([float(min(prefill.batch, most_prompts))]), np.array([float(prefill.replicas)])
+    )
+    limit = min(decode.batch, max_batch)
+    decoding = DecodePool(decode.layout, np.array([float(limit)]), np.array([float(decode.replicas)]))
     gpus = prefill.replicas * prefill.parallelism.gpus + decode.replicas * decode.parallelism.gpus
     served: OpenLoop | SplitTime
     if requests_per_s is not None:
         rate = require_number("requests_per_s", requests_per_s)
         served = open_loop_pools(perf, prompts, decoding, np.array([rate]), workload)
-        batch = _requests(served, rate)
+        batch, waiting = _requests(served, rate), 0
     else:
-        slots = decode.batch * decode.replicas
-        asked = slots if concurrency is None else require_int("concurrency", concurrency)
         served = split_times(perf, prompts, decoding, workload, np.array([float(asked)]))
         rate, batch = float(served.requests_per_s[0]), max(1, round(float(served.batch[0])))
+        waiting = max(0, asked - limit * decode.replicas)
+    basis = pools_basis(perf, prompts, decode.layout, served.batch, workload, as_measured=requests_per_s is None)
     load = perf.decode_load(decode.layout, served.batch, workload)
-    per_gpu = rate * osl / gpus
-    found = _result(perf, decode.layout, load, served.ttft_s, served.tpot_s, per_gpu, max_batch, memory, batch)
+    times, per_gpu = (served.ttft_s, served.tpot_s), rate * osl / gpus
+    found = replace(_result(perf, decode.layout, load, *times, per_gpu, max_batch, memory, batch, basis), waiting=waiting)
     if requests_per_s is not None:
         found = replace(found, tokens_per_s_per_gpu=_exactly(found.tokens_per_s_per_gpu))
     return found
@@ -292,11 +299,11 @@ def _result(
     max_batch: int,
     memory: dict[str, float],
     batch: int,
+    basis: Basis,
 ) -> EstimateResult:
     times = {"ttft_s": float(ttft_s[0]), "tpot_s": float(tpot_s[0]), "tokens_per_s_per_gpu": per_gpu}
-    found = intervals(perf, layout, load, **times)
-    evidence = found["tpot_s"].evidence
-    return EstimateResult(**found, max_batch=max_batch, memory=memory, evidence=evidence, batch=batch, waiting=0)
+    found = intervals(perf, layout, load, **times, basis=basis)
+    return EstimateResult(**found, max_batch=max_batch, memory=memory, evidence=basis.evidence, batch=batch, waiting=0)
 
 
 def intervals(
@@ -308,9 +315,12 @@ def intervals(
     tpot_s: float,
     tokens_per_s_per_gpu: float,
     margin: float = 1.0,
+    basis: Basis | None = None,
 ) -> dict[str, Estimate]:
-    """The four predictions with the intervals that the backend's residuals give; `margin` widens throughput downwards."""
-    evidence, fit = perf.evidence(layout, load), perf.backend_fit
+    """The four predictions with the intervals that the residuals of their basis (by default the load's) give; `margin` widens
+    throughput downwards."""
+    evidence, backend = basis or perf.basis(layout, load)
+    fit = perf.fit_for(backend)
     tpot_low, tpot_high = min(fit.tpot_p10, 1.0), max(fit.tpot_p90, 1.0)
     ttft_low, ttft_high = min(fit.ttft_p10, 1.0), max(fit.ttft_p90, 1.0)
     tpot = Estimate(value=tpot_s, low=tpot_s * tpot_low, high=tpot_s * tpot_high, evidence=evidence)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tandem.perf.backend import KERNELS_ONLY, SHARED_LEVELS, TERMS, ServingFits, fingerprint, load_serving_fits
-from tandem.perf.calibrate_serving import Table
+from tandem.perf.backend import KERNELS_ONLY, ServingFits, fingerprint, load_serving_fits
+from tandem.perf.calibrate_serving import Table, common_terms, group_entries
 from tandem.perf.silicon import MeasuredRow
 from tandem.perf.validate import METRICS, ErrorSet, FitOf, Predictions, Progress, errors_of, predict
 
@@ -70,20 +69,7 @@ def leave_one_out(rows: Sequence[MeasuredRow], progress: Progress = lambda _: No
 def refit(table: Table) -> ServingFits:
     """Serving fits of the rows of a table with the intervals of the shipped ones."""
     fits = table.fit()
-    groups: dict[str, dict[str, object]] = defaultdict(dict)
-    sequences, isl = table.terms.sequences, np.array([float(r.isl) for r in table.rows])
-    for level in range(len(table.keys[0])):
-        names = np.array([key[level] for key in table.keys])
-        for name in sorted(set(names) - {""}):
-            inside = names == name
-            groups[name] = {"num_rows": int(inside.sum())}
-            groups[name] |= {"sequences_max": float(sequences[inside].max()), "isl_max": float(isl[inside].max())}
-            for metric, terms in TERMS.items():
-                deviation = fits[metric].deviations[name]
-                by_term = dict(zip(terms, map(float, deviation), strict=False))
-                groups[name][metric] = by_term if level < SHARED_LEVELS else float(deviation[0])
-    common = {m: dict(zip(terms, map(float, fits[m].common), strict=True)) for m, terms in TERMS.items()}
-    return ServingFits(common=common, groups=groups, spread=load_serving_fits().spread)
+    return ServingFits(common=common_terms(fits), groups=group_entries(table, fits), spread=load_serving_fits().spread)
 
 
 def fit_finder(fits: ServingFits) -> FitOf:

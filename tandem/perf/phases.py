@@ -7,6 +7,7 @@ part of these times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -45,6 +46,19 @@ class ServeTime(NamedTuple):
     tpot_s: Result
     requests_per_s: Result
     feasible: NDArray[np.bool_]
+
+
+class Basis(NamedTuple):
+    """What a prediction rests on in all, and how well its backend is known: whose residuals give its interval. A setting that
+    was measured end to end on borrowed kernel curves is `transferred`, with the residuals of what was measured."""
+
+    evidence: Evidence
+    backend: Evidence
+
+    @classmethod
+    def weakest(cls, parts: Sequence[Basis]) -> Basis:
+        """That of a whole: of each the weakest of its parts."""
+        return cls(weakest([p.evidence for p in parts]), weakest([p.backend for p in parts]))
 
 
 def prompt_wait_s(prompt_s: Array, requests_per_s: Array, others: Array) -> Result:
@@ -114,14 +128,28 @@ class PerfModel:
         """What the serving backend makes of the kernels."""
         return self.given_fit or self._found[0]
 
-    def evidence(self, layout: Layout, load: StepLoad) -> Evidence:
-        """What a prediction of this load rests on: the weaker of kernels and backend, the latter within twice its rows."""
+    def evidence(self, layout: Layout, load: StepLoad, *, as_measured: bool = True) -> Evidence:
+        """What a prediction of this load rests on."""
+        return self.basis(layout, load, as_measured=as_measured).evidence
+
+    def basis(self, layout: Layout, load: StepLoad, *, as_measured: bool = True) -> Basis:
+        """What a prediction of this load rests on: the weaker of kernels and backend, the latter within twice the batch, length
+        and GPUs of its rows, no more pipeline stages and drafts than theirs, and served `as_measured`: at a fixed number of
+        requests in flight, prompts whole between decode steps or in pools of their own."""
         fit, backend = self._found
         seqs, tokens = np.max(load.decode_seqs), np.max(load.context) + np.max(load.isl)
-        beyond = seqs > 2 * fit.sequences_max or tokens > 2 * fit.isl_max
-        if backend == "calibrated" and beyond:
+        beyond = seqs > 2 * fit.sequences_max or tokens > 2 * fit.isl_max or np.max(layout.gpus) > 2 * fit.gpus_max
+        beyond |= np.max(layout.pp * layout.cpp) > fit.pp_max or self.draft_tokens > fit.drafts_max
+        if backend == "calibrated" and (beyond or not as_measured):
             backend = "transferred"
-        return weakest([self.pricer.evidence(layout, load), backend])
+        return Basis(weakest([self.pricer.evidence(layout, load), backend]), backend)
+
+    def fit_for(self, label: Evidence) -> BackendFit:
+        """The backend's fit with the percentiles of predictions whose backend is known so well."""
+        if self.given_fit is not None or label == self._found[1] or self._found[1] == "roofline":
+            return self.backend_fit
+        fits = self.fits or load_serving_fits()
+        return fits.find(self.backend, self.hardware, self.model, self.precision.weights, self.split, label)[0]
 
     def _host_s(self, seqs: Array) -> Array:
         fit = self.backend_fit

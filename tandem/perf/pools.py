@@ -1,7 +1,7 @@
 """Prefill and decode in pools of their own, at a fixed number of requests in flight: TTFT, TPOT, rate and decode batch.
 
 Requests circulate: N = rate * (TTFT + TPOT * (OSL - 1)), the decode pool holds those that are decoding, and where prompts are
-done more slowly than decoding would take them, the rest waits for the prefill pool.
+done more slowly than decoding would take them, the rest waits for the prefill pool; where decode slots are too few, for one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.costs import Layout
+from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.ops import Array
-from tandem.perf.phases import PerfModel
+from tandem.perf.phases import Basis, PerfModel
+from tandem.spec.model import MLA, Attention, GatedDeltaNet, Mamba2
 from tandem.spec.workload import Workload
 
 Result = NDArray[np.float64]
@@ -60,7 +61,7 @@ def exposed_transfer_s(perf: PerfModel, layout: Layout, workload: Workload, prom
     3.2). The state of one prompt is s0 + k * isl bytes, cut over the GPUs that hold it uniquely.
     """
     seconds = perf.memory.sequence_bytes(layout, workload.mean_isl) / perf.hardware.scale_out_bytes_per_s
-    last = 1.0 / len(perf.model.layers)
+    last = 1.0 / sum(count for mixer, count in perf.model.mixers if isinstance(mixer, (Attention, MLA, Mamba2, GatedDeltaNet)))
     return np.asarray(np.maximum(seconds * last, seconds - prompt_s * (1.0 - last)))
 
 
@@ -74,8 +75,9 @@ class SplitTime(NamedTuple):
 
 
 def prompt_times(perf: PerfModel, pool: PrefillPool, workload: Workload, concurrency: Array) -> PromptTimes:
-    """What prompts take in a prefill pool that `concurrency` requests go through."""
+    """What prompts take in a prefill pool that `concurrency` requests go through; no more come together than there are."""
     groups = pool.layout.dp * pool.layout.pp
+    pool = pool._replace(batch=np.minimum(pool.batch, np.ceil(concurrency / pool.replicas)))
     together = np.ceil(pool.batch / groups)
     alone, crowded = (
         perf.prefill_kernels_s(pool.layout, together, workload.mean_isl, 1.0, busy_groups=share)
@@ -83,6 +85,16 @@ def prompt_times(perf: PerfModel, pool: PrefillPool, workload: Workload, concurr
     )
     rate = pool.replicas * perf.prefill(pool.layout, pool.batch, workload).requests_per_s
     return PromptTimes(alone, crowded, crowded / together * concurrency / (pool.replicas * groups), concurrency / rate)
+
+
+def pools_basis(
+    perf: PerfModel, prefill: PrefillPool, decode: Layout, batch: Array, workload: Workload, *, as_measured: bool = True
+) -> Basis:
+    """What a prediction of two pools rests on: the weaker of its prompts and its decode steps."""
+    together = np.ceil(prefill.batch / (prefill.layout.dp * prefill.layout.pp))
+    prompts = StepLoad(prefill_seqs=together, isl=workload.mean_isl)
+    loads = (prefill.layout, prompts), (decode, perf.decode_load(decode, batch, workload))
+    return Basis.weakest([perf.basis(layout, load, as_measured=as_measured) for layout, load in loads])
 
 
 def split_times(perf: PerfModel, prefill: PrefillPool, decode: DecodePool, workload: Workload, concurrency: Array) -> SplitTime:
@@ -94,9 +106,11 @@ def split_times(perf: PerfModel, prefill: PrefillPool, decode: DecodePool, workl
     for _ in range(ROUNDS):
         tpot = perf.decode_tpot_s(decode.layout, np.maximum(batch, 1.0), workload)
         prompt = times.prompt_s(prompt + tpot * steps)
+        prompt = prompt + exposed_transfer_s(perf, prefill.layout, workload, prompt)
         queue = np.maximum(times.cycle_s - prompt - tpot * steps, 0.0)
-        sent = exposed_transfer_s(perf, prefill.layout, workload, fit.prompt * prompt)
-        ttft = fit.host_s + fit.prompt * prompt + sent + fit.burst * times.burst_s + fit.queue * queue + fit.pause * tpot
+        ttft = fit.host_s + fit.prompt * prompt + fit.burst * times.burst_s + fit.queue * queue + fit.pause * tpot
+        # Nothing decodes faster than all decode slots: what they cannot take waits for one.
+        ttft = np.maximum(ttft, (share / decode.batch_limit - 1.0) * tpot * steps)
         decoding = share * tpot * steps / (ttft + tpot * steps)
         batch = (batch + np.clip(decoding, 1.0, decode.batch_limit)) / 2.0
     return SplitTime(*np.broadcast_arrays(ttft, tpot, concurrency / (ttft + tpot * steps), batch))

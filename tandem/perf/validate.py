@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.perf.backend import BackendFit
-from tandem.perf.calibrate_serving import group_rows, layout_arrays, prefill_arrays, served_batch
+from tandem.perf.calibrate_serving import decode_slots, group_rows, layout_arrays, prefill_arrays, served_batch
 from tandem.perf.costs import Layout
 from tandem.perf.divide import refuse_parallelism
-from tandem.perf.phases import PerfModel, ServeTime
-from tandem.perf.pools import DecodePool, SplitTime, split_times
+from tandem.perf.phases import Basis, PerfModel, ServeTime
+from tandem.perf.pools import DecodePool, SplitTime, pools_basis, split_times
 from tandem.perf.silicon import MeasuredRow
 from tandem.spec.design import Parallelism
 from tandem.spec.errors import Infeasible, TraceError
@@ -121,39 +121,41 @@ def predict(rows: Iterable[MeasuredRow], progress: Progress = lambda _: None, fi
         asked, replicas = (np.array([float(getattr(r, name)) for r in group]) for name in ("concurrency", "replicas"))
         served: ServeTime | SplitTime
         if split:
-            limit = served_batch(perf, layout, asked / replicas, workload)
+            limit = np.minimum(served_batch(perf, layout, asked / replicas, workload), decode_slots(group))
             served = split_times(perf, prefill_arrays(group), DecodePool(layout, limit, replicas), workload, asked)
             batch = served.batch
         else:
             share = np.ceil(asked / replicas)
             batch = served_batch(perf, layout, share, workload)
             served = perf.colocated(layout, batch, workload, closed_loop=True, waiting=share - batch)
-        fit = perf.backend_fit
         ordered += group
-        if fit_of is None:
-            evidence += _labels(perf, group, batch, workload)
-        ends = (fit.ttft_p10, fit.ttft_p90), (fit.tpot_p10, fit.tpot_p90)
-        times = served.ttft_s, served.tpot_s
-        lows = [t * min(low, 1.0) for t, (low, _) in zip(times, ends, strict=True)]
-        highs = [t * max(high, 1.0) for t, (_, high) in zip(times, ends, strict=True)]
-        columns.append(np.stack([*times, *lows, *highs]))
+        labels = [] if fit_of else _labels(perf, group, batch, workload)
+        for label, row in zip(labels, group, strict=False):
+            evidence.append("refused" if label is None else label.evidence if row.side == "validation" else "")
+        fits = [perf.fit_for(label.backend) if label else perf.backend_fit for label in labels or [None] * len(group)]
+        times = {"ttft": served.ttft_s, "tpot": served.tpot_s}
+        lows = [seconds * [min(getattr(f, f"{m}_p10"), 1.0) for f in fits] for m, seconds in times.items()]
+        highs = [seconds * [max(getattr(f, f"{m}_p90"), 1.0) for f in fits] for m, seconds in times.items()]
+        columns.append(np.stack([*times.values(), *lows, *highs]))
     ttft, tpot, ttft_low, tpot_low, ttft_high, tpot_high = np.concatenate(columns, axis=1)
     low, high = {"ttft_s": ttft_low, "tpot_s": tpot_low}, {"ttft_s": ttft_high, "tpot_s": tpot_high}
     return Predictions(ordered, ttft, tpot, low, high, evidence)
 
 
-def _labels(perf: PerfModel, group: Sequence[MeasuredRow], batch: Array, workload: Workload) -> list[str]:
+def _labels(perf: PerfModel, group: Sequence[MeasuredRow], batch: Array, workload: Workload) -> list[Basis | None]:
+    """What each prediction rests on; None for rows that `tandem estimate` refuses."""
     prompts = Workload.fixed(group[0].isl, 1)
-    labels = []
+    labels: list[Basis | None] = []
     for row, b in zip(group, batch, strict=True):
         pools = [(row.parallelism, workload)] + ([(row.prefill.parallelism, prompts)] if row.prefill else [])
         if not all(_fits(perf, parallelism, served) for parallelism, served in pools):
-            labels.append("refused")
-        elif row.side == "validation":
-            layout = Layout.of(row.parallelism)
-            labels.append(perf.evidence(layout, perf.decode_load(layout, b, workload)))
+            labels.append(None)
+            continue
+        layout = Layout.of(row.parallelism)
+        if row.prefill is None:
+            labels.append(perf.basis(layout, perf.decode_load(layout, b, workload)))
         else:
-            labels.append("")
+            labels.append(pools_basis(perf, prefill_arrays([row]), layout, b, workload))
     return labels
 
 

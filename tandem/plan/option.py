@@ -11,7 +11,7 @@ import numpy as np
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.estimate import MATCHED_LOW, intervals, memory_json
 from tandem.perf.ops import NETWORK
-from tandem.perf.phases import PerfModel
+from tandem.perf.phases import Basis, PerfModel
 from tandem.perf.pools import exposed_transfer_s
 from tandem.plan.search import Choice, Priced, Searched
 from tandem.spec.design import Deployment, Estimate, Pool, Role
@@ -111,6 +111,10 @@ class OptionMaker:
     def _estimates(self, deployment: Deployment, ttft: float, tpot: float, rate: float) -> dict[str, Estimate]:
         pool = deployment.decode or deployment.colocated
         assert pool is not None
+        as_measured = deployment.mode != "piggybacked"
+        bases = [
+            self._perf_of(p).basis(Layout.of(p.parallelism), self._load(p), as_measured=as_measured) for p in deployment.pools
+        ]
         return intervals(
             self._perf_of(pool),
             Layout.of(pool.parallelism),
@@ -119,6 +123,7 @@ class OptionMaker:
             tpot_s=tpot,
             tokens_per_s_per_gpu=rate * self.searched.workload.mean_osl / deployment.gpus,
             margin=MATCHED_LOW if deployment.mode == "disaggregated" else 1.0,
+            basis=Basis.weakest(bases),
         )
 
     def _perf_of(self, pool: Pool) -> PerfModel:

@@ -113,6 +113,64 @@ def run_closed(engine: Engine, concurrency: int, waves: int) -> list[Job]:
     return engine.done
 
 
+def run_pools(
+    step_s: Callable[[int], float],
+    prompt_s: float,
+    osl: int,
+    *,
+    prefills: int,
+    decodes: int,
+    slots: int,
+    concurrency: int,
+    waves: int,
+) -> list[Job]:
+    """A benchmark of `prefills` servers that take one prompt at a time and `decodes` engines of at most `slots` sequences.
+
+    A prompt that is done waits for a slot of the emptiest engine; its first token counts from then, as the decode engine sends
+    it. Time moves in the smallest steps: one event, the earliest, at a time.
+    """
+    random = np.random.default_rng(0)
+
+    def start(at_s: float) -> Job:
+        return Job(at_s, osl=max(2, round(osl * (1 + 0.2 * random.uniform(-1, 1)))))
+
+    queue: deque[Job] = deque(start(0.0) for _ in range(concurrency))
+    left = concurrency * (waves - 1)
+    prompts: list[tuple[float, Job]] = []
+    idle, ready, done = prefills, deque[Job](), list[Job]()
+    engines: list[tuple[float, list[Job]]] = [(float("inf"), []) for _ in range(decodes)]
+    clock_s = 0.0
+    while len(done) < concurrency * waves:
+        while idle and queue:
+            idle, job = idle - 1, queue.popleft()
+            prompts.append((clock_s + prompt_s, job))
+        while ready and min(len(jobs) for _, jobs in engines) < slots:
+            i = min(range(decodes), key=lambda k: len(engines[k][1]))
+            job = ready.popleft()
+            job.first_s, job.left = clock_s, job.osl - 1
+            next_s, jobs = engines[i]
+            jobs.append(job)
+            engines[i] = (clock_s + step_s(len(jobs)) if len(jobs) == 1 else next_s, jobs)
+        clock_s = min([t for t, _ in prompts] + [t for t, _ in engines])
+        for t, job in [p for p in prompts if p[0] <= clock_s]:
+            prompts.remove((t, job))
+            idle += 1
+            ready.append(job)
+        for i, (t, jobs) in enumerate(engines):
+            if t > clock_s:
+                continue
+            for job in jobs:
+                job.left, job.done_s = job.left - 1, clock_s
+            ended = [j for j in jobs if not j.left]
+            done += ended
+            for _ in ended[: max(left, 0)]:
+                queue.append(start(clock_s))
+                left -= 1
+            going = [j for j in jobs if j.left]
+            engines[i] = (clock_s + step_s(len(going)) if going else float("inf"), going)
+    return done
+
+
 def mean_ttft_s(jobs: list[Job]) -> float:
     return float(np.mean([j.first_s - j.arrival_s for j in jobs]))
 

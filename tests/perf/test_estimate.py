@@ -247,3 +247,44 @@ def test_a_prefill_pool_that_cannot_hold_the_model_is_refused() -> None:
             prefill=POOL,
             decode=Instances(parallelism=Parallelism(tp=8, pp=4), batch=4),
         )
+
+
+R1_SGLANG = {
+    "model": "deepseek-r1", "hardware": "h200-sxm", "backend": "sglang", "isl": 1024, "osl": 1024, "concurrency": 64,
+    "parallelism": Parallelism(tp=8, ep=8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        {"parallelism": Parallelism(tp=32, ep=32)},
+        {"parallelism": Parallelism(tp=4, pp=2)},
+        {"isl": 100_000},
+        {"draft": Draft(tokens=3)},
+        {"mode": "piggybacked"},
+        {"concurrency": None, "requests_per_s": 1.0},
+    ],
+)
+def test_beyond_what_was_measured_is_transferred_with_the_wider_interval(beyond: dict[str, Any]) -> None:
+    """More GPUs, stages, tokens or drafts than the rows of this setting had, or another way of serving."""
+    inside, outside = estimate(**R1_SGLANG), estimate(**R1_SGLANG | beyond)
+    assert (inside.evidence, outside.evidence) == ("calibrated", "transferred")
+    widths = [(e.tpot_s.high - e.tpot_s.low) / e.tpot_s.value for e in (inside, outside)]
+    assert widths[1] > widths[0]
+
+
+def test_pools_of_a_model_measured_only_together_are_transferred() -> None:
+    one = {"model": "minimax-m2.5", "hardware": "b200-sxm", "backend": "vllm", "isl": 1024, "osl": 1024}
+    pool = Instances(parallelism=Parallelism(tp=4), batch=16)
+    assert estimate(**one, parallelism=Parallelism(tp=4), batch=16).evidence == "calibrated"
+    assert estimate_disaggregated(**one, prefill=replace(pool, batch=1), decode=pool).evidence == "transferred"
+
+
+def test_requests_beyond_the_decode_slots_wait_and_do_not_decode() -> None:
+    one = {"model": LLAMA, "hardware": "h100-sxm", "isl": 1000, "osl": 1000}
+    pools = {"prefill": replace(POOL, batch=1, replicas=4), "decode": replace(POOL, batch=64)}
+    full, crowded = (estimate_disaggregated(**one, **pools, concurrency=n) for n in (64, 640))
+    assert (full.waiting, crowded.waiting) == (0, 576)
+    assert crowded.tokens_per_s_per_gpu.value <= 64 / crowded.tpot_s.value / 5 * 1000 / 999 * (1 + 1e-6)
+    assert crowded.ttft_s.value > 5 * crowded.tpot_s.value * 999

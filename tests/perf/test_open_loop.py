@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_queue import ChunkedEngine, Engine, mean_tpot_s, mean_ttft_s, run_closed, run_open
+from reference_queue import ChunkedEngine, Engine, mean_tpot_s, mean_ttft_s, run_closed, run_open, run_pools
 
 from tandem.perf.backend import PHYSICS
 from tandem.perf.costs import Layout
 from tandem.perf.estimate import Instances, estimate, estimate_disaggregated, perf_model
 from tandem.perf.open_loop import open_loop, open_loop_pools
 from tandem.perf.phases import PerfModel
-from tandem.perf.pools import DecodePool, PrefillPool
+from tandem.perf.pools import DecodePool, PrefillPool, split_times
 from tandem.spec.design import Parallelism
 from tandem.spec.errors import SpecError
 from tandem.spec.workload import Workload
@@ -130,6 +130,50 @@ def test_an_idle_deployment_answers_as_one_that_serves_a_single_request() -> Non
     assert found.tpot_s[0] == pytest.approx(float(alone.tpot_s[0]), rel=1e-3)
     prompt_s = IDEAL.backend_fit.prompt * float(IDEAL.prefill_kernels_s(ONE, one(1), 2048.0, 1.0)[0])
     assert found.ttft_s[0] == pytest.approx(prompt_s, rel=1e-3)
+
+
+SLOTS = [(2, 1, 256, 64), (1, 1, 256, 64), (4, 2, 16, 96), (1, 2, 64, 16)]
+
+
+@pytest.mark.parametrize(("prefills", "decodes", "slots", "concurrency"), SLOTS)
+def test_two_pools_at_a_fixed_concurrency_agree_with_the_simulation(
+    prefills: int, decodes: int, slots: int, concurrency: int
+) -> None:
+    """Enough prefill, too little, too few decode slots, and little load: rate within a tenth, TPOT within a twentieth."""
+    perf = replace(IDEAL, split=True, given_fit=replace(PHYSICS, host_s=0.0, pause=0.0))
+    workload = Workload.fixed(4096, 256)
+    prompt_s = float(perf.prefill_kernels_s(ONE, one(1), 4096.0, 1.0)[0])
+    pools = {"prefills": prefills, "decodes": decodes, "slots": slots, "concurrency": concurrency}
+    jobs = run_pools(step_of(perf, workload), prompt_s, 256, **pools, waves=10)
+    found = split_times(
+        perf, PrefillPool(ONE, one(1), one(prefills)), DecodePool(ONE, one(slots), one(decodes)), workload, one(concurrency)
+    )
+    assert found.tpot_s[0] == pytest.approx(mean_tpot_s(jobs), rel=0.06)
+    each_s = float(np.mean([j.done_s - j.arrival_s for j in jobs]))
+    assert concurrency / found.requests_per_s[0] == pytest.approx(each_s, rel=0.1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.integers(1, 300),
+    st.integers(1, 20_000),
+    st.integers(64, 8192),
+    st.integers(2, 1000),
+)
+def test_pools_never_outrun_their_decode_slots(
+    prefills: int, decodes: int, slots: int, concurrency: int, isl: int, osl: int
+) -> None:
+    perf, workload = replace(QWEN, split=True), Workload.fixed(isl, osl)
+    found = split_times(
+        perf, PrefillPool(ONE, one(1), one(prefills)), DecodePool(ONE, one(slots), one(decodes)), workload, one(concurrency)
+    )
+    allowed = slots * decodes / (found.tpot_s[0] * (osl - 1))
+    assert found.requests_per_s[0] <= allowed * (1 + 1e-3)
+    assert found.batch[0] <= slots * (1 + 1e-9)
+    served = found.requests_per_s[0] * (found.ttft_s[0] + found.tpot_s[0] * (osl - 1))
+    assert served == pytest.approx(concurrency, rel=1e-9)
 
 
 def test_pools_share_no_time_but_wait_for_prompts() -> None:
