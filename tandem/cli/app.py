@@ -150,6 +150,7 @@ def inspect(
 
 @app.command()
 def estimate(
+    ctx: typer.Context,
     model: ModelName = "",
     hardware: HardwareName = "",
     isl: Annotated[int | None, typer.Option(help="Prompt tokens.")] = None,
@@ -174,7 +175,11 @@ def estimate(
     """Predict TTFT, TPOT and throughput of one deployment, or of every row of a CSV."""
     from tandem.cli import estimating
 
+    given = _named(ctx, cases=cases, fits=fits, json_out=json_out)
     if cases is not None:
+        if given:
+            name, value = next(iter(given.items()))
+            raise SpecError(f"{name}={value!r}: describes one case; leave it out, each row of --cases says its own")
         return estimating.run_cases(cases, fits, json_out)
     from tandem.perf.estimate import Draft
     from tandem.spec.design import Parallelism
@@ -182,6 +187,8 @@ def estimate(
     for name, value in (("--model", model), ("--hardware", hardware), ("--isl", isl), ("--osl", osl)):
         if not value and value != 0:
             raise SpecError(f"{name}: must be given (or --cases FILE)")
+    if "--acceptance" in given and not draft_tokens:
+        raise SpecError(f"--acceptance={acceptance!r}: changes nothing without --draft-tokens; give both, or neither")
     layout = Parallelism(tp=tp, pp=pp, ep=ep, dp=dp, cpp=cpp)
     estimating.run_one(
         json_out,
@@ -199,6 +206,16 @@ def estimate(
         draft=Draft(tokens=draft_tokens, acceptance=acceptance),
         fits=fits,
     )
+
+
+def _named(ctx: typer.Context, **but: object) -> dict[str, object]:
+    """Options that the command line names, with their values; without those of `but`."""
+    found: dict[str, object] = {}
+    for parameter in ctx.command.params:
+        name, source = parameter.name or "", ctx.get_parameter_source(parameter.name or "")
+        if name not in but and source is not None and source.name == "COMMANDLINE":
+            found[f"--{name.replace('_', '-')}"] = ctx.params[name]
+    return found
 
 
 @app.command()

@@ -87,6 +87,8 @@ def run_validate(
     """Predict measured rows, as they are and by coefficients that never saw their GPU or model, and show the errors."""
     require_folder("--report", report)
     refuse_idle_options(rows, given)
+    if peer_python is not None and not against:
+        raise SpecError(f"--peer-python={str(peer_python)!r}: changes nothing without --against; give both, or neither")
     found, source = (
         (read_measurements(rows, given, "validation"), ", ".join(path.name for path in rows))
         if rows
