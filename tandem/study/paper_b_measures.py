@@ -38,13 +38,14 @@ MILLION_CUTOFF_S = 300.0
 
 
 class Gain(NamedTuple):
-    """What splitting buys: area ratio, the largest ratio of heights, and the loads behind it.
+    """What splitting buys: area ratio, the largest ratio of heights and where, and the loads behind it.
 
     `ratio` is prefill over decode GPUs at the relaxed end, so `ratio / (1 + ratio)` of the GPUs do prefill.
     """
 
     area: float
     largest: float
+    largest_at: float
     ratio: float
     prefill_requests_per_s_per_gpu: float
     decode_tokens_per_s_per_gpu: float
@@ -144,13 +145,13 @@ class Measures:
 def gain_of(swept: Swept) -> Gain:
     """Splitting against the best shared deployment of one sweep."""
     split, shared = swept.split(), swept.shared()
-    largest, _ = largest_gain(split, shared)
+    largest, at = largest_gain(split, shared)
     prefill = swept.space.priced["prefill"]
     assert split.ratio is not None
     assert split.prefill_row is not None
     taken = float(prefill.requests_per_s[split.prefill_row] / prefill.gpus[split.prefill_row])
     decode = float(split.tokens_per_s_per_gpu[0] * (1 + split.ratio[0]))
-    return Gain(area_gain(split, shared) or 0.0, largest, float(split.ratio[0]), taken, decode)
+    return Gain(area_gain(split, shared) or 0.0, largest, at, float(split.ratio[0]), taken, decode)
 
 
 def _area(space: PaperBSpace, mix: tuple[int, int], kv: str) -> float:
