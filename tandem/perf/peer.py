@@ -1,7 +1,8 @@
 """What aiconfigurator predicts for measured rows, asked in a process of its own so that nothing of it is imported here.
 
 It is asked as its users ask it, `cli_estimate` with the row's model, GPU, backend, lengths, parallelism and batch, in the
-number format of the row; where that is the format in which the model is published, the peer chooses its kernels itself.
+number format of the row; where that is the format in which the model is published, the peer chooses its kernels itself. Rows
+that drafted tokens are asked as such: the peer prices the draft, and as it assumes no acceptance it is told Tandem's own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.perf.backend import fingerprint
+from tandem.perf.phases import ACCEPTANCE
 from tandem.perf.silicon import MeasuredRow
 from tandem.spec.catalog import load_spec, model_names
 from tandem.spec.design import Parallelism, Pool, Precision
@@ -119,6 +121,9 @@ def peer_case(row: MeasuredRow, names: Sequence[str]) -> dict[str, Any]:
     }
     if str(row.precision) != str(Precision.parse(None, native=row.model.native_precision)):
         ask |= dict.fromkeys(("gemm_quant_mode", "moe_quant_mode"), _FORMATS.get(row.precision.weights, row.precision.weights))
+    if row.draft_tokens:
+        ask["nextn"] = row.draft_tokens
+        ask["nextn_accepted"] = sum(ACCEPTANCE**i for i in range(1, row.draft_tokens + 1))
     if row.prefill is None:
         batch = max(1, -(-row.concurrency // (row.replicas * row.parallelism.dp)))
         ask |= {"mode": "agg", "batch_size": batch, **_axes(row.parallelism)}

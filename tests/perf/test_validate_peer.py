@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tandem.perf.peer import ask_peer, peer_case
+from tandem.perf.phases import PerfModel
 from tandem.perf.silicon import MeasuredRow
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import Parallelism, Pool, Precision
@@ -93,6 +94,16 @@ def test_a_colocated_question_in_the_peers_words() -> None:
     }  # fmt: skip
     other = peer_case(row(precision=Precision.parse("fp4")), ["x"])["ask"]
     assert (other["gemm_quant_mode"], other["moe_quant_mode"]) == ("nvfp4", "nvfp4")
+
+
+def test_a_row_that_drafted_is_asked_as_such_with_the_same_accepted_tokens() -> None:
+    """The peer's `nextn_accepted` counts accepted drafts of a step: a + a^2 + a^3, one less than the tokens that it yields."""
+    drafted = row(model=load_spec("deepseek-r1"), draft_tokens=3)
+    ask = peer_case(drafted, ["x"])["ask"]
+    own = PerfModel(drafted.model, drafted.hardware, drafted.precision, draft_tokens=3)
+    assert ask["nextn"] == 3
+    assert ask["nextn_accepted"] == pytest.approx(own.tokens_per_step - 1) == pytest.approx(0.7 + 0.49 + 0.343)
+    assert not {"nextn", "nextn_accepted"} & set(peer_case(row(), ["x"])["ask"])
 
 
 def test_a_disaggregated_question_in_the_peers_words() -> None:
