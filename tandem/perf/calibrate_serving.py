@@ -41,7 +41,7 @@ from tandem.spec.workload import Workload
 Array = NDArray[np.float64]
 PRIOR_SD = {"tpot": (0.2, 0.1, 0.2, 0.2, 0.1, 0.1), "ttft": (0.5, 0.3, 0.3, 0.3, 0.3, 0.2)}
 """Prior standard deviation of a group's logarithms, by level of `group_keys`: a backend may differ from another by a third,
-one GPU generation or model of it by a fifth. TTFT is noisier (facts/validation.md)."""
+one GPU generation or model of it by a fifth. TTFT is noisier (docs/accuracy.md)."""
 COMMON_SD = {"tpot": 0.5, "ttft": 1.0}
 SOFTNESS = {"tpot": 0.25, "ttft": 0.25}
 FIRM = {
@@ -341,7 +341,7 @@ def format_fits(fits: ServingFits, source: str) -> str:
     data = {
         "provenance": {
             "source": source,
-            "side": "calibration (facts/validation.md: crc32 of the setting, three quarters)",
+            "side": "calibration (docs/accuracy.md: crc32 of the setting, three quarters)",
             "num_rows": rows,
             "fitted": str(dt.date.today()),
             "by": "tandem calibrate serving",

@@ -179,7 +179,7 @@ def test_calibration_refuses_rows_that_are_for_judging() -> None:
 
 
 def test_the_split_is_the_published_checksum() -> None:
-    """facts/validation.md: crc32 of model|system|precision|isl|osl modulo 4; zlib gives these values for these texts."""
+    """docs/accuracy.md: crc32 of model|system|precision|isl|osl modulo 4; zlib gives these values for these texts."""
     golden = {
         ("a", "b", "c", "1", "2"): 2_812_833_668,
         ("meta-llama/Llama-3.1-8B", "h200_sxm", "fp8", "1024", "1024"): 2_397_943_162,
@@ -248,6 +248,7 @@ def test_no_setting_is_on_both_sides_of_the_split() -> None:
 def test_fits_survive_being_written_and_read() -> None:
     shipped = load_serving_fits()
     again = parse_fits(format_fits(shipped, "here"))
+    assert "(docs/accuracy.md: " in again.provenance["side"]
     assert (again.common, again.groups, again.spread, again.models) == (
         shipped.common,
         shipped.groups,
