@@ -202,5 +202,11 @@ def test_the_whole_study() -> None:
     assert result.seconds < 120  # under 60 s on two idle cores; tests share theirs
     assert [c.id for c in result.claims] == IDS
     # The page in docs/ shows these verdicts.
-    shown = dict(re.findall(r"^\| (H\d+) \|.*\| (holds|no) \|$", DOC.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    page = DOC.read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| (H\d+) \|.*\| (holds|no) \|$", page, flags=re.MULTILINE))
     assert shown == {c.id: "holds" if c.holds else "no" for c in result.claims}
+    # So it does how many cells flip, by kernels and with the engine's host time.
+    flips = next(c for c in result.claims if c.id == "H9").values
+    for name, (host_h, host_t, _) in result.findings["variants"]["vllm"].items():
+        h, t = len(flips[name]["hybrid"]), len(flips[name]["transformer"])
+        assert re.search(rf"^\| {name} \| {h} \| {t} \| [^|]* \| {host_h} and {host_t} \|$", page, flags=re.MULTILINE), name

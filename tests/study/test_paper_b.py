@@ -141,6 +141,12 @@ def test_the_whole_study() -> None:
     assert result.seconds < 120
     assert [c.id for c in result.claims] == IDS
     assert all(c.why.strip() for c in result.claims if not c.holds)
-    # The page in docs/ shows these verdicts.
-    shown = dict(re.findall(r"^\| ([FT]\d+) \|.*\| (holds|no) \|$", DOC.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    # The page in docs/ shows these verdicts, the engine's gains, and that T2 holds by order only.
+    page = DOC.read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| ([FT]\d+) \|.*\| (holds|no) \|$", page, flags=re.MULTILINE))
     assert shown == {c.id: "holds" if c.holds else "no" for c in result.claims}
+    values = {c.id: c.values for c in result.claims}
+    gains = [f"{values['F2']['trtllm'][model]:.2f}" for model in ("8B", "70B", "405B")]
+    assert f"with the engine's host time {', '.join(gains)}." in page
+    span = values["T2"]["tandem"]["common"]
+    assert f"| {span['405B']:.0f}, {span['70B']:.1f}, {span['8B']:.1f} over the common range: **by order only** |" in page
