@@ -258,6 +258,8 @@ def estimate_disaggregated(
     )
     for pool in (prefill, decode):
         check_fits(perf, pool.parallelism)
+        if pool.parallelism.cpp > 1:
+            raise SpecError(f"cpp={pool.parallelism.cpp}: prompts in chunks are priced by find_plan only; use pp here")
     if concurrency is not None and requests_per_s is not None:
         raise SpecError(f"concurrency={concurrency}, requests_per_s={requests_per_s}: give one of them")
     workload = _fixed(isl, osl)

@@ -288,3 +288,9 @@ def test_requests_beyond_the_decode_slots_wait_and_do_not_decode() -> None:
     assert (full.waiting, crowded.waiting) == (0, 576)
     assert crowded.tokens_per_s_per_gpu.value <= 64 / crowded.tpot_s.value / 5 * 1000 / 999 * (1 + 1e-6)
     assert crowded.ttft_s.value > 5 * crowded.tpot_s.value * 999
+
+
+def test_chunked_pipelines_are_left_to_the_planner() -> None:
+    one = {"model": LLAMA, "hardware": "h100-sxm", "isl": 1000, "osl": 1000}
+    with pytest.raises(SpecError, match="cpp=2: prompts in chunks are priced by find_plan only; use pp here"):
+        estimate_disaggregated(**one, prefill=Instances(parallelism=Parallelism(cpp=2), batch=1), decode=POOL)
