@@ -23,8 +23,6 @@ from tandem.spec.model import ModelSpec
 from tandem.spec.units import require_int, require_number
 from tandem.spec.workload import Workload
 
-MATCHED_LOW = 0.75
-"""Real disaggregated systems reach 75 to 100 % of a rate-matched curve (paper B facts 1.9): the interval's lower share."""
 PIGGYBACK_TOKENS = 2048
 """Step budget assumed when prompt chunks ride along with decode (vLLM's max_num_batched_tokens)."""
 

@@ -86,18 +86,16 @@ def open_loop_pools(
     decode: DecodePool,
     requests_per_s: Array,
     workload: Workload,
-    *,
-    together: int = 1,
 ) -> OpenLoop:
-    """A prefill pool and a decode pool that get `requests_per_s` together; each request goes to a random instance."""
-    fit = perf.backend_fit
-    groups = prefill.layout.dp * prefill.layout.pp * prefill.replicas
-    rate = requests_per_s / groups
-    times = prompt_times(perf, prefill._replace(batch=prefill.layout.dp * prefill.layout.pp), workload, 1.0)
-    mean_s = times.crowded_s
+    """A prefill pool and a decode pool that get `requests_per_s`; each request goes to a random instance, and a prompt that
+    arrives is not held back to fill a batch: `prefill.batch` plays no part."""
+    fit, groups = perf.backend_fit, prefill.layout.dp * prefill.layout.pp
+    times = prompt_times(perf, prefill._replace(batch=groups), workload, 1.0)
+    mean_s = groups / perf.prefill(prefill.layout, groups, workload).requests_per_s
+    rate = requests_per_s / (groups * prefill.replicas)
     busy = np.minimum(rate * mean_s, FULL)
     own_s = times.alone_s + busy * (times.crowded_s - times.alone_s)
-    waits = _wait_s(rate, mean_s, mean_s**2, busy, 1.0 + (together - 1) / groups)
+    waits = _wait_s(rate, mean_s, mean_s**2, busy, 1)
     share = requests_per_s / decode.replicas
     batch = _decode_batch(perf, decode.layout, share, workload, decode.batch_limit, lambda step: step)
     tpot = _step_s(perf, decode.layout, batch, workload)

@@ -19,7 +19,7 @@ from tandem.spec.workload import Workload
 
 Result = NDArray[np.float64]
 ROUNDS = 40
-"""Rounds of the damped fixed point between decode batch and times; the batch then stands still to a millionth."""
+"""Rounds of the damped fixed point between decode batch and times; the batch then stands still to a thousandth at worst."""
 
 
 class PrefillPool(NamedTuple):

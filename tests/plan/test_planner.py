@@ -9,8 +9,8 @@ from functools import cache
 import pytest
 
 import tandem
-from tandem.perf.estimate import MATCHED_LOW, perf_model
-from tandem.plan.option import Option
+from tandem.perf.estimate import perf_model
+from tandem.plan.option import MATCHED_LOW, Option
 from tandem.plan.planner import WORTH_SPLITTING, Plan, find_plan
 from tandem.plan.rates import TOLERANCE
 from tandem.plan.search import PAPER_TTFT_CUTOFF_S
