@@ -8,14 +8,14 @@ counts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from tandem.spec._hf_fields import ROUTING, Fields, check_length, field_names
+from tandem.spec._hf_parts import attention, gated_mlp, moe, sigmoid_routing
 from tandem.spec.errors import SpecError
 from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, Mixer, MoE, SparseIndex
 
 _FULL, _SLIDING, _CHUNKED, _LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
-_QkNorm = Literal["none", "head", "full", "unweighted"]
 
 
 class Architecture(NamedTuple):
@@ -23,74 +23,11 @@ class Architecture(NamedTuple):
 
     layers: Callable[[Fields], tuple[Mixer, ...]]
     ignored: frozenset[str] = frozenset()
+    norm_eps: float = 1e-6
 
 
-def _interleave(attention: list[Mixer], feed_forward: list[Mixer]) -> tuple[Mixer, ...]:
-    return tuple(mixer for block in zip(attention, feed_forward, strict=True) for mixer in block)
-
-
-def _head_dim(f: Fields) -> int:
-    given = f.optional_size("head_dim")
-    heads, h = f.size("num_attention_heads"), f.size("hidden_size")
-    if given is None and h % heads:
-        raise SpecError(f"num_attention_heads={heads}: must divide hidden_size={h} where head_dim is not given")
-    return given or h // heads
-
-
-def _attention(
-    f: Fields,
-    *,
-    window: int | None = None,
-    chunked: bool = False,
-    qk_norm: _QkNorm = "none",
-    qkv_bias: bool | None = None,
-    output_gate: bool = False,
-    sinks: bool = False,
-) -> Attention:
-    """Grouped-query attention; `qkv_bias` where the architecture fixes it, else `attention_bias` sets both biases."""
-    bias = f.flag("attention_bias") if qkv_bias is None else False
-    heads, kv_heads = f.size("num_attention_heads"), f.size("num_key_value_heads")
-    if heads % kv_heads:
-        raise SpecError(f"num_key_value_heads={kv_heads}: must divide num_attention_heads={heads}")
-    return Attention(
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=_head_dim(f),
-        window=window,
-        chunked_window=chunked,
-        qk_norm=qk_norm,
-        qkv_bias=bias or bool(qkv_bias),
-        out_bias=bias,
-        output_gate=output_gate,
-        sinks=sinks,
-    )
-
-
-def _gated_mlp(f: Fields, ffn_field: str = "intermediate_size", *, bias: bool = False) -> MLP:
-    f.require("hidden_act", "silu", "swiglu")
-    return MLP(ffn_size=f.size(ffn_field), gated=True, bias=bias)
-
-
-def _moe(
-    f: Fields,
-    ffn_field: str,
-    *,
-    shared: int = 0,
-    bias: bool = False,
-    router_bias: bool = False,
-    shared_gate: bool = False,
-) -> MoE:
-    f.require("hidden_act", "silu", "swiglu")
-    return MoE(
-        num_experts=f.size("n_routed_experts", "num_local_experts", "num_experts"),
-        top_k=f.size("num_experts_per_tok", "experts_per_token"),
-        ffn_size=f.size(ffn_field),
-        gated=True,
-        shared_ffn_size=shared,
-        bias=bias,
-        router_bias=router_bias,
-        shared_gate=shared_gate,
-    )
+def _interleave(mixers: list[Mixer], feed_forward: list[Mixer]) -> tuple[Mixer, ...]:
+    return tuple(mixer for block in zip(mixers, feed_forward, strict=True) for mixer in block)
 
 
 def _windows(f: Fields, *, first_is_full: bool = True) -> list[int | None]:
@@ -114,22 +51,22 @@ def _windows(f: Fields, *, first_is_full: bool = True) -> list[int | None]:
 
 def _llama(f: Fields) -> tuple[Mixer, ...]:
     n = f.size("num_hidden_layers")
-    return (_attention(f), _gated_mlp(f, bias=f.flag("mlp_bias"))) * n
+    return (attention(f), gated_mlp(f, bias=f.flag("mlp_bias"))) * n
 
 
 def _qwen2(f: Fields) -> tuple[Mixer, ...]:
     windows = _windows(f)
-    return _interleave([_attention(f, window=w, qkv_bias=True) for w in windows], [_gated_mlp(f)] * len(windows))
+    return _interleave([attention(f, window=w, qkv_bias=True) for w in windows], [gated_mlp(f)] * len(windows))
 
 
 def _qwen3(f: Fields) -> tuple[Mixer, ...]:
     windows = _windows(f)
-    return _interleave([_attention(f, window=w, qk_norm="head") for w in windows], [_gated_mlp(f)] * len(windows))
+    return _interleave([attention(f, window=w, qk_norm="head") for w in windows], [gated_mlp(f)] * len(windows))
 
 
 def _mixtral(f: Fields) -> tuple[Mixer, ...]:
     window = f.optional_size("sliding_window")
-    return (_attention(f, window=window, qkv_bias=False), _moe(f, "intermediate_size")) * f.size("num_hidden_layers")
+    return (attention(f, window=window, qkv_bias=False), moe(f, "intermediate_size")) * f.size("num_hidden_layers")
 
 
 def _qwen_feed_forward(f: Fields, *, shared: bool) -> list[Mixer]:
@@ -137,16 +74,16 @@ def _qwen_feed_forward(f: Fields, *, shared: bool) -> list[Mixer]:
     n = f.size("num_hidden_layers")
     step, dense_only = f.optional_size("decoder_sparse_step") or 1, f.indices("mlp_only_layers") or []
     size = f.size("shared_expert_intermediate_size") if shared else 0
-    sparse = _moe(f, "moe_intermediate_size", shared=size, shared_gate=shared)
+    sparse = moe(f, "moe_intermediate_size", shared=size, shared_gate=shared, normalise=f.flag("norm_topk_prob"))
     is_dense = [i in dense_only or bool((i + 1) % step) for i in range(n)]
-    return [_gated_mlp(f) if dense else sparse for dense in is_dense]
+    return [gated_mlp(f) if dense else sparse for dense in is_dense]
 
 
 def _qwen3_moe(f: Fields) -> tuple[Mixer, ...]:
     f.require("shared_expert_intermediate_size", 0)
     windows = _windows(f, first_is_full=False)
-    attention: list[Mixer] = [_attention(f, window=w, qk_norm="head") for w in windows]
-    return _interleave(attention, _qwen_feed_forward(f, shared=False))
+    mixers: list[Mixer] = [attention(f, window=w, qk_norm="head") for w in windows]
+    return _interleave(mixers, _qwen_feed_forward(f, shared=False))
 
 
 def _delta_net_or_attention(f: Fields) -> list[Mixer]:
@@ -165,7 +102,7 @@ def _delta_net_or_attention(f: Fields) -> list[Mixer]:
         value_head_dim=f.size("linear_value_head_dim"),
         conv_kernel=f.size("linear_conv_kernel_dim"),
     )
-    full = _attention(f, qk_norm="head", output_gate=True)
+    full = attention(f, qk_norm="head", output_gate=True)
     return [full if kind == _FULL else linear for kind in kinds]
 
 
@@ -175,8 +112,8 @@ def _qwen3_next(f: Fields) -> tuple[Mixer, ...]:
 
 def _qwen3_5(f: Fields) -> tuple[Mixer, ...]:
     f.require("mlp_only_layers", [])
-    attention = _delta_net_or_attention(f)
-    return _interleave(attention, [_gated_mlp(f)] * len(attention))
+    mixers = _delta_net_or_attention(f)
+    return _interleave(mixers, [gated_mlp(f)] * len(mixers))
 
 
 def _deepseek(f: Fields) -> tuple[Mixer, ...]:
@@ -192,7 +129,7 @@ def _deepseek(f: Fields) -> tuple[Mixer, ...]:
     elif f.model_type in ("deepseek_v32", "glm_moe_dsa"):
         raise SpecError(f"index_topk: missing from the configuration (model_type {f.model_type})")
     f.require("indexer_types", ["full"] * n)
-    attention = MLA(
+    latent = MLA(
         num_heads=f.size("num_attention_heads"),
         q_lora_rank=f.optional_size("q_lora_rank"),
         kv_lora_rank=f.size("kv_lora_rank"),
@@ -201,37 +138,36 @@ def _deepseek(f: Fields) -> tuple[Mixer, ...]:
         v_head_dim=f.size("v_head_dim"),
         index=index,
     )
-    f.require("num_key_value_heads", attention.num_heads)
-    f.require("qk_head_dim", attention.qk_head_dim)
+    f.require("num_key_value_heads", latent.num_heads)
+    f.require("qk_head_dim", latent.qk_head_dim)
     dense_layers = min(f.size("first_k_dense_replace", low=0), n)
     shared = f.size("n_shared_experts", low=0) * f.size("moe_intermediate_size")
-    sparse = _moe(f, "moe_intermediate_size", shared=shared, router_bias=True)
-    return (attention, _gated_mlp(f)) * dense_layers + (attention, sparse) * (n - dense_layers)
+    sparse = moe(f, "moe_intermediate_size", shared=shared, router_bias=True, **sigmoid_routing(f))
+    return (latent, gated_mlp(f)) * dense_layers + (latent, sparse) * (n - dense_layers)
 
 
 def _gpt_oss(f: Fields) -> tuple[Mixer, ...]:
     n, window = f.size("num_hidden_layers"), f.size("sliding_window")
     kinds = f.words("layer_types", (_FULL, _SLIDING)) or [_FULL if i % 2 else _SLIDING for i in range(n)]
     check_length("layer_types", kinds, n)
-    experts = _moe(f, "intermediate_size", bias=True, router_bias=True)
+    experts = moe(f, "intermediate_size", bias=True, router_bias=True)
     f.require("attention_bias", True)
-    return _interleave(
-        [_attention(f, window=window if kind == _SLIDING else None, sinks=True) for kind in kinds], [experts] * n
-    )
+    return _interleave([attention(f, window=window if kind == _SLIDING else None, sinks=True) for kind in kinds], [experts] * n)
 
 
 def _minimax_m2(f: Fields) -> tuple[Mixer, ...]:
     n = f.size("num_hidden_layers")
     f.require("qk_norm_type", "per_layer")
     f.require("attn_type_list", [1] * n)
-    attention = _attention(f, qk_norm="full" if f.flag("use_qk_norm", default=True) else "none", qkv_bias=False)
-    experts = _moe(
+    mixer = attention(f, qk_norm="full" if f.flag("use_qk_norm", default=True) else "none", qkv_bias=False)
+    experts = moe(
         f,
         "intermediate_size",
         shared=f.optional_size("shared_intermediate_size", low=0) or 0,
         router_bias=f.flag("use_routing_bias", default=True),
+        score="sigmoid",
     )
-    return (attention, experts) * n
+    return (mixer, experts) * n
 
 
 def _llama4(f: Fields) -> tuple[Mixer, ...]:
@@ -247,15 +183,21 @@ def _llama4(f: Fields) -> tuple[Mixer, ...]:
     if sparse_layers is None:
         sparse_layers = list(range(every - 1, n, every))
     norm = f.flag("use_qk_norm", default=True)
-    sparse = _moe(f, "intermediate_size", shared=f.size("intermediate_size"))
-    attention: list[Mixer] = []
+    sparse = moe(f, "intermediate_size", shared=f.size("intermediate_size"), score="sigmoid")
+    mixers: list[Mixer] = []
     for kind, has_rotary in zip(kinds, rotary, strict=True):
         window = chunk if kind == _CHUNKED else None
-        attention.append(
-            _attention(f, window=window, chunked=window is not None, qk_norm="unweighted" if norm and has_rotary else "none")
+        mixers.append(
+            attention(
+                f,
+                window=window,
+                chunked=window is not None,
+                qk_norm="unweighted" if norm and has_rotary else "none",
+                rotary=bool(has_rotary),
+            )
         )
-    dense = _gated_mlp(f, "intermediate_size_mlp") if len(set(sparse_layers)) < n else sparse
-    return _interleave(attention, [sparse if i in sparse_layers else dense for i in range(n)])
+    dense = gated_mlp(f, "intermediate_size_mlp") if len(set(sparse_layers)) < n else sparse
+    return _interleave(mixers, [sparse if i in sparse_layers else dense for i in range(n)])
 
 
 # Words of `layers_block_type` in checkpoints and in transformers 5, and the letters of the older pattern.
@@ -281,6 +223,7 @@ def _pattern(f: Fields) -> str:
 def _mamba2(f: Fields) -> Mixer:
     bias = f.flag("use_bias")
     f.require("mamba_proj_bias", bias)
+    low, high = f.limits("time_step_limit", "mamba_dt_limit")
     return Mamba2(
         num_heads=f.size("mamba_num_heads"),
         head_dim=f.size("mamba_head_dim"),
@@ -289,6 +232,8 @@ def _mamba2(f: Fields) -> Mixer:
         conv_kernel=f.size("conv_kernel", "mamba_d_conv"),
         conv_bias=f.flag("use_conv_bias", "mamba_conv_bias", default=True),
         proj_bias=bias,
+        dt_min=low,
+        dt_max=high,
     )
 
 
@@ -319,6 +264,7 @@ def _nemotron_moe(f: Fields) -> Mixer:
         shared_ffn_size=f.size("moe_shared_expert_intermediate_size"),
         latent_size=f.optional_size("moe_latent_size"),
         router_bias=True,
+        **sigmoid_routing(f),
     )
 
 
@@ -351,7 +297,7 @@ _DEEPSEEK = Architecture(_deepseek, ROUTING | {"head_dim", "indexer_rope_interle
 _QWEN3_5_IGNORED = frozenset({"mamba_ssm_dtype", "full_attention_interval"})
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "nemotron_h": Architecture(_nemotron_h, _NEMOTRON_IGNORED),
+    "nemotron_h": Architecture(_nemotron_h, _NEMOTRON_IGNORED, 1e-5),
     "llama": Architecture(_llama),
     "qwen2": Architecture(_qwen2),
     "qwen3": Architecture(_qwen3),
@@ -359,14 +305,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_next": Architecture(_qwen3_next, ROUTING | {"intermediate_size"}),
     "qwen3_5_text": Architecture(_qwen3_5, _QWEN3_5_IGNORED),
     "qwen3_5_moe_text": Architecture(_qwen3_next, _QWEN3_5_IGNORED | ROUTING | {"intermediate_size"}),
-    "mixtral": Architecture(_mixtral),
+    "mixtral": Architecture(_mixtral, norm_eps=1e-5),
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
     "glm_moe_dsa": _DEEPSEEK,
     "kimi_k2": _DEEPSEEK,
-    "gpt_oss": Architecture(_gpt_oss, frozenset({"initial_context_length", "swiglu_limit"})),
+    "gpt_oss": Architecture(_gpt_oss, frozenset({"initial_context_length", "swiglu_limit"}), 1e-5),
     "minimax_m2": Architecture(_minimax_m2, ROUTING),
     "llama4_text": Architecture(
-        _llama4, frozenset({"attn_scale", "attn_temperature_tuning", "floor_scale", "intermediate_size_mlp"})
+        _llama4, frozenset({"attn_scale", "attn_temperature_tuning", "floor_scale", "intermediate_size_mlp"}), 1e-5
     ),
 }

@@ -6,11 +6,12 @@ change the arithmetic, so that a new feature of an architecture is an error and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from tandem.spec.errors import SpecError
-from tandem.spec.units import require_int
+from tandem.spec.units import require_int, require_number
 
 
 def field_names(text: str) -> frozenset[str]:
@@ -81,6 +82,24 @@ class Fields:
         """A whole number, or None where the field is absent or null."""
         name, value = self._first(names)
         return None if value is None else require_int(name, value, low=low)
+
+    def number(self, *names: str, default: float) -> float:
+        """A number above zero; `default` where it is absent or null."""
+        name, value = self._first(names)
+        return default if value is None else require_number(name, value)
+
+    def limits(self, *names: str) -> tuple[float, float | None]:
+        """A lower and an upper bound, None where the upper is infinite (transformers 5 writes {"__float__": "Infinity"})."""
+        name, value = self._first(names)
+        if value is None:
+            return 0.0, None
+        stated: list[Any] = value if isinstance(value, list) else []
+        bounds = [item.get("__float__", item) if isinstance(item, dict) else item for item in stated]
+        try:
+            low, high = (float(bound) for bound in bounds)
+        except (TypeError, ValueError):
+            raise SpecError(f"{name}={value!r}: must be a list of two numbers") from None
+        return low, None if high == math.inf else high
 
     def flag(self, *names: str, default: bool = False) -> bool:
         """A boolean; `default` where it is absent or null."""

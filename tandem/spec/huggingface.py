@@ -92,6 +92,7 @@ def _read_text(f: Fields, *, name: str, tied: bool, precision: str, omitted: tup
         layers=layers,
         tied_embeddings=tied,
         max_context=f.size("max_position_embeddings"),
+        norm_eps=f.number("layer_norm_epsilon", "rms_norm_eps", "norm_eps", default=architecture.norm_eps),
         native_precision=precision,
         omitted=omitted,
     )

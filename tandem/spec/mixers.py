@@ -9,12 +9,37 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from tandem.spec.errors import SpecError
-from tandem.spec.units import require_int
+from tandem.spec.units import require_int, require_number
 
 
 def _positive(spec: object, *fields: str) -> None:
     for field in fields:
         require_int(field, getattr(spec, field))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rope:
+    """Rotary position embedding of the first `fraction` of each head; its cost does not depend on these numbers.
+
+    `scaling` names how the frequencies are stretched. The decoder computes `none`, `linear` and `llama3` (transformers'
+    `rope_utils`); other kinds are kept by name, so that a plan can be made for a model that the decoder refuses.
+    """
+
+    theta: float
+    fraction: float = 1.0
+    scaling: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_context: int | None = None
+    """llama3: the context of training, in tokens."""
+
+    def __post_init__(self) -> None:
+        for field in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            require_number(field, getattr(self, field))
+        require_number("fraction", self.fraction, high=1.0)
+        if self.scaling == "llama3" and self.original_max_context is None:
+            raise SpecError("original_max_context=None: needed where scaling is 'llama3'")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +49,8 @@ class Attention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rope: Rope | None = None
+    """None: no position embedding, as in Nemotron-H."""
     window: int | None = None
     chunked_window: bool = False
     """Llama 4: attention within fixed chunks of `window` tokens instead of a sliding window."""
@@ -133,9 +160,14 @@ class Mamba2:
     conv_kernel: int = 4
     conv_bias: bool = True
     proj_bias: bool = False
+    dt_min: float = 0.0
+    dt_max: float | None = None
+    """Clamp of the step size after softplus; by default none, as in Megatron-LM."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_heads", "head_dim", "state_dim", "groups", "conv_kernel")
+        if self.dt_max is not None and not 0 <= self.dt_min < self.dt_max:
+            raise SpecError(f"dt_max={self.dt_max!r}: must be above dt_min={self.dt_min!r}, or None")
         if self.num_heads % self.groups:
             raise SpecError(f"groups={self.groups}: must divide num_heads={self.num_heads}")
 
@@ -250,6 +282,14 @@ class MoE:
     """A bias (or score correction) for every expert in the router."""
     shared_gate: bool = False
     """Qwen3.5: a sigmoid gate, h weights, scales the shared expert."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router turns its logits into scores; with `sigmoid`, experts are chosen by score plus correction."""
+    normalise: bool = True
+    """Whether the scores of the chosen experts are made to add up to one."""
+    score_scale: float = 1.0
+    groups: int = 1
+    """The experts form groups, of which the `top_groups` with the best two scores are kept."""
+    top_groups: int = 1
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "top_k", "ffn_size")
@@ -258,6 +298,12 @@ class MoE:
         require_int("shared_ffn_size", self.shared_ffn_size, low=0)
         if self.latent_size is not None:
             _positive(self, "latent_size")
+        _positive(self, "groups", "top_groups")
+        if self.num_experts % self.groups:
+            raise SpecError(f"groups={self.groups}: must divide num_experts={self.num_experts}")
+        if self.top_groups > self.groups:
+            raise SpecError(f"top_groups={self.top_groups}: must be at most groups={self.groups}")
+        require_number("score_scale", self.score_scale)
 
     def expert_width(self, h: int) -> int:
         """Width that the routed experts read and write."""

@@ -22,9 +22,10 @@ from tandem.spec.mixers import (
     Mixer,
     MoE,
     Recurrent,
+    Rope,
     SparseIndex,
 )
-from tandem.spec.units import itemsize, require_int
+from tandem.spec.units import itemsize, require_int, require_number
 
 __all__ = [
     "MLA",
@@ -37,6 +38,7 @@ __all__ = [
     "MoE",
     "ModelSpec",
     "Recurrent",
+    "Rope",
     "SparseIndex",
 ]
 
@@ -57,6 +59,7 @@ class ModelSpec:
     layers: tuple[Mixer, ...]
     tied_embeddings: bool = False
     max_context: int = 131072
+    norm_eps: float = 1e-5
     native_precision: str = "bf16"
     omitted: tuple[str, ...] = ()
 
@@ -65,6 +68,7 @@ class ModelSpec:
             raise SpecError("name='': a model needs a name")
         for field in ("vocab_size", "hidden_size", "max_context"):
             require_int(field, getattr(self, field))
+        require_number("norm_eps", self.norm_eps)
         itemsize(self.native_precision)
         if not self.layers:
             raise SpecError("layers=(): a model needs at least one layer")
@@ -167,4 +171,6 @@ def _mixer(layer: Any) -> Mixer:
         raise SpecError(f"mixer={kind!r}: must be one of {', '.join(MIXERS)}")
     if item.get("index") is not None and kind == "MLA":
         item["index"] = SparseIndex(**item["index"])
+    if item.get("rope") is not None and kind == "Attention":
+        item["rope"] = Rope(**item["rope"])
     return MIXERS[kind](**item)

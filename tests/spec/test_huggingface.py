@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tandem.spec.errors import SpecError
 from tandem.spec.huggingface import native_precision, read_config
-from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, Mixer, ModelSpec, MoE, SparseIndex
+from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, Mixer, ModelSpec, MoE, Rope, SparseIndex
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,7 +44,10 @@ def windows(spec: ModelSpec) -> list[int | None]:
 
 def test_a_block_becomes_two_layers_of_one_mixer() -> None:
     spec = read(LLAMA)
-    assert spec.layers == (Attention(num_heads=4, num_kv_heads=2, head_dim=8), MLP(ffn_size=48, gated=True)) * 4
+    assert (
+        spec.layers
+        == (Attention(num_heads=4, num_kv_heads=2, head_dim=8, rope=Rope(theta=10000.0)), MLP(ffn_size=48, gated=True)) * 4
+    )
     assert (spec.vocab_size, spec.hidden_size, spec.max_context) == (96, 32, 64)
     assert not spec.tied_embeddings
 
