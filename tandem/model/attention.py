@@ -1,0 +1,153 @@
+"""Grouped-query attention with optional rotary embedding and query-key norm, over a `SequenceState`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tandem.model.linear import Linear
+from tandem.model.norm import RMSNorm
+from tandem.model.span import Span
+from tandem.model.state import AttentionState
+from tandem.spec.model import Attention, Rope
+
+
+class AttentionMixer(nn.Module):
+    """Projections, rotation, cache and attention of one layer; weights are named as on the hub."""
+
+    def __init__(self, m: Attention, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.m = m
+        self.q_proj = Linear(hidden, m.q_width, bias=m.qkv_bias)
+        self.k_proj = Linear(hidden, m.num_kv_heads * m.head_dim, bias=m.qkv_bias)
+        self.v_proj = Linear(hidden, m.num_kv_heads * m.head_dim, bias=m.qkv_bias)
+        self.o_proj = Linear(m.num_heads * m.head_dim, hidden, bias=m.out_bias)
+        self.q_norm = RMSNorm(m.head_dim, eps) if m.qk_norm == "head" else None
+        self.k_norm = RMSNorm(m.head_dim, eps) if m.qk_norm == "head" else None
+
+    def forward(self, x: Float[Tensor, "b t d"], span: Span, state: AttentionState | None = None) -> Float[Tensor, "b t d"]:
+        """Attention output; with a `state`, keys and values are written to it and earlier ones are seen."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.m.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (-1, self.m.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (-1, self.m.head_dim)).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.m.rope is not None:
+            cos, sin = rotation(self.m.rope, self.m.head_dim, span.positions)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if state is not None:
+            _write(state, k, v, span)
+        y = _attend(q, k, v, span, state)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+def _write(state: AttentionState, k: Float[Tensor, "b g t p"], v: Float[Tensor, "b g t p"], span: Span) -> None:
+    """Put keys and values behind those of each row. Padding lands beyond the row's length, where it is overwritten."""
+    for cache, new in zip(state.tensors, (k, v), strict=True):
+        if span.start is not None:
+            cache[:, :, span.start : span.start + span.time] = new.to(cache.dtype)
+        elif span.starts is not None:
+            for row, start in enumerate(span.starts.tolist()):
+                cache[row, :, start : start + span.time] = new[row].to(cache.dtype)
+
+
+def _attend(
+    q: Float[Tensor, "b h t p"],
+    k: Float[Tensor, "b g t p"],
+    v: Float[Tensor, "b g t p"],
+    span: Span,
+    state: AttentionState | None,
+) -> Float[Tensor, "b h t p"]:
+    if state is None or span.start == 0:
+        if span.segments is None:
+            return attend(q, k, v, causal=True)
+        return attend(q, k, v, mask=span.mask(span.time))
+    if span.start is None or span.segments is not None:
+        filled = span.time + int(span.starts.max()) if span.starts is not None else span.time
+        cached = (cache[:, :, :filled].to(q.dtype) for cache in state.tensors)
+        return attend(q, *cached, mask=span.mask(filled))
+    earlier = (state.keys[:, :, : span.start].to(q.dtype), state.values[:, :, : span.start].to(q.dtype))
+    if span.time == 1 or q.device.type != "cpu":
+        both = (torch.cat([old, new], 2) for old, new in zip(earlier, (k, v), strict=True))
+        return attend(q, *both, mask=None if span.time == 1 else span.mask(span.start + span.time))
+    return _attend_in_two_parts(q, k, v, earlier)
+
+
+def attend(
+    q: Float[Tensor, "b h t p"],
+    k: Float[Tensor, "b g s p"],
+    v: Float[Tensor, "b g s p"],
+    *,
+    mask: Bool[Tensor, "rows 1 t s"] | None = None,
+    causal: bool = False,
+) -> Float[Tensor, "b h t p"]:
+    """Scaled dot-product attention; query head i reads key head i // (h / g)."""
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _attend_in_two_parts(
+    q: Float[Tensor, "b h t p"],
+    k: Float[Tensor, "b g t p"],
+    v: Float[Tensor, "b g t p"],
+    earlier: tuple[Float[Tensor, "b g s p"], Float[Tensor, "b g s p"]],
+) -> Float[Tensor, "b h t p"]:
+    """Earlier tokens without a mask and new ones causally, joined by their log-sums: no mask of t x (s + t) is built.
+
+    The query heads of a group become further rows of one head, so earlier keys and values are read in place.
+    """
+    groups = k.shape[1]
+    rows = q.unflatten(1, (groups, -1)).flatten(2, 3)  # b g (h/g t) p
+    far, far_log = _flash(rows, *earlier, causal=False)
+    far, far_log = (value.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for value in (far, far_log[..., None]))
+    repeat = q.shape[1] // groups
+    near, near_log = _flash(q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), causal=True)
+    share = torch.sigmoid(near_log[..., None] - far_log)
+    return torch.lerp(far, near, share)
+
+
+def _flash(
+    q: Float[Tensor, "b h t p"], k: Float[Tensor, "b h s p"], v: Float[Tensor, "b h s p"], *, causal: bool
+) -> tuple[Float[Tensor, "b h t p"], Float[Tensor, "b h t"]]:
+    """Attention and the logarithm of each row's sum of exponentials."""
+    y, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return y, log_sum
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Float[Tensor, " half"]:
+    """Radians a token of each rotated pair, fp32; `llama3` slows the low ones down (transformers' rope_utils)."""
+    rotated = int(head_dim * rope.fraction)
+    frequencies = 1.0 / rope.theta ** (torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated)
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    if rope.scaling != "llama3" or rope.original_max_context is None:
+        return frequencies
+    waves = 2 * math.pi / frequencies
+    turns = rope.original_max_context / waves
+    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    slow, fast = turns < rope.low_freq_factor, turns > rope.high_freq_factor
+    return torch.where(slow, frequencies / rope.factor, torch.where(fast, frequencies, blended))
+
+
+def rotation(
+    rope: Rope, head_dim: int, positions: Int[Tensor, "rows t"]
+) -> tuple[Float[Tensor, "rows 1 t half"], Float[Tensor, "rows 1 t half"]]:
+    """Cosine and sine of each position and pair, fp32."""
+    angles = positions[:, None, :, None].float() * inverse_frequencies(rope, head_dim).to(positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(
+    x: Float[Tensor, "b h t p"], cos: Float[Tensor, "rows 1 t half"], sin: Float[Tensor, "rows 1 t half"]
+) -> Float[Tensor, "b h t p"]:
+    """x with its first 2 * half numbers a head turned in pairs (i, i + half), the rest as they are."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    c, s = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([first * c - second * s, second * c + first * s, rest], -1)

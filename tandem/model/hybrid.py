@@ -1,0 +1,285 @@
+"""The decoder: any string of Mamba-2, attention, MLP and expert layers, built from the `ModelSpec` that the planner uses.
+
+Read this file first, then `span.py` (where tokens stand), `state.py` (what is remembered), the mixers (`mamba2.py` with
+`scan.py`, `attention.py`, `ffn.py`), and `kernels.py` and `native/` (what makes them fast). Names of weights are those of
+Nemotron-H on the hub, whatever the architecture: `backbone.layers.N.mixer.q_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tandem.model.attention import AttentionMixer
+from tandem.model.ffn import MLPMixer, MoEMixer
+from tandem.model.init import initialise
+from tandem.model.linear import Linear
+from tandem.model.mamba2 import Mamba2Mixer
+from tandem.model.norm import RMSNorm
+from tandem.model.precision import compute_dtype
+from tandem.model.span import Span, compact
+from tandem.model.state import LayerState, SequenceState
+from tandem.spec.errors import SpecError
+from tandem.spec.model import MLP, Attention, Mamba2, Mixer, ModelSpec, MoE
+
+SCAN_CHUNK = 64
+"""Tokens of a chunk of the scan; of 32 to 256, the fastest on CPUs (facts measured in benchmarks/model.py)."""
+PREFILL_TOKENS = 2048
+"""Tokens that `prefill` runs through the layers at once, over all rows: bounds the memory of activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Special tokens of a checkpoint: they are no part of the arithmetic, so no part of the spec."""
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+
+def check_supported(spec: ModelSpec) -> None:
+    """Raise a SpecError that names the first layer which the decoder cannot compute exactly, and why."""
+    for i, m in enumerate(spec.layers):
+        reason = _unsupported(m)
+        if reason:
+            raise SpecError(
+                f"layers[{i}] of {spec.name}: {reason}; the decoder has Mamba-2, attention, MLP and sigmoid MoE layers"
+            )
+
+
+def _unsupported(m: Mixer) -> str | None:
+    match m:
+        case Attention():
+            if m.window is not None or m.sinks or m.output_gate or m.qk_norm not in ("none", "head"):
+                return f"window={m.window}, sinks={m.sinks}, output_gate={m.output_gate}, qk_norm={m.qk_norm!r} is not built"
+            if m.rope is not None and m.rope.scaling not in ("none", "linear", "llama3"):
+                return f"rope scaling {m.rope.scaling!r} is not built"
+        case MoE():
+            if m.score != "sigmoid" or m.gated or m.bias or m.shared_gate:
+                return f"experts with score={m.score!r}, gated={m.gated}, bias={m.bias} are not built"
+        case Mamba2() | MLP():
+            return None
+        case _:
+            return f"{type(m).__name__} is not built"
+    return None
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, m: Mixer, spec: ModelSpec) -> None:
+        super().__init__()
+        hidden, eps = spec.hidden_size, spec.norm_eps
+        self.norm = RMSNorm(hidden, eps)
+        self.mixer: nn.Module
+        match m:
+            case Mamba2():
+                self.mixer = Mamba2Mixer(m, hidden, eps, SCAN_CHUNK)
+            case Attention():
+                self.mixer = AttentionMixer(m, hidden, eps)
+            case MLP():
+                self.mixer = MLPMixer(m, hidden)
+            case MoE():
+                self.mixer = MoEMixer(m, hidden)
+
+    def forward(self, x: Float[Tensor, "b t d"], span: Span, state: LayerState = None) -> Float[Tensor, "b t d"]:
+        """One residual step."""
+        mixed: Tensor = self.mixer(self.norm(x), span, state)
+        return x + mixed
+
+
+class Backbone(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Layer(m, spec) for m in spec.layers)
+        self.norm_f = RMSNorm(spec.hidden_size, spec.norm_eps)
+
+    def forward(self, input_ids: Int[Tensor, "b t"], span: Span, state: SequenceState | None = None) -> Float[Tensor, "b t d"]:
+        """Hidden states after the final norm; a `state` is continued in place, but for its lengths."""
+        weight = self.embeddings.weight
+        x = self.embeddings(input_ids).to(compute_dtype(weight.dtype, weight.device))
+        states = (None,) * len(self.layers) if state is None else state.layers
+        for layer, remembered in zip(self.layers, states, strict=True):
+            x = layer(x, span, remembered)
+        normed: Tensor = self.norm_f(x)
+        return normed
+
+
+class Decoder(nn.Module):
+    """A language model of the architecture that `spec` describes, with fresh weights (`load_model` reads trained ones).
+
+    `dtype` is that of the weights. On the meta device nothing is allocated or initialised.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        token_ids: TokenIds | None = None,
+    ) -> None:
+        check_supported(spec)
+        super().__init__()
+        self.spec = spec
+        self.token_ids = token_ids or TokenIds()
+        with torch.device(device):
+            self.backbone = Backbone(spec)
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        if spec.tied_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+        if torch.device(device).type != "meta":
+            initialise(self.backbone, self.lm_head, spec, seed)
+        keep = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
+        self.to(dtype)
+        for name, buffer in keep.items():  # the router's correction stays fp32, as in transformers
+            self.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.embeddings.weight.device
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        *,
+        attention_mask: Int[Tensor, "b t"] | Float[Tensor, "b t"] | Bool[Tensor, "b t"] | None = None,
+        documents: Int[Tensor, "b t"] | None = None,
+    ) -> Float[Tensor, "b t vocab"]:
+        """Logits of every token, fp32.
+
+        `attention_mask` is 1 at tokens and 0 at padding, on either side; logits at padding mean nothing. `documents` numbers
+        the documents packed into a row: where it changes, attention, convolution and SSM state begin anew.
+        """
+        hidden = self.hidden_states(input_ids, attention_mask=attention_mask, documents=documents)
+        logits: Tensor = self.lm_head(hidden)
+        return logits.float()
+
+    def hidden_states(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        *,
+        attention_mask: Int[Tensor, "b t"] | Float[Tensor, "b t"] | Bool[Tensor, "b t"] | None = None,
+        documents: Int[Tensor, "b t"] | None = None,
+        state: SequenceState | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Hidden states after the final norm, in one pass; a `state` is continued in place."""
+        self._check_tokens(input_ids)
+        back = lengths = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            documents = None if documents is None else compact(documents, attention_mask)[0]
+            input_ids, lengths, back = compact(input_ids, attention_mask)
+        segments = None
+        if documents is not None:
+            segments = torch.cat([torch.zeros_like(documents[:, :1]), (documents.diff(dim=1) != 0).cumsum(1)], 1)
+        hidden = self._run(input_ids, lengths, segments, state)
+        return hidden if back is None else hidden.gather(1, back[..., None].expand_as(hidden))
+
+    def prefill(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        state: SequenceState | None = None,
+        *,
+        attention_mask: Int[Tensor, "b t"] | Float[Tensor, "b t"] | Bool[Tensor, "b t"] | None = None,
+        logits_to_keep: int = 1,
+    ) -> tuple[Float[Tensor, "b kept vocab"], SequenceState]:
+        """Read prompts, or go on from a state (in place): logits of each row's last `logits_to_keep` tokens, and the state.
+
+        Long prompts pass through the layers a piece at a time, so memory does not grow with activations. 0 keeps the logits
+        of all tokens, in the columns of `input_ids`.
+        """
+        self._check_tokens(input_ids)
+        batch, time = input_ids.shape
+        if time == 0 or batch == 0:
+            raise SpecError(f"input_ids has shape {tuple(input_ids.shape)}: needs at least one token")
+        if state is None:
+            state = self.new_state(batch, capacity=time)
+        elif state.batch != batch:
+            raise SpecError(f"state has {state.batch} sequences: input_ids has {batch} rows")
+        back = lengths = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            input_ids, lengths, back = compact(input_ids, attention_mask)
+        state.reserve(int(state.lengths.max()) + time)
+        wanted = time if logits_to_keep == 0 else min(logits_to_keep, time)
+        width = max(1, PREFILL_TOKENS // batch)
+        kept: list[Tensor] = []
+        last = torch.zeros(batch, wanted, self.spec.hidden_size, dtype=self._compute_dtype, device=self.device)
+        for begin in range(0, time, width):
+            piece = input_ids[:, begin : begin + width]
+            here = None if lengths is None else (lengths - begin).clamp(0, piece.shape[1])
+            hidden = self._run(piece, here, None, state)
+            if logits_to_keep == 0:
+                kept.append(hidden)
+            else:
+                last = _newest(last, hidden, here)
+        if logits_to_keep == 0:
+            last = torch.cat(kept, 1)
+            last = last if back is None else last.gather(1, back[..., None].expand_as(last))
+        logits: Tensor = self.lm_head(last)
+        return logits.float(), state
+
+    def decode(
+        self, next_ids: Int[Tensor, " b"] | Int[Tensor, "b 1"], state: SequenceState
+    ) -> tuple[Float[Tensor, "b vocab"] | Float[Tensor, "b 1 vocab"], SequenceState]:
+        """One more token of each sequence: its logits (an axis of length 1 stays), and the state, changed in place."""
+        if next_ids.shape[0] != state.batch:
+            raise SpecError(f"next_ids has {next_ids.shape[0]} rows: the state has {state.batch} sequences")
+        column = next_ids.reshape(-1, 1)
+        self._check_tokens(column)
+        state.reserve(int(state.lengths.max()) + 1)
+        logits: Tensor = self.lm_head(self._run(column, None, None, state)).float()
+        return (logits if next_ids.dim() == 2 else logits[:, 0]), state
+
+    def new_state(self, batch: int, *, capacity: int = 0) -> SequenceState:
+        """State of `batch` sequences that have seen nothing."""
+        return SequenceState.zeros(self.spec, batch, capacity=capacity, dtype=self._compute_dtype, device=self.device)
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.backbone.embeddings.weight.dtype, self.device)
+
+    def _run(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        lengths: Int[Tensor, " b"] | None,
+        segments: Int[Tensor, "b t"] | None,
+        state: SequenceState | None,
+    ) -> Float[Tensor, "b t d"]:
+        span = Span(
+            time=input_ids.shape[1],
+            device=self.device,
+            lengths=lengths,
+            starts=None if state is None or not bool(state.lengths.any()) else state.lengths.clone(),
+            segments=segments,
+        )
+        hidden: Tensor = self.backbone(input_ids, span, state)
+        if state is not None:
+            state.lengths += span.time if lengths is None else lengths
+        return hidden
+
+    def _check_tokens(self, input_ids: Int[Tensor, "b t"]) -> None:
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.spec.vocab_size:
+                wrong = int(low) if low < 0 else int(high)
+                raise SpecError(f"input_ids holds {wrong}: must be from 0 to {self.spec.vocab_size - 1}")
+
+
+def _newest(
+    last: Float[Tensor, "b k d"], hidden: Float[Tensor, "b t d"], lengths: Int[Tensor, " b"] | None
+) -> Float[Tensor, "b k d"]:
+    """The last k hidden states of each row, `last` being those before."""
+    width = last.shape[1]
+    known = torch.cat([last, hidden], 1)
+    if lengths is None:
+        return known[:, -width:]
+    index = lengths.to(known.device)[:, None] + torch.arange(width, device=known.device)
+    return known.gather(1, index[..., None].expand(-1, -1, known.shape[2]))

@@ -1,0 +1,98 @@
+"""Which code runs the scan and the convolution: the CUDA kernels of `mamba_ssm` and `causal_conv1d` where they are
+installed, else our own torch code, which torch.compile fuses on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tandem.model.scan import causal_conv, ssd_scan, ssd_step
+
+
+@cache
+def _installed(module: str, name: str) -> Callable[..., Any] | None:
+    """The function of that name, None where its package is missing or does not import (its CUDA library, say)."""
+    try:
+        found: Callable[..., Any] = getattr(import_module(module), name)
+    except (ImportError, OSError, AttributeError):
+        return None
+    return found
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
+
+
+def scan(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    a: Float[Tensor, " h"],
+    b_in: Float[Tensor, "b t g n"],
+    c_out: Float[Tensor, "b t g n"],
+    *,
+    chunk: int,
+    state: Float[Tensor, "b h p n"] | None = None,
+    segments: Int[Tensor, "b t"] | None = None,
+) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
+    """`scan.ssd_scan` by the best code for the device."""
+    if x.device.type != "cuda":
+        return ssd_scan(x, dt, a, b_in, c_out, chunk=chunk, state=state, segments=segments)
+    fused = _installed("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+    if fused is None:
+        y, final = _compiled(ssd_scan)(x, dt, a, b_in, c_out, chunk=chunk, state=state, segments=segments)
+        return y, final
+    index = None if segments is None else segments.int()
+    y, final = fused(x, dt, a, b_in, c_out, chunk, initial_states=state, seq_idx=index, return_final_states=True)
+    return y, final
+
+
+def scan_step(
+    state: Float[Tensor, "b h p n"],
+    x: Float[Tensor, "b h p"],
+    dt: Float[Tensor, "b h"],
+    a: Float[Tensor, " h"],
+    b_in: Float[Tensor, "b g n"],
+    c_out: Float[Tensor, "b g n"],
+) -> tuple[Float[Tensor, "b h p"], Float[Tensor, "b h p n"]]:
+    """`scan.ssd_step` by the best code for the device."""
+    if x.device.type != "cuda":
+        return ssd_step(state, x, dt, a, b_in, c_out)
+    fused = _installed("mamba_ssm.ops.triton.selective_state_update", "selective_state_update")
+    if fused is None:
+        y, new = _compiled(ssd_step)(state, x, dt, a, b_in, c_out)
+        return y, new
+    new = state.clone()
+    shape = x.shape
+    rates = a[:, None, None].expand(*shape[1:], state.shape[-1])
+    y = fused(new, x, dt[..., None].expand(shape), rates, b_in, c_out)
+    return y, new
+
+
+def convolve(
+    x: Float[Tensor, "b t d"],
+    weight: Float[Tensor, "d k"],
+    bias: Float[Tensor, " d"] | None,
+    *,
+    window: Float[Tensor, "b d w"] | None = None,
+    segments: Int[Tensor, "b t"] | None = None,
+) -> Float[Tensor, "b t d"]:
+    """`scan.causal_conv` by the best code for the device."""
+    fused = _installed("causal_conv1d", "causal_conv1d_fn") if x.device.type == "cuda" else None
+    if fused is None:
+        if x.device.type == "cuda":
+            y: Tensor = _compiled(causal_conv)(x, weight, bias, window=window, segments=segments)
+            return y
+        return causal_conv(x, weight, bias, window=window, segments=segments)
+    if window is not None and segments is not None:  # the kernel takes one or the other
+        return causal_conv(x, weight, bias, window=window, segments=segments)
+    index = None if segments is None else segments.int()
+    before = None if window is None else window.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    out: Tensor = fused(x.transpose(1, 2), weight.to(x.dtype), bias, seq_idx=index, initial_states=before)
+    return out.transpose(1, 2)

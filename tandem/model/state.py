@@ -1,0 +1,256 @@
+"""What a decoder remembers of its sequences, as one object that can be cut, joined, moved and restored to the bit.
+
+An attention layer remembers keys and values of every token, a Mamba-2 layer its last convolution inputs and its SSM
+state, other layers nothing. Token i of a sequence lies at slot i: there is no padding inside, and rows of one state may
+differ in length.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tandem.spec.errors import SpecError
+from tandem.spec.model import Attention, Mamba2, ModelSpec
+
+_MAGIC = b"TANDEMSQ"
+_VERSION = 1
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(slots=True)
+class AttentionState:
+    """Keys and values of one attention layer; slots beyond a row's length hold nothing of meaning."""
+
+    keys: Float[Tensor, "batch kv_heads capacity head_dim"]
+    values: Float[Tensor, "batch kv_heads capacity head_dim"]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys, values."""
+        return self.keys, self.values
+
+
+@dataclass(slots=True)
+class MambaState:
+    """The last conv_kernel - 1 inputs of the convolution, oldest first, and the SSM state of one Mamba-2 layer."""
+
+    conv: Float[Tensor, "batch conv_width window"]
+    ssm: Float[Tensor, "batch heads head_dim state_dim"]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Convolution window, SSM state."""
+        return self.conv, self.ssm
+
+
+LayerState = AttentionState | MambaState | None
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """State of a batch of sequences after `lengths` tokens; `layers` has one entry a layer of the model.
+
+    `lengths` is on the CPU whatever the device of the tensors. Keys, values and windows have one dtype; the SSM state is
+    fp32 (paper A section 1.1: mamba_ssm_cache_dtype).
+    """
+
+    lengths: Int[Tensor, " batch"]
+    layers: tuple[LayerState, ...]
+
+    @classmethod
+    def zeros(
+        cls,
+        spec: ModelSpec,
+        batch: int,
+        *,
+        capacity: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> SequenceState:
+        """State of `batch` sequences that have seen nothing, with room for `capacity` tokens each."""
+
+        def fresh(*shape: int, of: torch.dtype) -> Tensor:
+            return torch.zeros(batch, *shape, dtype=of, device=device)
+
+        layers: list[LayerState] = []
+        for m in spec.layers:
+            if isinstance(m, Attention):
+                slots = (m.num_kv_heads, capacity, m.head_dim)
+                layers.append(AttentionState(fresh(*slots, of=dtype), fresh(*slots, of=dtype)))
+            elif isinstance(m, Mamba2):
+                ssm = fresh(m.num_heads, m.head_dim, m.state_dim, of=torch.float32)
+                layers.append(MambaState(fresh(m.conv_width, m.conv_kernel - 1, of=dtype), ssm))
+            else:
+                layers.append(None)
+        return cls(torch.zeros(batch, dtype=torch.int64), tuple(layers))
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that each attention layer has room for; None without attention layers, where there is no bound."""
+        return next((s.keys.shape[2] for s in self.layers if isinstance(s, AttentionState)), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that the sequences need: `s0 + k * length` each (`ModelSpec.kv_bytes`, `state_bytes_per_sequence`)."""
+        return sum(part.numel() * part.element_size() for part in self._parts())
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes that the tensors occupy, room for further tokens included."""
+        return sum(t.numel() * t.element_size() for s in self.layers if s is not None for t in s.tensors)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for at least `tokens` tokens in each sequence; what is grown at least doubles."""
+        for s in self.layers:
+            if isinstance(s, AttentionState) and s.keys.shape[2] < tokens:
+                room = max(tokens, 2 * s.keys.shape[2])
+                s.keys, s.values = _grown(s.keys, room), _grown(s.values, room)
+
+    def slice(self, rows: slice | Sequence[int]) -> SequenceState:
+        """A copy of some rows, in the order given (a row may be repeated)."""
+        wanted = list(range(self.batch)[rows]) if isinstance(rows, slice) else [int(row) for row in rows]
+        for row in wanted:
+            if not -self.batch <= row < self.batch:
+                raise SpecError(f"rows holds {row}: the state has {self.batch} sequences")
+        index = torch.tensor(wanted, dtype=torch.int64) % max(1, self.batch)
+        return SequenceState(self.lengths[index], tuple(_taken(s, index) for s in self.layers))
+
+    @staticmethod
+    def concat(states: Sequence[SequenceState]) -> SequenceState:
+        """All rows of several states of one model, in order; lengths may differ."""
+        if not states:
+            raise SpecError("states=[]: needs at least one state")
+        first = states[0]
+        for other in states[1:]:
+            if _kinds(other) != _kinds(first):
+                raise SpecError("states: they are not of one model and dtype")
+        room = max(int(s.lengths.max()) if s.batch else 0 for s in states)
+        joined: list[LayerState] = []
+        for parts in zip(*(s.layers for s in states), strict=True):
+            if isinstance(parts[0], AttentionState):
+                pairs = zip(*(_fitted(p, room).tensors for p in parts if p is not None), strict=True)
+                joined.append(AttentionState(*(torch.cat(pair) for pair in pairs)))
+            elif isinstance(parts[0], MambaState):
+                joined.append(MambaState(*(torch.cat(pair) for pair in zip(*(p.tensors for p in parts if p), strict=True))))
+            else:
+                joined.append(None)
+        return SequenceState(torch.cat([s.lengths for s in states]), tuple(joined))
+
+    def clone(self) -> SequenceState:
+        """A copy that shares no memory."""
+        return self.slice(slice(None))
+
+    def to(self, device: torch.device | str) -> SequenceState:
+        """The same state on another device."""
+        moved = (s and replace(s, **{n: getattr(s, n).to(device) for n in s.__slots__}) for s in self.layers)
+        return SequenceState(self.lengths, tuple(moved))
+
+    def to_bytes(self) -> bytes:
+        """Self-describing bytes: tag and version, a JSON header with dtypes and shapes, a checksum, the numbers."""
+        payload = b"".join(_raw(part) for part in self._parts())
+        header = {"lengths": self.lengths.tolist(), "layers": _kinds(self), "crc32": zlib.crc32(payload)}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return b"".join((_MAGIC, _VERSION.to_bytes(4, "little"), len(text).to_bytes(4, "little"), text, payload))
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> SequenceState:
+        """The state that `to_bytes` wrote, bit for bit. Raises SpecError for bytes that are damaged or of another version."""
+        view = memoryview(data)
+        if bytes(view[:8]) != _MAGIC or len(view) < 16:
+            raise SpecError(f"state bytes begin with {bytes(view[:8])!r}: not a sequence state, which begins with {_MAGIC!r}")
+        version, size = (int.from_bytes(view[i : i + 4], "little") for i in (8, 12))
+        if version != _VERSION:
+            raise SpecError(f"state version={version}: this program reads version {_VERSION}")
+        payload = view[16 + size :]
+        try:
+            header = json.loads(bytes(view[16 : 16 + size]))
+            lengths, kinds, checksum = list(header["lengths"]), header["layers"], header["crc32"]
+        except (ValueError, KeyError, TypeError):
+            raise SpecError("state bytes: the header is damaged; send the state again") from None
+        if zlib.crc32(payload) != checksum:
+            raise SpecError(f"state bytes: checksum {zlib.crc32(payload):#x} is not {checksum:#x}; send the state again")
+        state = cls(torch.tensor(lengths, dtype=torch.int64), tuple(_empty(kind, lengths) for kind in kinds))
+        offset = 0
+        for part in state._parts():
+            size = part.numel() * part.element_size()
+            if size:
+                raw = torch.frombuffer(bytearray(payload[offset : offset + size]), dtype=part.dtype)
+                part.copy_(raw.view(part.shape))
+            offset += size
+        return state
+
+    def _parts(self) -> Iterator[Tensor]:
+        """Views of what is known, layer by layer: each row's filled slots, whole windows and SSM states."""
+        lengths = self.lengths.tolist()
+        for s in self.layers:
+            if isinstance(s, AttentionState):
+                for tensor in s.tensors:
+                    yield from (tensor[row, :, :length] for row, length in enumerate(lengths))
+            elif s is not None:
+                yield from s.tensors
+
+
+def _kinds(state: SequenceState) -> list[dict[str, Any] | None]:
+    """Kind, dtypes and shapes of each layer; of attention without the number of slots."""
+    kinds: list[dict[str, Any] | None] = []
+    for s in state.layers:
+        if s is None:
+            kinds.append(None)
+            continue
+        shapes = [list(t.shape[1:]) for t in s.tensors]
+        if isinstance(s, AttentionState):
+            shapes = [[shape[0], shape[2]] for shape in shapes]
+        kinds.append({"kind": type(s).__name__, "shapes": shapes, "dtypes": [_NAMES[t.dtype] for t in s.tensors]})
+    return kinds
+
+
+def _empty(kind: dict[str, Any] | None, lengths: list[int]) -> LayerState:
+    if kind is None:
+        return None
+    attention = kind["kind"] == "AttentionState"
+    room, batch = max(lengths, default=0), len(lengths)
+    tensors = [
+        torch.zeros(batch, *([shape[0], room, shape[1]] if attention else shape), dtype=_DTYPES[name])
+        for shape, name in zip(kind["shapes"], kind["dtypes"], strict=True)
+    ]
+    return AttentionState(*tensors) if attention else MambaState(*tensors)
+
+
+def _raw(part: Tensor) -> bytes:
+    return part.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _grown(tensor: Tensor, room: int) -> Tensor:
+    larger = tensor.new_zeros(*tensor.shape[:2], room, tensor.shape[3])
+    larger[:, :, : tensor.shape[2]] = tensor
+    return larger
+
+
+def _fitted(state: AttentionState | MambaState, room: int) -> AttentionState | MambaState:
+    """An attention state with exactly `room` slots."""
+    if isinstance(state, MambaState) or state.keys.shape[2] == room:
+        return state
+    if state.keys.shape[2] > room:
+        return AttentionState(state.keys[:, :, :room], state.values[:, :, :room])
+    return AttentionState(_grown(state.keys, room), _grown(state.values, room))
+
+
+def _taken(state: LayerState, rows: Tensor) -> LayerState:
+    if state is None:
+        return None
+    index = rows.to(state.tensors[0].device)
+    return type(state)(*(t.index_select(0, index) for t in state.tensors))
