@@ -132,7 +132,7 @@ def test_no_file_is_longer_than_one_can_read_at_a_sitting(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
-@pytest.mark.parametrize("package", ["spec", "perf", "plan"])
+@pytest.mark.parametrize("package", ["spec", "perf", "model", "plan"])
 def test_only_reports_and_commands_print(package: str) -> None:
     for path in (PACKAGE / package).rglob("*.py"):
         assert not re.search(r"^\s*print\(", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
