@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from tandem.model.linear import Linear
 from tandem.model.norm import RMSNorm
@@ -47,12 +51,12 @@ class AttentionMixer(nn.Module):
 
 def _write(state: AttentionState, k: Float[Tensor, "b g t p"], v: Float[Tensor, "b g t p"], span: Span) -> None:
     """Put keys and values behind those of each row. Padding lands beyond the row's length, where it is overwritten."""
-    for cache, new in zip(state.tensors, (k, v), strict=True):
+    for slots, new in zip(state.tensors, (k, v), strict=True):
         if span.start is not None:
-            cache[:, :, span.start : span.start + span.time] = new.to(cache.dtype)
+            slots[:, :, span.start : span.start + span.time] = new.to(slots.dtype)
         elif span.starts is not None:
             for row, start in enumerate(span.starts.tolist()):
-                cache[row, :, start : start + span.time] = new[row].to(cache.dtype)
+                slots[row, :, start : start + span.time] = new[row].to(slots.dtype)
 
 
 def _attend(
@@ -65,10 +69,12 @@ def _attend(
     if state is None or span.start == 0:
         if span.segments is None:
             return attend(q, k, v, causal=True)
+        if q.device.type == "cuda":
+            return attend_documents(q, k, v, span.segments, compiled=True)
         return attend(q, k, v, mask=span.mask(span.time))
     if span.start is None or span.segments is not None:
         filled = span.time + int(span.starts.max()) if span.starts is not None else span.time
-        cached = (cache[:, :, :filled].to(q.dtype) for cache in state.tensors)
+        cached = (slots[:, :, :filled].to(q.dtype) for slots in state.tensors)
         return attend(q, *cached, mask=span.mask(filled))
     earlier = (state.keys[:, :, : span.start].to(q.dtype), state.values[:, :, : span.start].to(q.dtype))
     if span.time == 1 or q.device.type != "cpu":
@@ -89,6 +95,31 @@ def attend(
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def attend_documents(
+    q: Float[Tensor, "b h t p"],
+    k: Float[Tensor, "b g t p"],
+    v: Float[Tensor, "b g t p"],
+    segments: Int[Tensor, "b t"],
+    *,
+    compiled: bool,
+) -> Float[Tensor, "b h t p"]:
+    """Causal attention within each segment by FlexAttention, which skips blocks between documents and builds no mask."""
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (segments[b, query] == segments[b, key])
+
+    time = q.shape[2]
+    blocks = create_block_mask(sees, q.shape[0], None, time, time, device=q.device)
+    run: Callable[..., Any] = _compiled_flex() if compiled else flex_attention
+    y: Tensor = run(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    return y
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
 
 
 def _attend_in_two_parts(
