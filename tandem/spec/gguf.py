@@ -74,6 +74,18 @@ class _Cursor:
             raise struct.error("text beyond the end")
         return self.data[start : self.at].decode("utf-8", errors="replace")
 
+    def texts(self, count: int) -> list[str]:
+        """What `count` calls of `text` give; vocabularies are long, so without calls."""
+        data, at, found = self.data, self.at, []
+        for _ in range(count):
+            start = at + 8
+            at = start + int.from_bytes(data[at:start], "little")
+            found.append(data[start:at])
+        self.at = at
+        if at > len(data):
+            raise struct.error("text beyond the end")
+        return [text.decode("utf-8", errors="replace") for text in found]
+
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.text()
@@ -82,7 +94,9 @@ class _Cursor:
         kind, size = self.scalar("I"), self.scalar("Q")
         if size > len(self.data):
             raise struct.error("array beyond the end")
-        if kind in (_STRING, _ARRAY):
+        if kind == _STRING:
+            return self.texts(size)
+        if kind == _ARRAY:
             return [self.value(kind) for _ in range(size)]
         layout = f"<{size}{_SCALARS[kind]}"
         values = struct.unpack_from(layout, self.data, self.at)
