@@ -9,7 +9,8 @@
     )
     plan.recommended.to_json()
 
-Names load when they are first used, so that importing the package costs next to nothing and never imports torch.
+Names load when they are first used, so that importing the package costs next to nothing and never imports torch;
+`load_model` and its kin need it (`pip install 'tandem-lm[model]'`).
 """
 
 from importlib import import_module
@@ -18,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 from tandem._version import __version__
 
 if TYPE_CHECKING:
+    from tandem.model.hybrid import Decoder
+    from tandem.model.load import load_model, save_model
+    from tandem.model.state import SequenceState
     from tandem.perf.backend import ServingFits
     from tandem.perf.estimate import Draft, EstimateResult, Instances, estimate, estimate_disaggregated
     from tandem.perf.phases import PerfModel
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
     from tandem.spec.workload import Slo, Trace, Workload, read_trace
 
 _HOME = {
+    "model.hybrid": ("Decoder",),
+    "model.load": ("load_model", "save_model"),
+    "model.state": ("SequenceState",),
     "perf.backend": ("ServingFits",),
     "perf.estimate": ("Draft", "EstimateResult", "Instances", "estimate", "estimate_disaggregated"),
     "perf.phases": ("PerfModel",),
@@ -46,6 +53,7 @@ _HOME = {
 _MODULE_OF = {name: f"tandem.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Decoder",
     "Deployment",
     "Draft",
     "Estimate",
@@ -60,6 +68,7 @@ __all__ = [
     "Plan",
     "Pool",
     "Precision",
+    "SequenceState",
     "ServingFits",
     "Slo",
     "SpecError",
@@ -73,17 +82,26 @@ __all__ = [
     "find_plan",
     "hardware_names",
     "load_hardware",
+    "load_model",
     "load_spec",
     "match_rates",
     "model_names",
     "read_trace",
+    "save_model",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'tandem' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    try:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    except ModuleNotFoundError as missing:
+        if not _MODULE_OF[name].startswith("tandem.model") or (missing.name or "").startswith("tandem"):
+            raise
+        raise ModuleNotFoundError(
+            f"tandem.{name} needs the package {missing.name}: pip install 'tandem-lm[model]'", name=missing.name
+        ) from missing
 
 
 def __dir__() -> list[str]:
