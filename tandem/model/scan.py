@@ -15,6 +15,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+_FORGOTTEN = -200.0
+"""Logarithm of a decay that leaves nothing, in fp32 or beside any other: bounds the sums of a chunk."""
+
 
 def ssd_scan(
     x: Float[Tensor, "b t h p"],
@@ -31,6 +34,10 @@ def ssd_scan(
 
     `dt` is the step size after softplus; a token with dt = 0 leaves the state as it is. `a` is negative. Where `segments`
     changes from one token to the next, the state starts from zero; the first segment continues `state`.
+
+    Decays between two tokens are differences of sums, which may be thousands where a token forgets everything. So sums are
+    float64, and their whole parts (exact in fp32) make the matrix of decays, their fractions factors of rows and columns:
+    no digits are lost, the large matrix is built once, and gradients need not pass through it.
     """
     time, heads, head_dim = x.shape[1:]
     groups, state_dim = b_in.shape[2:]
@@ -45,28 +52,33 @@ def ssd_scan(
     weighted = (x * dt[..., None]).unflatten(1, cut).permute(0, 1, 3, 2, 4)  # b c h l p
     keys = b_in.unflatten(1, cut).permute(0, 1, 3, 2, 4)  # b c g l n
     queries = c_out.unflatten(1, cut).permute(0, 1, 3, 2, 4)  # b c g l n
-    log_decay = (dt * a).unflatten(1, cut).permute(0, 1, 3, 2).cumsum(-1)  # b c h l
+    steps = (dt * a).double().clamp(min=_FORGOTTEN).unflatten(1, cut).permute(0, 1, 3, 2)
+    log_decay = steps.cumsum(-1)  # b c h l
+    whole = log_decay.detach().round()
+    part = log_decay - whole
+    whole = whole.to(x.dtype)
     per_group = (groups, heads // groups)
 
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
     keep = _Segments(segments.unflatten(1, cut)) if segments is not None else None
     visible = causal if keep is None else causal & keep.same[:, :, None]
-    decay = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(~visible, -torch.inf).exp()  # b c h l s
+    decay = (whole[..., :, None] - whole[..., None, :]).masked_fill_(~visible, -torch.inf).exp_()  # b c h l s
     scores = queries @ keys.transpose(-1, -2)  # b c g l s
     mixed = (decay.unflatten(2, per_group) * scores[:, :, :, None]).flatten(2, 3)
-    y = mixed @ weighted  # b c h l p
+    near = mixed @ (weighted * (-part).exp().to(x.dtype)[..., None])
+    y = near * part.exp().to(x.dtype)[..., None]  # b c h l p
 
-    to_end = (log_decay[..., -1:] - log_decay).exp()  # b c h l
+    to_end = (log_decay[..., -1:] - log_decay).exp().to(x.dtype)  # b c h l
     if keep is not None:
         to_end = to_end * keep.to_end[:, :, None]
     sent = (weighted * to_end[..., None]).unflatten(2, per_group)  # b c g r l p
     added = (sent.transpose(-1, -2).flatten(3, 4) @ keys).unflatten(3, (-1, head_dim)).flatten(2, 3)  # b c h p n
-    survives = log_decay[..., -1].exp()  # b c h
+    survives = log_decay[..., -1].exp().to(x.dtype)  # b c h
     if keep is not None:
         survives = survives * keep.survives[:, :, None]
     entering, final = _pass_states(added, survives, state)
 
-    from_start = log_decay.exp()  # b c h l
+    from_start = log_decay.exp().to(x.dtype)  # b c h l
     if keep is not None:
         from_start = from_start * keep.from_start[:, :, None]
     carried = entering.unflatten(2, per_group).flatten(3, 4)  # b c g (r p) n
