@@ -1,0 +1,54 @@
+// The product as a function of its own, for any number of rows: Y = X W^T + bias.
+#include "gemm.h"
+#include "pool.h"
+
+typedef struct {
+    const matrix *w;
+    const float *x;
+    float *y;
+    size_t m;
+    inputs quantised;
+} linear_job;
+
+static void linear_body(worker *self, void *argument) {
+    linear_job *job = argument;
+    const matrix *w = job->w;
+    size_t cols = (size_t)w->cols, rows = (size_t)w->rows, groups = groups_of(cols);
+    float *packed = (float *)self->arena, *c = packed + PACKED_FLOATS;
+    if (w->type == I8) {
+        for (size_t i; (i = pool_claim(self)) < job->m;)
+            quantise_row(job->x + i * cols, cols, (int8_t *)job->quantised.q + i * groups * GROUP,
+                         (float *)job->quantised.scale + i * groups);
+        pool_barrier(self);
+    }
+    size_t m_blocks = (job->m + M_BLOCK - 1) / M_BLOCK, step = (job->m + m_blocks - 1) / m_blocks;
+    size_t width = job->m > 16 ? N_BLOCK : N_BLOCK / 2, n_blocks = (rows + width - 1) / width;
+    for (size_t task; (task = pool_claim(self)) < m_blocks * n_blocks;) {
+        size_t m0 = task % m_blocks * step, m = job->m - m0 < step ? job->m - m0 : step;
+        size_t n0 = task / m_blocks * width, n1 = n0 + width < rows ? n0 + width : rows;
+        inputs in = {job->x + m0 * cols, cols, job->quantised.q + m0 * groups * GROUP, job->quantised.scale + m0 * groups};
+        gemm_block(w, &in, m, n0, n1, c, N_BLOCK, packed);
+        for (size_t i = 0; i < m; i++) {
+            float *y = job->y + (m0 + i) * rows + n0;
+            for (size_t n = 0; n < n1 - n0; n++) y[n] = c[i * N_BLOCK + n] + (w->bias ? load_as(w->bias_type, w->bias, n0 + n) : 0);
+        }
+    }
+}
+
+// x [m, cols] and y [m, rows], contiguous floats; returns 0, or -1 without memory.
+int tandem_linear(const matrix *w, const float *x, float *y, int64_t m, int threads) {
+    linear_job job = {w, x, y, (size_t)m, {0}};
+    size_t groups = groups_of((size_t)w->cols), q_bytes = (size_t)m * groups * GROUP;
+    int failed = 0;
+    pool_lock();
+    if (w->type == I8) {
+        int8_t *q = pool_shared(q_bytes + (size_t)m * groups * sizeof(float));
+        job.quantised.q = q;
+        job.quantised.scale = (float *)(q + q_bytes);
+        failed = q == NULL;
+    }
+    size_t arena = (PACKED_FLOATS + (size_t)M_BLOCK * N_BLOCK) * sizeof(float);
+    if (!failed) failed = pool_run(threads, arena, linear_body, &job);
+    pool_unlock();
+    return failed ? -1 : 0;
+}
