@@ -7,6 +7,7 @@ Nemotron-H on the hub, whatever the architecture: `backbone.layers.N.mixer.q_pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,14 +101,17 @@ class Backbone(nn.Module):
         self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
         self.layers = nn.ModuleList(Layer(m, spec) for m in spec.layers)
         self.norm_f = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.checkpoint: Callable[..., Tensor] | None = None
+        """How a layer is run where it is to be computed again in the backward pass (`torch.utils.checkpoint.checkpoint`)."""
 
     def forward(self, input_ids: Int[Tensor, "b t"], span: Span, state: SequenceState | None = None) -> Float[Tensor, "b t d"]:
         """Hidden states after the final norm; a `state` is continued in place, but for its lengths."""
         weight = self.embeddings.weight
         x = self.embeddings(input_ids).to(compute_dtype(weight.dtype, weight.device))
         states = (None,) * len(self.layers) if state is None else state.layers
+        run = self.checkpoint if state is None and torch.is_grad_enabled() else None
         for layer, remembered in zip(self.layers, states, strict=True):
-            x = layer(x, span, remembered)
+            x = layer(x, span, remembered) if run is None else run(layer, x, span)
         normed: Tensor = self.norm_f(x)
         return normed
 

@@ -45,20 +45,22 @@ class Mamba2Mixer(nn.Module):
         z, inputs, dt = self.in_proj(x).split([m.d_inner, m.conv_width, m.num_heads], -1)
         step = self._step_sizes(dt)
         a = -self.A_log.float().exp()
-        window = None if state is None else state.conv
-        if span.time == 1 and state is not None and span.lengths is None:
+        # A state that has seen nothing is zero; leaving it out keeps gradients of a first pass that also fills a state.
+        earlier = None if span.starts is None else state
+        window = None if earlier is None else earlier.conv
+        if span.time == 1 and earlier is not None and span.lengths is None:
             mixed = functional.silu(self._convolve(inputs, window, span))
             values, b_in, c_out = self._split(mixed[:, 0])
-            y, new = kernels.scan_step(state.ssm, values.float(), step[:, 0], a, b_in.float(), c_out.float())
-            state.conv.copy_(torch.cat([state.conv[..., 1:], inputs.transpose(1, 2).to(state.conv.dtype)], -1))
-            state.ssm.copy_(new)
+            y, new = kernels.scan_step(earlier.ssm, values.float(), step[:, 0], a, b_in.float(), c_out.float())
+            earlier.conv.copy_(torch.cat([earlier.conv[..., 1:], inputs.transpose(1, 2).to(earlier.conv.dtype)], -1))
+            earlier.ssm.copy_(new)
             y, values = y[:, None], values[:, None]
         else:
             if span.valid is not None:
                 step = step * span.valid[..., None]
             mixed = functional.silu(self._convolve(inputs, window, span))
             values, b_in, c_out = self._split(mixed)
-            start = None if state is None else state.ssm
+            start = None if earlier is None else earlier.ssm
             y, final = kernels.scan(
                 values.float(), step, a, b_in.float(), c_out.float(), chunk=self.chunk, state=start, segments=span.segments
             )
