@@ -103,7 +103,11 @@ def _read_bytes(stream: FileIO, flat: Tensor) -> None:
 def write_weights(model: nn.Module, spec: ModelSpec, folder: Path, max_shard_bytes: int) -> None:
     """Write a decoder's weights into a folder, as one file or, beyond `max_shard_bytes`, as shards with an index."""
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    tensors = stored_tensors(spec, hub_format(spec))
+    write_tensors(held, stored_tensors(spec, hub_format(spec)), folder, max_shard_bytes)
+
+
+def write_tensors(held: dict[str, Tensor], tensors: Sequence[Stored], folder: Path, max_shard_bytes: int) -> None:
+    """`write_weights` of tensors by their names in the decoder, whoever holds them."""
     for stored in tensors:
         if stored.parameter not in held or held[stored.parameter].dtype not in _NAMES:
             raise SpecError(f"{stored.parameter}: not in a 16- or 32-bit float format; quantised models are not saved")
