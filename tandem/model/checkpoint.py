@@ -30,8 +30,8 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALWAYS_FP32 = (".gate.e_score_correction_bias", ".mixer.gate.weight")
 _NEVER_ROUNDED = (".A_log", ".D", ".dt_bias")
-_PIECE = 2**22
-"""Numbers that are converted at once: large enough to be fast, small beside any model."""
+_STAGING_BYTES = 2**22
+"""Of what is converted at once: large enough to be fast, small beside any model."""
 
 
 class Filling:
@@ -71,21 +71,22 @@ def read_weights(filling: Filling, spec: ModelSpec, form: Format, folder: Path) 
     for place, stored in matched:
         if place.dtype not in _DTYPES:
             raise SpecError(f"{folder}: {stored.name} is stored as {place.dtype}; weights are read from {', '.join(_DTYPES)}")
+    staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8)
     for file, tensors in groupby(matched, key=lambda item: item[0].file):
         with FileIO(file) as stream:
             for place, stored in tensors:
-                _read_into(stream, place, filling.destination(stored, _DTYPES[place.dtype]))
+                _read_into(stream, place, filling.destination(stored, _DTYPES[place.dtype]), staging)
 
 
-def _read_into(stream: FileIO, place: Place, to: Tensor) -> None:
+def _read_into(stream: FileIO, place: Place, to: Tensor, staging: Tensor) -> None:
     """Read one tensor into memory that is there, straight or, where it has another format or device, in pieces."""
     stream.seek(place.start)
     stored, flat = _DTYPES[place.dtype], to.view(-1)
     if to.dtype == stored and to.device.type == "cpu":
         return _read_bytes(stream, flat)
-    staging = torch.empty(min(_PIECE, flat.numel()), dtype=stored)
-    for at in range(0, flat.numel(), _PIECE):
-        piece = staging[: min(_PIECE, flat.numel() - at)]
+    buffer = staging.view(stored)
+    for at in range(0, flat.numel(), buffer.numel()):
+        piece = buffer[: flat.numel() - at]
         _read_bytes(stream, piece)
         flat[at : at + piece.numel()].copy_(piece)
 

@@ -119,7 +119,8 @@ def _nemotron(spec: ModelSpec) -> dict[str, Any] | None:
 def _nemotron_fields(mixer: Mixer) -> dict[str, Any]:
     match mixer:
         case Mamba2():
-            high = {"__float__": "Infinity"} if mixer.dt_max is None else mixer.dt_max
+            high = {"__float__": "Infinity"} if mixer.dt_max is None else mixer.dt_max  # transformers 5's spelling
+            clamps = mixer.dt_min > 0 or mixer.dt_max is not None
             return {
                 "mamba_num_heads": mixer.num_heads,
                 "mamba_head_dim": mixer.head_dim,
@@ -129,7 +130,7 @@ def _nemotron_fields(mixer: Mixer) -> dict[str, Any]:
                 "use_conv_bias": mixer.conv_bias,
                 "use_bias": mixer.proj_bias,
                 "mamba_proj_bias": mixer.proj_bias,
-                "time_step_limit": [mixer.dt_min, high],
+                **({"time_step_limit": [mixer.dt_min, high]} if clamps else {}),
             }
         case Attention():
             return {

@@ -28,7 +28,7 @@ def load_model(name_or_path: str | Path, *, dtype: str = "float32", device: torc
     """The decoder of a checkpoint folder (nemotron_h, llama, qwen3 or our own), a GGUF file or a packaged model's name.
 
     `dtype` is that of the weights in memory: float32, float16, bfloat16, or `auto` for the stored one. They are read tensor
-    by tensor, so memory holds them once, plus a piece of 2^22 numbers. Raises SpecError for a name without weights, for
+    by tensor, so memory holds them once, plus a few MiB. Raises SpecError for a name without weights, for
     tensors that are missing, surplus or misshapen, and for an architecture that the decoder does not compute.
     """
     if dtype not in _DTYPES:
