@@ -10,6 +10,7 @@ from typing import Annotated, Any, Never
 
 import typer
 
+from tandem.cli import generating
 from tandem.spec.errors import SpecError, TandemError
 
 app = typer.Typer(
@@ -130,7 +131,7 @@ def hardware(json_out: Json = False) -> None:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, short name, config.json or checkpoint folder.")],
+    model: Annotated[str, typer.Argument(help="Hub id, short name, config.json, checkpoint folder or GGUF file.")],
     context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 131072,
     batch: Annotated[int, typer.Option(help="Sequences held at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="Format of weights and cache, as --precision elsewhere.")] = "bf16",
@@ -143,9 +144,13 @@ def inspect(
 
     spec = load_spec(model)
     data = inspect_model(spec, context=context, batch=batch, dtype=dtype)
+    data["stored"] = generating.stored_weights(model, spec)
     if json_out:
         return emit(data)
     text.console().print(text.inspect_table(spec, data))
+
+
+app.command()(generating.generate)
 
 
 @app.command()

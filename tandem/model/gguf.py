@@ -1,13 +1,12 @@
 """Weights of a decoder out of a GGUF file, whatever quantisation it has, one tensor after the other.
 
-llama.cpp's names are those of `convert_hf_to_gguf.py`. In Llama files it also keeps the rows of every query and key head
-in another order, pairs of the rotation side by side; they are put back here.
+In Llama files, llama.cpp (`convert_hf_to_gguf.py`) keeps the rows of every query and key head in another order, pairs of
+the rotation side by side; they are put back here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,38 +14,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tandem.model.checkpoint import Filling
-from tandem.model.naming import Stored, check_format, stored_tensors
-from tandem.model.shards import match_tensors
+from tandem.model.naming import Stored
+from tandem.model.shards import match_gguf
 from tandem.spec.errors import SpecError
-from tandem.spec.gguf import ROPE_FACTORS, GgufHeader
+from tandem.spec.gguf import GgufHeader
 from tandem.spec.model import Attention, ModelSpec
 
-_ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_MODULES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _PIECE = 2**18
 """Numbers that are dequantised at once: so many that their temporaries stay in a CPU's cache."""
 
 
 def read_gguf_weights(filling: Filling, spec: ModelSpec, header: GgufHeader) -> None:
     """Fill a decoder from a GGUF file, in file order. What does not fit is refused before anything is read."""
-    form = check_format(header.architecture)
-    expected = [replace(stored, name=_gguf_name(stored.name)) for stored in stored_tensors(spec, form)]
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    matched = match_tensors(expected, shapes, header.path, lambda name: name == ROPE_FACTORS)
-    for name, stored in matched.items():
-        rows = _row_order(stored, spec) if form == "llama" else None
+    for name, stored in match_gguf(spec, header).items():
+        rows = _row_order(stored, spec) if header.architecture == "llama" else None
         to = filling.destination(stored, torch.float32)
         to = to.view(to.shape[0], -1)
         for at, piece in _pieces(header, name):
@@ -55,15 +36,6 @@ def read_gguf_weights(filling: Filling, spec: ModelSpec, header: GgufHeader) -> 
                 to[at : at + len(values)] = values
             else:
                 to.index_copy_(0, rows[at : at + len(values)].to(to.device), values)
-
-
-def _gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor of a Llama checkpoint: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`."""
-    module, _, leaf = name.rpartition(".")
-    if module in _ENDS:
-        return f"{_ENDS[module]}.{leaf}"
-    number, module = module.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{number}.{_MODULES[module]}.{leaf}"
 
 
 def _row_order(stored: Stored, spec: ModelSpec) -> Tensor | None:

@@ -27,6 +27,20 @@ _BLOCK_ENDS = {
     "backbone.norm_f.weight": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
+_GGUF_ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_GGUF_MODULES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,15 @@ def read_name(name: str, form: Format) -> str:
     if form in ("nemotron_h", "tandem") and name.startswith("model."):
         return "backbone." + name.removeprefix("model.")
     return name
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor of a Llama checkpoint: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`."""
+    module, _, leaf = name.rpartition(".")
+    if module in _GGUF_ENDS:
+        return f"{_GGUF_ENDS[module]}.{leaf}"
+    number, module = module.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{number}.{_GGUF_MODULES[module]}.{leaf}"
 
 
 def check_format(model_type: object) -> Format:

@@ -1,4 +1,4 @@
-"""Files of a safetensors checkpoint: where each tensor lies, and whether they are the tensors of the model. Needs no torch.
+"""Files of a checkpoint: where each tensor lies, and whether they are the tensors of the model. Needs no torch.
 
 A safetensors file is the length of its header (8 bytes, little-endian), the header as JSON (name, dtype, shape, place in
 the data) and the data. Its place is all that a streaming reader needs, so the file is read here directly: no mapping of
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tandem.model.naming import Format, Shape, Stored, read_name, stored_tensors
+from tandem.model.naming import FORMATS, Format, Shape, Stored, check_format, gguf_name, read_name, stored_tensors
+from tandem.spec.catalog import read_json
 from tandem.spec.errors import SpecError
+from tandem.spec.gguf import ROPE_FACTORS, GgufHeader, read_header
 from tandem.spec.model import ModelSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -136,6 +139,41 @@ def match_places(spec: ModelSpec, form: Format, places: Mapping[str, Place], whe
     shapes = {name: place.shape for name, place in named.items()}
     matched = match_tensors(stored_tensors(spec, form), shapes, where, left_aside)
     return [(place, matched[name]) for name, place in named.items() if name in matched]
+
+
+def match_gguf(spec: ModelSpec, header: GgufHeader) -> dict[str, Stored]:
+    """llama.cpp's name -> what it is in the decoder, in file order; rotary factors are no weights."""
+    form = check_format(header.architecture)
+    expected = [replace(stored, name=gguf_name(stored.name)) for stored in stored_tensors(spec, form)]
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    return match_tensors(expected, shapes, header.path, lambda name: name == ROPE_FACTORS)
+
+
+def describe_weights(path: Path, spec: ModelSpec) -> dict[str, Any] | None:
+    """What a checkpoint folder or GGUF file holds: files, tensors, bytes of each format; None where it has no weights.
+
+    Names and shapes are compared with the specification, and what does not fit is a SpecError; `checked` is False for an
+    architecture whose names are not known here.
+    """
+    if path.is_file():
+        header = read_header(path)
+        match_gguf(spec, header)
+        return _summary(1, [(tensor.format, tensor.size) for tensor in header.tensors.values()], True)
+    if not any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return None
+    places = read_places(path)
+    form = read_json(path / "config.json").get("model_type")
+    if form in FORMATS:
+        match_places(spec, check_format(form), places, path)
+    files = len({place.file for place in places.values()})
+    return _summary(files, [(place.dtype, place.size) for place in places.values()], form in FORMATS)
+
+
+def _summary(files: int, tensors: list[tuple[str, int]], checked: bool) -> dict[str, Any]:
+    sizes: Counter[str] = Counter()
+    for form, size in tensors:
+        sizes[form] += size
+    return {"files": files, "tensors": len(tensors), "bytes": sizes.total(), "formats": dict(sizes), "checked": checked}
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -140,7 +140,16 @@ def inspect_table(spec: ModelSpec, data: dict[str, Any]) -> Table:
         t.add_row("note", f"published for at most {spec.max_context:,} tokens")
     if spec.omitted:
         t.add_row("not counted", ", ".join(spec.omitted))
+    if data.get("stored"):
+        t.add_row("stored", _stored(data["stored"]))
     return t
+
+
+def _stored(stored: dict[str, Any]) -> str:
+    """What a checkpoint's files hold."""
+    formats = ", ".join(f"{form} {gib(size)}" for form, size in stored["formats"].items())
+    fit = "names and shapes are the model's" if stored["checked"] else "names are not known here"
+    return f"{stored['tensors']:,} tensors in {stored['files']} file{'s'[: stored['files'] != 1]}: {formats}; {fit}"
 
 
 def estimate_table(title: str, e: EstimateResult) -> Table:

@@ -68,17 +68,18 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
 def find_weights(name_or_path: str | Path) -> Path:
     """The checkpoint folder or GGUF file of a model: a path, or a name whose package is installed.
 
-    Raises SpecError for a name of the catalogue, which knows sizes but has no weights.
+    Raises SpecError for a name of the catalogue, which goes before a path as in `load_spec` and has no weights.
     """
     text = str(name_or_path)
     packaged = _packaged(text)
     if packaged is not None:
         return packaged
     path = Path(text).expanduser()
-    if path.is_file() and path.name == "config.json":
-        path = path.parent
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
+    if text.casefold() not in _model_index():
+        if path.is_file() and path.name == "config.json":
+            path = path.parent
+        if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+            return path.resolve()
     spec = load_spec(name_or_path)
     raise SpecError(f"model={text!r}: the sizes of {spec.name} are known, its weights are not here; give a checkpoint folder")
 

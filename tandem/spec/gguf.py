@@ -23,6 +23,11 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _HIGHEST_DIMENSIONS = 8
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FORMATS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K"}
+FORMATS |= {12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
+FORMATS |= {20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0"}
+FORMATS |= {35: "TQ2_0", 39: "MXFP4"}
+"""ggml's tensor formats by number (`ggml_type` in ggml.h)."""
 ROPE_FACTORS = "rope_freqs.weight"
 """The one tensor that holds no weights: by what each rotary frequency is divided (Llama 3.1 and later)."""
 
@@ -35,6 +40,13 @@ class GgufTensor:
     kind: int
     offset: int
     """Bytes from the start of the file."""
+    size: int = 0
+    """Bytes up to the next tensor or the end of the file."""
+
+    @property
+    def format(self) -> str:
+        """ggml's name of its format."""
+        return FORMATS.get(self.kind, f"ggml {self.kind}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +139,23 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     for _ in range(fields):
         name = cursor.text()
         metadata[name] = cursor.value(cursor.scalar("I"))
-    relative: dict[str, GgufTensor] = {}
+    relative: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(count):
         name, dimensions = cursor.text(), cursor.scalar("I")
         if dimensions > _HIGHEST_DIMENSIONS:
             raise ValueError(f"{name} has {dimensions} dimensions")
         shape = tuple(cursor.scalar("Q") for _ in range(dimensions))[::-1]
-        kind, offset = cursor.scalar("I"), cursor.scalar("Q")
-        relative[name] = GgufTensor(shape, kind, offset)
+        relative[name] = shape, cursor.scalar("I"), cursor.scalar("Q")
     alignment = int(metadata.get("general.alignment", 32))
-    start = math.ceil(cursor.at / alignment) * alignment
-    tensors = {name: GgufTensor(t.shape, t.kind, start + t.offset) for name, t in relative.items()}
-    if any(t.offset >= len(cursor.data) for t in tensors.values()):
+    start, end = math.ceil(cursor.at / alignment) * alignment, len(cursor.data)
+    ends = sorted({start + offset for *_, offset in relative.values()})
+    if ends and ends[-1] >= end:
         raise ValueError("tensors beyond the end")
+    following = dict(zip(ends, [*ends[1:], end], strict=True))
+    tensors = {
+        name: GgufTensor(shape, kind, start + offset, following[start + offset] - start - offset)
+        for name, (shape, kind, offset) in relative.items()
+    }
     return GgufHeader(path, metadata, tensors)
 
 
