@@ -112,7 +112,7 @@ def attend_documents(
 
     time = q.shape[2]
     blocks = create_block_mask(sees, q.shape[0], None, time, time, device=q.device)
-    run: Callable[..., Any] = _compiled_flex() if compiled else flex_attention
+    run: Any = _compiled_flex() if compiled else flex_attention
     y: Tensor = run(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
     return y
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,8 +25,11 @@ from tandem.model.norm import RMSNorm
 from tandem.model.precision import compute_dtype
 from tandem.model.span import Span, compact
 from tandem.model.state import LayerState, SequenceState
-from tandem.spec.errors import SpecError
+from tandem.spec.errors import Infeasible, SpecError
 from tandem.spec.model import MLP, Attention, Mamba2, Mixer, ModelSpec, MoE
+
+if TYPE_CHECKING:
+    from tandem.model.native.program import Program
 
 SCAN_CHUNK = 64
 """Tokens of a chunk of the scan; of 32 to 256, the fastest on CPUs (facts measured in benchmarks/model.py)."""
@@ -189,6 +193,7 @@ class Decoder(nn.Module):
         hidden = self._run(input_ids, lengths, segments, state)
         return hidden if back is None else hidden.gather(1, back[..., None].expand_as(hidden))
 
+    @torch.no_grad()
     def prefill(
         self,
         input_ids: Int[Tensor, "b t"],
@@ -232,6 +237,7 @@ class Decoder(nn.Module):
         logits: Tensor = self.lm_head(last)
         return logits.float(), state
 
+    @torch.no_grad()
     def decode(
         self, next_ids: Int[Tensor, " b"] | Int[Tensor, "b 1"], state: SequenceState
     ) -> tuple[Float[Tensor, "b vocab"] | Float[Tensor, "b 1 vocab"], SequenceState]:
@@ -240,13 +246,26 @@ class Decoder(nn.Module):
             raise SpecError(f"next_ids has {next_ids.shape[0]} rows: the state has {state.batch} sequences")
         column = next_ids.reshape(-1, 1)
         self._check_tokens(column)
-        state.reserve(int(state.lengths.max()) + 1)
-        logits: Tensor = self.lm_head(self._run(column, None, None, state)).float()
+        program = self._native_program()
+        if program is not None:
+            logits = program.decode(column[:, 0], state)[:, None]
+        else:
+            state.reserve(int(state.lengths.max()) + 1)
+            logits = self.lm_head(self._run(column, None, None, state)).float()
         return (logits if next_ids.dim() == 2 else logits[:, 0]), state
 
     def new_state(self, batch: int, *, capacity: int = 0) -> SequenceState:
         """State of `batch` sequences that have seen nothing."""
         return SequenceState.zeros(self.spec, batch, capacity=capacity, dtype=self._compute_dtype, device=self.device)
+
+    def _native_program(self) -> Program | None:
+        """The whole decode step in C, where the model is on a CPU that has a compiler; else torch does it layer by layer."""
+        if self.device.type != "cpu" or self._compute_dtype != torch.float32:
+            return None
+        from tandem.model.native.program import program_for
+
+        program = program_for(self)
+        return None if isinstance(program, Infeasible) else program
 
     @property
     def _compute_dtype(self) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,5 +17,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rows"]:
         """x W^T + b in the dtype of x."""
+        if self.weight.dtype != x.dtype and x.device.type == "cpu" and not torch.is_grad_enabled():
+            from tandem.model import native
+
+            if native.available():
+                return native.linear(x, self.weight, self.bias).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.weight.to(x.dtype), bias)
