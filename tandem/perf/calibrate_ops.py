@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tandem.perf import op_tables
 from tandem.perf.efficiency import SHARPNESS, OpFit, compute_dtype, overlap
 from tandem.perf.op_tables import OpTable
-from tandem.perf.ops import NETWORK, OpClass, Work
+from tandem.perf.ops import NETWORK, OpClass, Result, Work
 from tandem.spec.catalog import load_hardware
 from tandem.spec.errors import SpecError, TandemError
 from tandem.spec.files import write_whole
@@ -58,10 +58,10 @@ ASSUMED_SPREAD = (0.67, 1.5, 0.25)
 """Where nothing was measured: seconds to launch a fused elementwise kernel, and its spread (p10, p90, median error)."""
 
 
-def predict_s(work: Work, peak: float, wire: float, t0_s: float, ec: float, eb: float, sharpness: int) -> NDArray[np.float64]:
+def predict_s(work: Work, peak: float, wire: float, t0_s: float, ec: float, eb: float, sharpness: int) -> Result:
     """The curve in seconds, for `peak` FLOP/s and `wire` bytes/s; the same as `OpTimer.seconds`."""
     moved_s = np.asarray(work.moved_bytes, float) / (eb * wire)
-    took: NDArray[np.float64] = t0_s + overlap(np.asarray(work.flops, float) / (ec * peak), moved_s, sharpness)
+    took: Result = t0_s + overlap(np.asarray(work.flops, float) / (ec * peak), moved_s, sharpness)
     return took
 
 

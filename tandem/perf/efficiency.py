@@ -15,15 +15,13 @@ from functools import cache
 from importlib import resources
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tandem.perf.ops import NETWORK, OpClass, Work
+from tandem.perf.ops import NETWORK, OpClass, Result, Work
 from tandem.spec.design import Evidence
 from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 
 SHARPNESS = (1, 2, 4)
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +47,7 @@ class OpFit:
             raise SpecError(f"fit {self.system}/{self.op}/{self.dtype}: needs t0_s >= 0 and efficiencies in (0, 1]")
 
 
-def overlap(compute_s: FloatArray, memory_s: FloatArray, sharpness: int) -> FloatArray:
+def overlap(compute_s: Result, memory_s: Result, sharpness: int) -> Result:
     """The p-norm of the two times for p in SHARPNESS: sum, Euclidean, or nearly the maximum."""
     if sharpness == 1:
         return compute_s + memory_s
@@ -68,7 +66,7 @@ class OpTimer:
     bytes_per_s: float
     evidence: Evidence
 
-    def work_s(self, work: Work, bytes_per_s: FloatArray | float | None = None) -> FloatArray:
+    def work_s(self, work: Work, bytes_per_s: Result | None = None) -> Result:
         """Seconds beyond t0 for every design point; `bytes_per_s` overrides the link of a collective."""
         wire = self.bytes_per_s if bytes_per_s is None else bytes_per_s * self.fit.bandwidth_efficiency
         moved_s = np.asarray(work.moved_bytes) / wire

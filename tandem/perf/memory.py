@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.perf.costs import LayerCosts, Layout
-from tandem.perf.ops import Array
+from tandem.perf.ops import Array, Result
 from tandem.spec.design import Precision
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import MLA, MLP, Attention, GatedDeltaNet, Mamba2, Mixer, ModelSpec, MoE
@@ -34,7 +34,7 @@ class MemoryUse(NamedTuple):
     workspace_bytes: NDArray[np.float64]
     usable_bytes: float
 
-    def max_batch(self, layout: Layout) -> NDArray[np.float64]:
+    def max_batch(self, layout: Layout) -> Result:
         """Largest number of sequences of one instance, over its attention groups; 0 or less when not even one fits."""
         spare = self.usable_bytes - self.weight_bytes - self.workspace_bytes
         return np.floor(np.maximum(spare, 0.0) / np.maximum(self.sequence_bytes, 1.0)) * layout.dp

@@ -123,7 +123,7 @@ def _step_s(perf: PerfModel, layout: Layout, others: Array, workload: Workload) 
     return np.asarray(low + (others / groups - below) * (high - low))
 
 
-def _prompts(perf: PerfModel, layout: Layout, workload: Workload) -> tuple[Result, Result, Result]:
+def _prompts(perf: PerfModel, layout: Layout, workload: Workload) -> tuple[Array, Array, Array]:
     """Mean and mean square of the GPU seconds of a prompt, and the seconds after which its first token is out."""
     mean_s, square_s2, own_s = (np.zeros(()) for _ in range(3))
     for isl, weight in by_isl(workload):

@@ -17,6 +17,12 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.floating[Any]] | float
 """An array of design points, or one float; all functions broadcast."""
 
+Result: TypeAlias = NDArray[np.float64] | float
+"""What is computed from an `Array`: numpy makes a scalar, np.float64, of a result without axes."""
+
+Count: TypeAlias = Array | NDArray[np.integer[Any]]
+"""Sizes as floats or, as tables list them, as whole numbers."""
+
 OpClass = Literal[
     "gemm", "attention_prefill", "attention_decode", "mla_prefill", "mla_decode", "moe", "scan_prefill", "scan_decode",
     "conv_prefill", "conv_decode", "memory", "allreduce", "alltoall", "send",
@@ -35,7 +41,7 @@ class Work(NamedTuple):
     moved_bytes: Any
 
 
-def gemm(m: Array, n: Array, k: Array, w: float, a: float) -> Work:
+def gemm(m: Count, n: Count, k: Count, w: float, a: float) -> Work:
     """Dense matmul [m, k] x [k, n] with weights of `w` and inputs of `a` bytes."""
     return Work(2.0 * m * n * k, n * k * w + m * (k * a + n * OUT))
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tandem.perf.backend import KERNELS_ONLY, BackendFit
 from tandem.perf.costs import Item, LayerCosts, Layout, StepLoad
@@ -49,8 +48,8 @@ class KernelTime(NamedTuple):
     backend's fit says how much of either it shows.
     """
 
-    launch_s: NDArray[np.float64]
-    work_s: NDArray[np.float64]
+    launch_s: Array
+    work_s: Array
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,14 @@ class StepPricer:
             self._timers[key] = bind(self.hardware, item.op, item.dtype)
         return self._timers[key]
 
-    def _item_work_s(self, item: Item) -> NDArray[np.float64]:
+    def _item_work_s(self, item: Item) -> Array:
         link = None
         if item.op in NETWORK and item.gpus is not None:
             fits = np.asarray(item.gpus) <= self.hardware.scale_up_gpus
             link = np.where(fits, self.hardware.scale_up_bytes_per_s, self.hardware.scale_out_bytes_per_s)
         return self._timer(item).work_s(item.work, link) * item.count
 
-    def _work_by_class(self, item: Item) -> list[tuple[str, NDArray[np.float64]]]:
+    def _work_by_class(self, item: Item) -> list[tuple[str, Array]]:
         """Seconds of an operation beyond its fixed time, by WORK_CLASSES."""
         whole = self._item_work_s(item)
         if item.op != "moe":
@@ -93,8 +92,8 @@ class StepPricer:
 
     def kernels(self, layout: Layout, load: StepLoad, shown: BackendFit = KERNELS_ONLY) -> KernelTime:
         """Kernel and network time of one pass through all layers, for every design point, as a backend shows its classes."""
-        launch: NDArray[np.float64] = np.zeros(())
-        work: NDArray[np.float64] = np.zeros(())
+        launch: Array = np.zeros(())
+        work: Array = np.zeros(())
         scales: dict[str, Array] = {kind: getattr(shown, kind) for kind in WORK_CLASSES}
         if shown.imbalance:
             busiest = shown.imbalance * (np.asarray(layout.ep) > 1)
@@ -105,10 +104,10 @@ class StepPricer:
                 work = work + seconds * scales[kind]
         return KernelTime(launch, work)
 
-    def classes(self, layout: Layout, load: StepLoad) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+    def classes(self, layout: Layout, load: StepLoad) -> tuple[Array, dict[str, Array]]:
         """Launch seconds of a step, and its work seconds by `work_class`: what calibration weighs one by one."""
-        launch: NDArray[np.float64] = np.zeros(())
-        work: dict[str, NDArray[np.float64]] = {kind: np.zeros(()) for kind in WORK_CLASSES}
+        launch: Array = np.zeros(())
+        work: dict[str, Array] = {kind: np.zeros(()) for kind in WORK_CLASSES}
         for item in self._costs.step_items(layout, load):
             launch = launch + self._timer(item).fit.t0_s * item.count
             for kind, seconds in self._work_by_class(item):

@@ -38,7 +38,7 @@ PAPER_TTFT_CUTOFF_S = 10.0
 """Designs with a longer TTFT are left out unless the SLO says otherwise (paper B, section 3)."""
 
 Array = NDArray[np.float64]
-Price = Callable[[Points], tuple[Array, ...]]
+Price = Callable[[Points], tuple[Array | float, ...]]
 
 
 class Priced(NamedTuple):

@@ -119,7 +119,7 @@ class HardwareSpec:
         return {**data, "peak_flops": dict(self.peak_flops), "sources": dict(self.sources)}
 
 
-def read_hardware(data: dict[str, Any]) -> HardwareSpec:
+def read_hardware(data: object) -> HardwareSpec:
     """A GPU from the mapping of a YAML or JSON file.
 
     Raises SpecError that names a field which is unknown, missing or impossible. Numbers may be written as 3e12, which
