@@ -12,6 +12,7 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     ends = sorted({start + offset for *_, offset in relative.values()})
     if ends and ends[-1] >= end:
         raise ValueError("tensors beyond the end")
-    following = dict(zip(ends, [*ends[1:], end], strict=True))
+    following = dict(pairwise([*ends, end]))
     tensors = {
         name: GgufTensor(shape, kind, start + offset, following[start + offset] - start - offset)
         for name, (shape, kind, offset) in relative.items()
