@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -32,6 +33,7 @@ import yaml
 from tandem.spec.design import BACKENDS, Evidence
 from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
+from tandem.spec.mixers import cost_text
 from tandem.spec.model import ModelSpec, MoE
 
 TPOT_TERMS = (
@@ -102,8 +104,11 @@ concurrency, with all that servers add, is 1.5 to 16 times as much on the calibr
 
 
 def fingerprint(model: ModelSpec) -> str:
-    """The same text for models of the same arithmetic, whatever their names and weight formats."""
-    return f"{zlib.crc32(repr((model.mixers, model.hidden_size, model.vocab_size)).encode()):08x}"
+    """The same text for models whose steps cost the same, whatever their names and weight formats."""
+    counted = Counter(cost_text(layer) for layer in model.layers)
+    mixers = "".join(f"({text}, {number}), " for text, number in counted.items())
+    mixers = mixers.removesuffix(" " if len(counted) == 1 else ", ")
+    return f"{zlib.crc32(f'(({mixers}), {model.hidden_size}, {model.vocab_size})'.encode()):08x}"
 
 
 def fit_family(model: ModelSpec) -> str:

@@ -5,16 +5,19 @@ Letters used in formulas: h hidden size, d_inner = num_heads * head_dim of a Mam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal, TypeAlias
 
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
 
+FREE = {"free": True}
+"""Marks a field that changes what a layer computes but not what that costs."""
 
-def _positive(spec: object, *fields: str) -> None:
-    for field in fields:
-        require_int(field, getattr(spec, field))
+
+def _positive(spec: object, *names: str) -> None:
+    for name in names:
+        require_int(name, getattr(spec, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +38,8 @@ class Rope:
     """llama3: the context of training, in tokens."""
 
     def __post_init__(self) -> None:
-        for field in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-            require_number(field, getattr(self, field))
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            require_number(name, getattr(self, name))
         require_number("fraction", self.fraction, high=1.0)
         if self.scaling == "llama3" and self.original_max_context is None:
             raise SpecError("original_max_context=None: needed where scaling is 'llama3'")
@@ -49,7 +52,7 @@ class Attention:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: Rope | None = None
+    rope: Rope | None = field(default=None, metadata=FREE)
     """None: no position embedding, as in Nemotron-H."""
     window: int | None = None
     chunked_window: bool = False
@@ -160,8 +163,8 @@ class Mamba2:
     conv_kernel: int = 4
     conv_bias: bool = True
     proj_bias: bool = False
-    dt_min: float = 0.0
-    dt_max: float | None = None
+    dt_min: float = field(default=0.0, metadata=FREE)
+    dt_max: float | None = field(default=None, metadata=FREE)
     """Clamp of the step size after softplus; by default none, as in Megatron-LM."""
 
     def __post_init__(self) -> None:
@@ -282,14 +285,14 @@ class MoE:
     """A bias (or score correction) for every expert in the router."""
     shared_gate: bool = False
     """Qwen3.5: a sigmoid gate, h weights, scales the shared expert."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid"] = field(default="softmax", metadata=FREE)
     """How the router turns its logits into scores; with `sigmoid`, experts are chosen by score plus correction."""
-    normalise: bool = True
+    normalise: bool = field(default=True, metadata=FREE)
     """Whether the scores of the chosen experts are made to add up to one."""
-    score_scale: float = 1.0
-    groups: int = 1
+    score_scale: float = field(default=1.0, metadata=FREE)
+    groups: int = field(default=1, metadata=FREE)
     """The experts form groups, of which the `top_groups` with the best two scores are kept."""
-    top_groups: int = 1
+    top_groups: int = field(default=1, metadata=FREE)
 
     def __post_init__(self) -> None:
         _positive(self, "num_experts", "top_k", "ffn_size")
@@ -329,3 +332,9 @@ Mixer: TypeAlias = Attention | MLA | Mamba2 | GatedDeltaNet | MLP | MoE
 Recurrent: TypeAlias = Mamba2 | GatedDeltaNet
 MIXERS: dict[str, type[Mixer]] = {c.__name__: c for c in (Attention, MLA, Mamba2, GatedDeltaNet, MLP, MoE)}
 """Every kind of mixer by its name."""
+
+
+def cost_text(mixer: Mixer) -> str:
+    """The mixer as text, without the fields that cost nothing: equal for layers that cost the same."""
+    named = (f"{f.name}={getattr(mixer, f.name)!r}" for f in fields(mixer) if not f.metadata.get("free"))
+    return f"{type(mixer).__name__}({', '.join(named)})"
