@@ -106,12 +106,15 @@ def attend_documents(
     compiled: bool,
 ) -> Float[Tensor, "b h t p"]:
     """Causal attention within each segment by FlexAttention, which skips blocks between documents and builds no mask."""
-
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (segments[b, query] == segments[b, key])
-
     time = q.shape[2]
-    blocks = create_block_mask(sees, q.shape[0], None, time, time, device=q.device)
+    blocks = create_block_mask(
+        lambda b, _, query, key: (query >= key) & (segments[b, query] == segments[b, key]),
+        q.shape[0],
+        None,
+        time,
+        time,
+        device=q.device,
+    )
     run: Any = _compiled_flex() if compiled else flex_attention
     y: Tensor = run(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
     return y
