@@ -1,5 +1,6 @@
-"""Which code runs the scan and the convolution: the CUDA kernels of `mamba_ssm` and `causal_conv1d` where they are
-installed, else our own torch code, which torch.compile fuses on a GPU."""
+"""Which code runs Mamba-2: on CPUs all between a mixer's projections is one call into C; on GPUs the scan and the
+convolution are the CUDA kernels of `mamba_ssm` and `causal_conv1d` where they are installed. Everywhere else, our own torch
+code, which torch.compile fuses on a GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tandem.model.scan import causal_conv, ssd_scan, ssd_step
+from tandem.spec.model import Mamba2
+
+
+def fused_mixer(projected: Float[Tensor, "b t w"], m: Mamba2) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """`native.scan.mix`, all between a Mamba-2 mixer's projections, for fp32 on CPUs with a C compiler; else None."""
+    from tandem.model.native import scan, tasks  # not above: that package imports the decoder
+
+    return scan.mix if m.conv_kernel <= scan.MAX_KERNEL and tasks.usable(projected) else None
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -42,12 +44,16 @@ class Mamba2Mixer(nn.Module):
     def forward(self, x: Float[Tensor, "b t d"], span: Span, state: MambaState | None = None) -> Float[Tensor, "b t d"]:
         """Mixer output; with a `state`, it is continued and holds the state after each row's last token."""
         m = self.m
-        z, inputs, dt = self.in_proj(x).split([m.d_inner, m.conv_width, m.num_heads], -1)
-        step = self._step_sizes(dt)
-        a = -self.A_log.float().exp()
+        projected = self.in_proj(x)
         # A state that has seen nothing is zero; leaving it out keeps gradients of a first pass that also fills a state.
         earlier = None if span.starts is None else state
         window = None if earlier is None else earlier.conv
+        mix = kernels.fused_mixer(projected, m) if span.time > 1 else None
+        if mix is not None:
+            return self.out_proj(self._mix(mix, projected, span, earlier, state))
+        z, inputs, dt = projected.split([m.d_inner, m.conv_width, m.num_heads], -1)
+        step = self._step_sizes(dt)
+        a = -self.A_log.float().exp()
         if span.time == 1 and earlier is not None and span.lengths is None:
             mixed = functional.silu(self._convolve(inputs, window, span))
             values, b_in, c_out = self._split(mixed[:, 0])
@@ -69,6 +75,36 @@ class Mamba2Mixer(nn.Module):
                 state.ssm.copy_(final)
         y = (y + values * self.D.float()[:, None]).to(x.dtype)
         return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _mix(
+        self,
+        mix: Callable[..., tuple[Tensor, Tensor]],
+        projected: Float[Tensor, "b t w"],
+        span: Span,
+        earlier: MambaState | None,
+        state: MambaState | None,
+    ) -> Float[Tensor, "b t d"]:
+        """All between the projections as one call; forward hooks of the norm do not see it."""
+        y, final = mix(
+            projected,
+            self.conv1d.weight[:, 0].float(),
+            None if self.conv1d.bias is None else self.conv1d.bias.float(),
+            self.dt_bias.float(),
+            self.A_log.float(),
+            self.D.float(),
+            self.norm.weight.float(),
+            m=self.m,
+            eps=self.norm.eps,
+            window=None if earlier is None else earlier.conv.float(),
+            state=None if earlier is None else earlier.ssm,
+            segments=span.segments,
+            lengths=span.lengths,
+        )
+        if state is not None:
+            inputs = projected[..., self.m.d_inner : self.m.d_inner + self.m.conv_width]
+            state.conv.copy_(_last_inputs(state.conv, inputs, span))
+            state.ssm.copy_(final)
+        return y
 
     def _step_sizes(self, dt: Float[Tensor, "b t h"]) -> Float[Tensor, "b t h"]:
         """softplus(dt + dt_bias), fp32, clamped only where the spec says so."""
