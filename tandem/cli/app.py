@@ -40,8 +40,9 @@ def emit(data: dict[str, Any]) -> None:
 
 def main() -> Never:
     """Entry point of the console script."""
+    code = 0
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0  # typer gives 130 for an interrupt
     except ClickError as wrong:
         if type(wrong).__name__ != "NoArgsIsHelpError":
             _fail(_usage_text(wrong))
@@ -50,7 +51,7 @@ def main() -> Never:
         _fail(str(wrong))
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code)
 
 
 def _usage_text(wrong: Any) -> str:

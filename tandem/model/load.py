@@ -12,7 +12,7 @@ from tandem.model.checkpoint import Filling, new_folder, read_weights, write_wei
 from tandem.model.config_out import read_token_ids, token_fields, write_config
 from tandem.model.hybrid import Decoder
 from tandem.model.naming import check_format
-from tandem.model.native.quantise import quantise
+from tandem.model.native.int8 import quantise
 from tandem.model.tokenizer import copy_tokenizer
 from tandem.spec.catalog import find_weights, load_spec, read_json
 from tandem.spec.errors import SpecError
