@@ -24,6 +24,8 @@ class TandemCache:
     columns: int = 0
 
     is_compileable: ClassVar[bool] = False
+    is_linear: ClassVar[tuple[bool, ...]] = (False,)
+    """`generate` leaves out the tokens that were read where not every layer is said to be linear."""
     is_croppable: ClassVar[bool] = False
     """A recurrent state cannot go back, so assisted decoding is refused (`_is_stateful`)."""
 

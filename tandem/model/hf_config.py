@@ -19,6 +19,7 @@ class TandemConfig(PreTrainedConfig):
     the specification, so a config.json says nothing twice.
     """
 
+    __no_type_check__ = True  # transformers gives this dataclass an __init__ that takes more than its fields
     model_type = "tandem"
     auto_map: ClassVar[dict[str, str]] = {}
     """Empty: this is no code of the hub; TRL reads it when it loads a reference model."""
