@@ -5,8 +5,8 @@ on the batch nor on the threads. Without a C compiler `available()` says why not
 """
 
 from tandem.model.native.build import available
-from tandem.model.native.linear import linear
+from tandem.model.native.int8 import Int8Linear, quantise
+from tandem.model.native.products import linear
 from tandem.model.native.program import Program, program_for
-from tandem.model.native.quantise import Int8Linear, quantise
 
 __all__ = ["Int8Linear", "Program", "available", "linear", "program_for", "quantise"]

@@ -110,8 +110,8 @@ static void attend(lane *l, const layer *y, const layer_state *state, size_t row
 // The chunks of every row and head joined, into the thread's inputs.
 static void join(lane *l, const layer *y) {
     const step *s = l->step;
-    size_t size = (size_t)y->head_dim, heads = (size_t)y->heads;
-    for (size_t i = 0; i < s->m * heads; i++) {
+    size_t size = (size_t)y->head_dim, heads = (size_t)y->heads, rows = pool_late(l->worker) ? 0 : s->m;
+    for (size_t i = 0; i < rows * heads; i++) {
         size_t row = i / heads, chunks = (size_t)s->batch->lengths[row] / KV_CHUNK + 1;
         const float *part = s->partial + i * s->chunks * (size + 2);
         float *out = l->x + row * l->ld_x + i % heads * size, high = part[1], total = 0;
@@ -139,11 +139,12 @@ void attention_layer(lane *l, const layer *y, const layer_state *state) {
     for (int i = 0; i < 3; i++)
         first[i] = (product){.w = &y->w[i], .in = in, .m = s->m, .out = s->wide + offsets[i], .ld = s->ld_wide, .after = STORE};
     multiply(l, first, 3);
-    for (size_t task; (task = pool_claim(l->worker)) < s->m * kv_heads * s->chunks;) {
-        size_t chunk = task % s->chunks, row = task / s->chunks / kv_heads;
-        if (chunk * KV_CHUNK <= (size_t)s->batch->lengths[row]) attend(l, y, state, row, task / s->chunks % kv_heads, chunk);
+    size_t tasks = s->m * kv_heads * s->chunks;
+    for (int64_t task; (task = pool_claim(l->worker, tasks)) != NO_TASK; pool_done(l->worker, tasks)) {
+        size_t chunk = (size_t)task % s->chunks, kv_head = (size_t)task / s->chunks % kv_heads, row = (size_t)task / s->chunks / kv_heads;
+        if (chunk * KV_CHUNK <= (size_t)s->batch->lengths[row]) attend(l, y, state, row, kv_head, chunk);
     }
-    pool_barrier(l->worker);
+    pool_next(l->worker);
     join(l, y);
     product last = {.w = &y->w[O_PROJ], .m = s->m, .out = s->hidden, .ld = s->ld_hidden, .after = ADD};
     last.in = inputs_of(l, l->x, l->ld_x, queries, &y->w[O_PROJ]);

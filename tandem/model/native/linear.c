@@ -16,16 +16,17 @@ static void linear_body(worker *self, void *argument) {
     size_t cols = (size_t)w->cols, rows = (size_t)w->rows, groups = groups_of(cols);
     float *packed = (float *)self->arena, *c = packed + PACKED_FLOATS;
     if (w->type == I8) {
-        for (size_t i; (i = pool_claim(self)) < job->m;)
-            quantise_row(job->x + i * cols, cols, (int8_t *)job->quantised.q + i * groups * GROUP,
-                         (float *)job->quantised.scale + i * groups);
-        pool_barrier(self);
+        for (int64_t i; (i = pool_claim(self, job->m)) != NO_TASK; pool_done(self, job->m))
+            quantise_row(job->x + (size_t)i * cols, cols, (int8_t *)job->quantised.q + (size_t)i * groups * GROUP,
+                         (float *)job->quantised.scale + (size_t)i * groups);
+        pool_next(self);
     }
     size_t m_blocks = (job->m + M_BLOCK - 1) / M_BLOCK, step = (job->m + m_blocks - 1) / m_blocks;
     size_t width = job->m > 16 ? N_BLOCK : N_BLOCK / 2, n_blocks = (rows + width - 1) / width;
-    for (size_t task; (task = pool_claim(self)) < m_blocks * n_blocks;) {
-        size_t m0 = task % m_blocks * step, m = job->m - m0 < step ? job->m - m0 : step;
-        size_t n0 = task / m_blocks * width, n1 = n0 + width < rows ? n0 + width : rows;
+    const size_t tasks = m_blocks * n_blocks;
+    for (int64_t task; (task = pool_claim(self, tasks)) != NO_TASK; pool_done(self, tasks)) {
+        size_t m0 = (size_t)task % m_blocks * step, m = job->m - m0 < step ? job->m - m0 : step;
+        size_t n0 = (size_t)task / m_blocks * width, n1 = n0 + width < rows ? n0 + width : rows;
         inputs in = {job->x + m0 * cols, cols, job->quantised.q + m0 * groups * GROUP, job->quantised.scale + m0 * groups};
         gemm_block(w, &in, m, n0, n1, c, N_BLOCK, packed);
         for (size_t i = 0; i < m; i++) {
@@ -33,6 +34,7 @@ static void linear_body(worker *self, void *argument) {
             for (size_t n = 0; n < n1 - n0; n++) y[n] = c[i * N_BLOCK + n] + (w->bias ? load_as(w->bias_type, w->bias, n0 + n) : 0);
         }
     }
+    pool_next(self);
 }
 
 // x [m, cols] and y [m, rows], contiguous floats; returns 0, or -1 without memory.

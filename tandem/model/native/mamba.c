@@ -81,7 +81,7 @@ static void head_step(float *state, size_t head_dim, size_t state_dim, const flo
 static void norm_groups(lane *l, const layer *y) {
     const step *s = l->step;
     size_t size = (size_t)(y->heads * y->head_dim / y->groups);
-    for (size_t row = 0; row < s->m; row++)
+    for (size_t row = 0; row < s->m && !pool_late(l->worker); row++)
         for (size_t n = 0; n < size * (size_t)y->groups; n += size)
             norm_row(s->inner + row * s->ld_inner + n, y->v[GATE_NORM], n, y->eps, size, l->x + row * l->ld_x + n);
 }
@@ -95,15 +95,16 @@ void mamba_layer(lane *l, const layer *y, const layer_state *state) {
     product first = {.w = in_proj, .m = s->m, .out = s->wide, .ld = s->ld_wide, .after = MAMBA_INPUTS, .layer = y, .state = state};
     first.in = inputs_of(l, l->x, l->ld_x, (size_t)in_proj->cols, in_proj);
     multiply(l, &first, 1);
-    for (size_t task; (task = pool_claim(l->worker)) < s->m * heads;) {
-        size_t row = task / heads, head = task % heads, group = head / (heads / groups);
+    const size_t tasks = s->m * heads;
+    for (int64_t task; (task = pool_claim(l->worker, tasks)) != NO_TASK; pool_done(l->worker, tasks)) {
+        size_t row = (size_t)task / heads, head = (size_t)task % heads, group = head / (heads / groups);
         const float *gate = s->wide + row * s->ld_wide, *x = gate + inner, *b = x + inner, *c = b + groups * state_dim;
         float dt = c[groups * state_dim + head], decay = expf(-dt * expf(at(y->v[A_LOG], head)));
         float *memory = (float *)state->second + ((size_t)s->batch->slots[row] * heads + head) * head_dim * state_dim;
         head_step(memory, head_dim, state_dim, x + head * head_dim, b + group * state_dim, c + group * state_dim, dt, decay,
                   at(y->v[SKIP], head), gate + head * head_dim, s->inner + row * s->ld_inner + head * head_dim);
     }
-    pool_barrier(l->worker);
+    pool_next(l->worker);
     norm_groups(l, y);
     product last = {.w = out_proj, .m = s->m, .out = s->hidden, .ld = s->ld_hidden, .after = ADD};
     last.in = inputs_of(l, l->x, l->ld_x, inner, out_proj);

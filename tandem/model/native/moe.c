@@ -129,8 +129,9 @@ void moe_layer(lane *l, const layer *y) {
     multiply(l, t.products, count);
 
     if (!out_of->data) {
-        for (size_t row; (row = pool_claim(l->worker)) < s->m;) add_experts(l, y, row, s->hidden + row * s->ld_hidden);
-        pool_barrier(l->worker);
+        for (int64_t row; (row = pool_claim(l->worker, s->m)) != NO_TASK; pool_done(l->worker, s->m))
+            add_experts(l, y, (size_t)row, s->hidden + (size_t)row * s->ld_hidden);
+        pool_next(l->worker);
         return;
     }
     for (size_t row = 0; row < s->m; row++) {

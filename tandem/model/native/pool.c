@@ -1,5 +1,5 @@
-// The team of threads. Between runs they spin shortly and then sleep; inside a run they spin and then yield, so that a
-// busy core costs a time slice and never a deadlock. A forked child starts with no threads and makes its own.
+// The team of threads. Between runs they spin shortly and then sleep; inside a run they spin and then yield. A forked child
+// starts with no threads and makes its own.
 #define _GNU_SOURCE
 #include "pool.h"
 
@@ -7,38 +7,30 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
 
-enum { MAX_THREADS = 256, SPINS = 2000 };
+enum { MAX_THREADS = 256, SPINS = 2000, CLOSED = 1 << 30 };
 #define LINE __attribute__((aligned(64)))
 
-struct team {
-    LINE atomic_size_t claimed;
-    LINE atomic_int arrived;
-    LINE atomic_uint phase;
-    LINE atomic_uint epoch; // number of the run * 512 + its threads, in one word so that both change at once
-    LINE atomic_int unfinished;
-    int size; // threads of this run
+static struct {
+    LINE atomic_ullong ticket; // number of the phase * 2^32 + its next task, in one word so that a claim is for this phase
+    LINE atomic_size_t finished; // tasks of the phase
+    LINE atomic_int gate;        // helpers inside the run, or CLOSED
+    LINE atomic_uint epoch;      // number of the run
+    int threads;
     body run;
     void *argument;
-};
+} team = {.gate = CLOSED};
 
-static team group;
 static worker workers[MAX_THREADS];
 static size_t arena_sizes[MAX_THREADS];
 static int started = 1; // the caller counts as one
-static unsigned first_epoch[MAX_THREADS];
 static void *shared;
 static size_t shared_size;
 static pthread_mutex_t entry = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 
-static inline void pause_briefly(int *spins) {
-    if (++*spins > SPINS) {
-        sched_yield();
-        return;
-    }
+static inline void relax(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -46,29 +38,41 @@ static inline void pause_briefly(int *spins) {
 #endif
 }
 
-static void *work(void *argument) {
+static void wait_for(int *spins) {
+    if (++*spins > SPINS) sched_yield();
+    else relax();
+}
+
+// Enters the run if it is not over yet.
+static int enter(void) {
+    int inside = atomic_load(&team.gate);
+    while (inside < CLOSED)
+        if (atomic_compare_exchange_weak(&team.gate, &inside, inside + 1)) return 1;
+    return 0;
+}
+
+static void *help(void *argument) {
     worker *self = argument;
-    unsigned seen = first_epoch[self->id];
+    unsigned seen = 0;
     for (;;) {
-        for (int i = 0; i < SPINS && atomic_load_explicit(&group.epoch, memory_order_acquire) == seen; i++) {
-            int spins = 0;
-            pause_briefly(&spins);
-        }
-        if (atomic_load(&group.epoch) == seen) {
+        for (int i = 0; i < SPINS && atomic_load(&team.epoch) == seen; i++) relax();
+        if (atomic_load(&team.epoch) == seen) {
             pthread_mutex_lock(&mutex);
-            while (atomic_load(&group.epoch) == seen) pthread_cond_wait(&wake, &mutex);
+            while (atomic_load(&team.epoch) == seen) pthread_cond_wait(&wake, &mutex);
             pthread_mutex_unlock(&mutex);
         }
-        seen = atomic_load(&group.epoch);
-        if (self->id >= (int)(seen % 512)) continue;
-        group.run(self, group.argument);
-        atomic_fetch_sub_explicit(&group.unfinished, 1, memory_order_release);
+        seen = atomic_load(&team.epoch);
+        if (!enter()) continue;
+        self->phase = 0;
+        if (self->id < team.threads) team.run(self, team.argument);
+        atomic_fetch_sub(&team.gate, 1);
     }
     return NULL;
 }
 
 static void forget_threads(void) {
     started = 1;
+    atomic_store(&team.gate, CLOSED);
     pthread_mutex_init(&entry, NULL);
     pthread_mutex_init(&mutex, NULL);
     pthread_cond_init(&wake, NULL);
@@ -77,9 +81,9 @@ static void forget_threads(void) {
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
 
 static void *grown(void *old, size_t *size, size_t bytes) {
-    if (bytes <= *size) return old;
+    if (old && bytes <= *size) return old;
     free(old);
-    *size = (bytes + 4095) / 4096 * 4096;
+    *size = (bytes / 4096 + 1) * 4096;
     void *fresh = aligned_alloc(4096, *size);
     if (!fresh) *size = 0;
     return fresh;
@@ -92,48 +96,57 @@ void pool_unlock(void) { pthread_mutex_unlock(&entry); }
 int pool_run(int threads, size_t arena_bytes, body run, void *argument) {
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     for (int i = 0; i < threads; i++) {
-        workers[i].team = &group;
         workers[i].id = i;
         workers[i].arena = grown(workers[i].arena, &arena_sizes[i], arena_bytes);
         if (!workers[i].arena) return -1;
     }
     for (; started < threads; started++) {
         pthread_t thread;
-        first_epoch[started] = atomic_load(&group.epoch);
-        if (pthread_create(&thread, NULL, work, &workers[started])) {
-            threads = started; // fewer threads, the same result
-            break;
-        }
+        if (pthread_create(&thread, NULL, help, &workers[started])) break; // fewer threads, the same result
         pthread_detach(thread);
     }
-    group.size = threads;
-    group.run = run;
-    group.argument = argument;
-    atomic_store(&group.claimed, 0);
-    atomic_store(&group.arrived, 0);
-    atomic_store(&group.unfinished, threads - 1);
+    team.threads = threads;
+    team.run = run;
+    team.argument = argument;
+    atomic_store(&team.ticket, 0);
+    atomic_store(&team.finished, 0);
     if (threads > 1) {
+        atomic_store(&team.gate, 0);
         pthread_mutex_lock(&mutex);
-        unsigned run_number = atomic_load(&group.epoch) / 512 + 1;
-        atomic_store(&group.epoch, run_number * 512 + (unsigned)threads);
+        atomic_fetch_add(&team.epoch, 1);
         pthread_cond_broadcast(&wake);
         pthread_mutex_unlock(&mutex);
     }
+    workers[0].phase = 0;
     run(&workers[0], argument);
-    for (int spins = 0; atomic_load_explicit(&group.unfinished, memory_order_acquire) > 0;) pause_briefly(&spins);
+    if (threads > 1) {
+        int spins = 0, inside = 0;
+        while (!atomic_compare_exchange_weak(&team.gate, &inside, CLOSED)) {
+            inside = 0;
+            wait_for(&spins);
+        }
+    }
     return 0;
 }
 
-void pool_barrier(worker *self) {
-    team *t = self->team;
-    unsigned phase = atomic_load_explicit(&t->phase, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&t->arrived, 1, memory_order_acq_rel) == t->size - 1) {
-        atomic_store_explicit(&t->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&t->claimed, 0, memory_order_relaxed);
-        atomic_store_explicit(&t->phase, phase + 1, memory_order_release);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&t->phase, memory_order_acquire) == phase;) pause_briefly(&spins);
+static uint32_t phase_of(unsigned long long ticket) { return (uint32_t)(ticket >> 32); }
+
+int pool_late(const worker *self) { return phase_of(atomic_load(&team.ticket)) != self->phase; }
+
+int64_t pool_claim(worker *self, size_t tasks) {
+    unsigned long long ticket = atomic_load(&team.ticket);
+    while (phase_of(ticket) == self->phase && (uint32_t)ticket < tasks)
+        if (atomic_compare_exchange_weak(&team.ticket, &ticket, ticket + 1)) return (int64_t)(uint32_t)ticket;
+    return NO_TASK;
 }
 
-size_t pool_claim(worker *self) { return atomic_fetch_add_explicit(&self->team->claimed, 1, memory_order_relaxed); }
+void pool_done(worker *self, size_t tasks) {
+    if (atomic_fetch_add(&team.finished, 1) + 1 < tasks) return;
+    atomic_store(&team.finished, 0);
+    atomic_store(&team.ticket, (unsigned long long)(self->phase + 1) << 32);
+}
+
+void pool_next(worker *self) {
+    for (int spins = 0; !pool_late(self);) wait_for(&spins);
+    self->phase++;
+}

@@ -19,8 +19,8 @@ from tandem.model.attention import inverse_frequencies
 from tandem.model.hybrid import Decoder
 from tandem.model.native.abi import TYPES, Batch, Layer, Matrix, Model, Rotary, StateOfLayer, Vector, call_decode_step
 from tandem.model.native.build import available
-from tandem.model.native.linear import matrix_of
-from tandem.model.native.quantise import Int8Linear
+from tandem.model.native.int8 import Int8Linear
+from tandem.model.native.products import matrix_of
 from tandem.model.state import LayerState, SequenceState
 from tandem.spec.errors import Infeasible, SpecError
 from tandem.spec.model import MLP, Attention, Mamba2, Mixer, MoE, Rope
@@ -162,11 +162,10 @@ class Program:
             used = torch.arange(blocks.shape[1]) * block_size <= lengths[:, None]
             _check_range("blocks", blocks[used], available_blocks)
 
-    def _layer(self, layer: nn.Module, m: Any, ropes: list[tuple[Rope | None, int]]) -> Layer:
-        mixer = self._child(layer, "mixer")
-        out = Layer(
-            kind=_KINDS.index(type(m)), eps=layer.norm.eps, norm=self._vector(layer, "norm.weight"), rope=-1, dt_max=inf
-        )
+    def _layer(self, index: int, m: Mixer, backbone: nn.Module, ropes: list[tuple[Rope, int]]) -> Layer:
+        at = f"layers.{index}"
+        norm, mixer = self._child(backbone, f"{at}.norm"), self._child(backbone, f"{at}.mixer")
+        out = Layer(kind=_KINDS.index(type(m)), eps=norm.eps, norm=self._vector(norm, "weight"), rope=-1, dt_max=inf)
         for i, name in enumerate(_VECTORS[type(m)]):
             out.v[i] = self._vector(mixer, name)
         for i, name in enumerate(_MATRICES.get(type(m), ())):

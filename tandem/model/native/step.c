@@ -16,14 +16,14 @@ void norm_row(const float *x, vector weight, size_t first, float eps, size_t siz
 
 void norm_rows(lane *l, vector weight, float eps, size_t size) {
     const step *s = l->step;
-    for (size_t i = 0; i < s->m; i++) norm_row(s->hidden + i * s->ld_hidden, weight, 0, eps, size, l->x + i * l->ld_x);
+    for (size_t i = 0; i < s->m && !pool_late(l->worker); i++) norm_row(s->hidden + i * s->ld_hidden, weight, 0, eps, size, l->x + i * l->ld_x);
 }
 
 inputs inputs_of(lane *l, const float *x, size_t ld, size_t k, const matrix *w) {
     inputs in = {x, ld, l->q, l->q_scale};
     if (w->type == I8) {
         size_t groups = groups_of(k);
-        for (size_t i = 0; i < l->step->m; i++) quantise_row(x + i * ld, k, l->q + i * groups * GROUP, l->q_scale + i * groups);
+        for (size_t i = 0; i < l->step->m && !pool_late(l->worker); i++) quantise_row(x + i * ld, k, l->q + i * groups * GROUP, l->q_scale + i * groups);
     }
     return in;
 }
@@ -57,32 +57,32 @@ static void finish(const step *s, const product *p, size_t row, size_t n0, size_
     }
 }
 
+static size_t tasks_of(const product *p, size_t width) {
+    return (p->m + M_BLOCK - 1) / M_BLOCK * (((size_t)p->w->rows + width - 1) / width);
+}
+
 void multiply(lane *l, const product *products, size_t count) {
     const step *s = l->step;
     size_t threads = (size_t)s->batch->threads, rows = 0, widest = s->m > 16 ? N_BLOCK : N_BLOCK / 2;
     for (size_t i = 0; i < count; i++) rows += (size_t)products[i].w->rows;
     size_t width = (rows / (threads * 8) + 15) / 16 * 16;
     width = width < 16 ? 16 : width > widest ? widest : width;
-    size_t begin = 0;
+    size_t tasks = 0, begin = 0;
+    for (size_t i = 0; i < count; i++) tasks += tasks_of(&products[i], width);
     const product *p = products;
-    for (size_t task = pool_claim(l->worker); p < products + count;) {
+    for (int64_t claimed; (claimed = pool_claim(l->worker, tasks)) != NO_TASK; pool_done(l->worker, tasks)) {
+        size_t task = (size_t)claimed;
+        for (; task >= begin + tasks_of(p, width); p++) begin += tasks_of(p, width);
         size_t m_blocks = (p->m + M_BLOCK - 1) / M_BLOCK, out = (size_t)p->w->rows;
-        size_t end = begin + m_blocks * ((out + width - 1) / width);
-        if (task >= end) {
-            begin = end;
-            p++;
-            continue;
-        }
-        size_t m0 = (task - begin) % m_blocks * M_BLOCK, m = p->m - m0 < M_BLOCK ? p->m - m0 : M_BLOCK;
-        size_t n0 = (task - begin) / m_blocks * width, n1 = n0 + width < out ? n0 + width : out;
+        size_t m0 = (task - begin) % m_blocks * M_BLOCK, m = least(p->m - m0, M_BLOCK);
+        size_t n0 = (task - begin) / m_blocks * width, n1 = least(n0 + width, out);
         size_t groups = groups_of((size_t)p->w->cols);
         inputs in = {p->in.x + m0 * p->in.ld, p->in.ld, p->in.q + m0 * groups * GROUP, p->in.scale + m0 * groups};
         gemm_block(p->w, &in, m, n0, n1, l->c, N_BLOCK, l->packed);
         if (p->after == GATED) gemm_block(p->gate, &in, m, n0, n1, l->c2, N_BLOCK, l->packed);
         for (size_t i = 0; i < m; i++) finish(s, p, m0 + i, n0, n1, l->c + i * N_BLOCK, l->c2 + i * N_BLOCK);
-        task = pool_claim(l->worker);
     }
-    pool_barrier(l->worker);
+    pool_next(l->worker);
 }
 
 void mlp_layer(lane *l, const layer *y) {
@@ -101,8 +101,8 @@ void mlp_layer(lane *l, const layer *y) {
 static void begin(lane *l) {
     const step *s = l->step;
     const model *model = s->model;
-    for (size_t i; (i = pool_claim(l->worker)) < s->m;) {
-        size_t hidden = (size_t)model->hidden, first = (size_t)s->batch->ids[i] * hidden;
+    for (int64_t task; (task = pool_claim(l->worker, s->m)) != NO_TASK; pool_done(l->worker, s->m)) {
+        size_t i = (size_t)task, hidden = (size_t)model->hidden, first = (size_t)s->batch->ids[i] * hidden;
         float *out = s->hidden + i * s->ld_hidden;
         for (size_t n = 0; n < hidden; n++) out[n] = load_as(model->embedding.type, model->embedding.data, first + n);
         for (int r = 0; r < model->num_ropes; r++) {
@@ -114,7 +114,7 @@ static void begin(lane *l) {
             }
         }
     }
-    pool_barrier(l->worker);
+    pool_next(l->worker);
 }
 
 typedef struct {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tandem.model.native.build import available
-from tandem.model.native.linear import GROUP, linear
+from tandem.model.native.products import GROUP, linear
 
 
 class Int8Linear(nn.Module):

@@ -30,12 +30,17 @@ def matrix_of(
             )
     if (weight.dtype == torch.int8) != (scale is not None) or (scale is not None and scale.dtype != torch.float32):
         raise SpecError(f"weight of {weight.dtype}: int8 weights need fp32 scales, others have none")
+    width, groups = cols or weight.shape[1], -(-weight.shape[1] // GROUP)
+    if weight.shape[1] != (width if scale is None else -(-width // GROUP) * GROUP):
+        raise SpecError(f"weight of shape {tuple(weight.shape)}: does not fit inputs of width {width}")
+    if (scale is not None and scale.shape != (len(weight), groups)) or (bias is not None and bias.shape != weight.shape[:1]):
+        raise SpecError(f"scale or bias: does not fit a weight of shape {tuple(weight.shape)}")
     return Matrix(
         data=weight.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),
         rows=weight.shape[0],
-        cols=cols or weight.shape[1],
+        cols=width,
         type=TYPES[weight.dtype],
         bias_type=0 if bias is None else TYPES[bias.dtype],
     )
@@ -59,4 +64,4 @@ def linear(
     y = torch.empty(flat.shape[0], weight.shape[0])
     if y.numel():
         call_linear(matrix, flat, y, threads or torch.get_num_threads())
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.shape[0])
