@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -58,7 +59,7 @@ def test_a_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("line", "output"), shown())
 def test_the_readme_shows_what_the_command_prints(line: str, output: str, tmp_path: Path) -> None:
-    done = run([sys.executable, "-m", "tandem.cli", *line.split()[1:]], tmp_path)
+    done = run([sys.executable, "-m", "tandem.cli", *shlex.split(line)[1:]], tmp_path)
     printed = " ".join(done.stdout.split())
     for row in filter(None, (" ".join(row.split()) for row in output.splitlines())):
         assert row in printed, row
