@@ -7,6 +7,7 @@ the rotation side by side; they are put back here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -26,16 +27,28 @@ _PIECE = 2**18
 
 def read_gguf_weights(filling: Filling, spec: ModelSpec, header: GgufHeader) -> None:
     """Fill a decoder from a GGUF file, in file order. What does not fit is refused before anything is read."""
-    for name, stored in match_gguf(spec, header).items():
-        rows = _row_order(stored, spec) if header.architecture == "llama" else None
-        to = filling.destination(stored, torch.float32)
-        to = to.view(to.shape[0], -1)
-        for at, piece in _pieces(header, name):
-            values = torch.from_numpy(piece).to(to.device, to.dtype)
-            if rows is None:
-                to[at : at + len(values)] = values
-            else:
-                to.index_copy_(0, rows[at : at + len(values)].to(to.device), values)
+    with _one_thread():
+        for name, stored in match_gguf(spec, header).items():
+            rows = _row_order(stored, spec) if header.architecture == "llama" else None
+            to = filling.destination(stored, torch.float32)
+            to = to.view(to.shape[0], -1)
+            for at, piece in _pieces(header, name):
+                values = torch.from_numpy(piece).to(to.device, to.dtype)
+                if rows is None:
+                    to[at : at + len(values)] = values
+                else:
+                    to.index_copy_(0, rows[at : at + len(values)].to(to.device), values)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Copies of pieces that fit a cache gain nothing from threads, and on a busy machine wait for them ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _row_order(stored: Stored, spec: ModelSpec) -> Tensor | None:
