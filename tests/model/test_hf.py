@@ -234,6 +234,7 @@ def test_vocabulary_can_be_resized(spec: ModelSpec, size: int) -> None:
     assert torch.equal(model(ids).logits[..., :both], before[..., :both])
     assert torch.equal(model.decoder(ids), model(ids).logits)
     assert (model.lm_head.weight is model.model.embeddings.weight) == spec.tied_embeddings
+    assert torch.equal(greedy(model, ids), greedy(model, ids, use_cache=False))
 
 
 def test_parameters_are_those_of_the_decoder_under_the_names_of_transformers() -> None:
