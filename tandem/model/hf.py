@@ -2,6 +2,9 @@
 
 Importing this module registers `model_type: tandem`. Nothing is computed here: the layers are those of a `Decoder`, and
 `TandemForCausalLM.decoder` is that decoder, sharing every parameter.
+
+TRL's DPO and GRPO load their reference model from `config.name_or_path`. For a reference that is this code, train a model
+that `from_pretrained` read out of a folder which `save_pretrained` wrote; other folders give transformers' own classes.
 """
 
 from __future__ import annotations
