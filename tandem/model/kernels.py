@@ -1,6 +1,6 @@
-"""Which code runs Mamba-2: on CPUs all between a mixer's projections is one call into C; on GPUs the scan and the
-convolution are the CUDA kernels of `mamba_ssm` and `causal_conv1d` where they are installed. Everywhere else, our own torch
-code, which torch.compile fuses on a GPU."""
+"""Which code runs Mamba-2, norms and activations: C on CPUs (all between a mixer's projections is one call); on GPUs the scan
+and the convolution are the CUDA kernels of `mamba_ssm` and `causal_conv1d` where they are installed. Everywhere else, our own
+torch code, which torch.compile fuses on a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from tandem.model.scan import causal_conv, ssd_scan, ssd_step
 from tandem.spec.model import Mamba2
@@ -22,6 +23,22 @@ def fused_mixer(projected: Float[Tensor, "b t w"], m: Mamba2) -> Callable[..., t
     from tandem.model.native import scan, tasks  # not above: that package imports the decoder
 
     return scan.mix if m.conv_kernel <= scan.MAX_KERNEL and tasks.usable(projected) else None
+
+
+def rms_norm(x: Float[Tensor, "*b size"], weight: Float[Tensor, " size"], eps: float) -> Float[Tensor, "*b size"]:
+    """x / rms(x) * weight over the last axis, in C where it can be."""
+    from tandem.model.native import norms, tasks
+
+    if tasks.usable(x, weight):
+        return norms.rms_norm(x, weight, eps)
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def squared_relu(x: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
+    """relu(x)^2, in C where it can be."""
+    from tandem.model.native import norms, tasks
+
+    return norms.squared_relu(x) if tasks.usable(x) else functional.relu(x).square()
 
 
 @cache

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tandem.model import kernels
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, computed in fp32 and cast at the end (transformers' NemotronHRMSNorm)."""
@@ -19,7 +21,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         """Normalised x in the dtype of x."""
         wide = x.float()
-        return functional.rms_norm(wide, self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return kernels.rms_norm(wide, self.weight.float(), self.eps).to(x.dtype)
 
 
 class GatedGroupNorm(nn.Module):

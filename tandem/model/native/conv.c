@@ -8,6 +8,23 @@ section section_of(const place *at, size_t s) {
     return (section){at->d_inner + (groups + at->g) * at->n, x_columns + at->np, at->n};
 }
 
+void ask_for_rows(const float *from, size_t stride, size_t count, size_t rows) {
+    for (size_t l = 0; l < rows; l++, from += stride)
+        for (size_t c = 0; c < count + 15; c += 16) __builtin_prefetch(from + (c < count ? c : count - 1), 0, 2);
+}
+
+void ask_for_chunk(const place *at, size_t t0) {
+    if (t0 >= at->time) return;
+    size_t rows = chunk_length(at, t0), inner = at->r * at->p;
+    const float *row = at->projected + t0 * at->in_width, *b = row + at->d_inner + section_of(at, at->r).channel;
+    const float *x = row + at->d_inner + at->g * inner, *c = row + at->d_inner + section_of(at, at->r + 1).channel;
+    ask_for_rows(x, at->in_width, inner, rows);
+    ask_for_rows(b, at->in_width, at->n, rows);
+    ask_for_rows(c, at->in_width, at->n, rows);
+    ask_for_rows(row + at->g * inner, at->in_width, inner, rows); // z
+    ask_for_rows(row + at->d_inner + at->channels + at->g * at->r, at->in_width, at->r, rows);
+}
+
 // Channel 0 of the input at time t, which may lie before the sequence.
 static const float *input_row(const scan_job *job, const place *at, int64_t t, const float *zeros) {
     if (t >= 0) return at->projected + (size_t)t * at->in_width + at->d_inner;

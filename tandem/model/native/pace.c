@@ -1,8 +1,14 @@
 // How fast the state fades: step sizes, decays within a chunk, and where documents end.
 #include "scan.h"
 
-place place_of(const scan_job *job, size_t index) {
-    place at = {.b = index / (size_t)job->groups, .g = index % (size_t)job->groups};
+size_t groups_of_task(const scan_job *job, int threads) {
+    size_t groups = (size_t)job->groups, batch = (size_t)(job->batch > 0 ? job->batch : 1);
+    size_t parts = (2 * (size_t)threads + batch - 1) / batch;
+    return parts < groups ? (groups + parts - 1) / parts : 1;
+}
+
+place place_of(const scan_job *job, size_t b, size_t g) {
+    place at = {.b = b, .g = g};
     at.r = (size_t)(job->heads / job->groups);
     at.p = (size_t)job->head_dim;
     at.n = (size_t)job->state_dim;

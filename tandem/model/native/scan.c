@@ -3,14 +3,15 @@
 #include "tasks.h"
 
 typedef struct {
-    float *zeros, *mixed, *b_turned, *scores, *decay, *weighted, *state, *y, *gated;
+    float *zeros, *mixed, *b_turned, *scores, *decay, *weighted, *states, *y, *gated;
     const float **rows;
     pace *speed;
     size_t *first;
 } forward_scratch;
 
 // Hands out the parts of a task's scratch; with base NULL only measures it.
-static size_t lay_out(const place *at, size_t kernel, float *base, forward_scratch *s) {
+static size_t lay_out(const place *at, const scan_job *job, float *base, forward_scratch *s) {
+    size_t kernel = (size_t)job->kernel, states = (size_t)job->task_groups * at->r * at->n * at->pp;
     size_t used = 0;
 #define TAKE(name, type, count) \
     s->name = base ? (type *)(base + used) : NULL; \
@@ -21,7 +22,7 @@ static size_t lay_out(const place *at, size_t kernel, float *base, forward_scrat
     TAKE(scores, float, CHUNK * CHUNK);
     TAKE(decay, float, CHUNK * CHUNK);
     TAKE(weighted, float, CHUNK * at->pp);
-    TAKE(state, float, at->r * at->n * at->pp);
+    TAKE(states, float, states);
     TAKE(y, float, CHUNK * at->r * at->pp);
     TAKE(gated, float, at->r * at->pp);
     TAKE(rows, const float *, CHUNK * kernel);
@@ -31,17 +32,12 @@ static size_t lay_out(const place *at, size_t kernel, float *base, forward_scrat
     return used;
 }
 
-size_t scan_scratch(const scan_job *job) {
-    place at = place_of(job, 0);
-    forward_scratch unused;
-    return lay_out(&at, (size_t)job->kernel, NULL, &unused);
-}
-
 // y of one head over a chunk, and its state at the end.
-static void scan_head(const scan_job *job, const place *at, size_t len, size_t h, forward_scratch *s, float *y, size_t ldy) {
+static void scan_head(const scan_job *job, const place *at, size_t len, size_t h, forward_scratch *s, float *state, float *y,
+                      size_t ldy) {
     const pace *v = s->speed;
     const float *x = s->mixed + h * at->pp, *b = s->mixed + at->r * at->pp, *c = b + at->np;
-    float *state = s->state + h * at->n * at->pp, skip = job->skip[at->g * at->r + h];
+    float skip = job->skip[at->g * at->r + h];
     fill_decay(v, len, s->first, s->decay);
     for (size_t l = 0; l < len; l++) {
         float *row = s->decay + l * CHUNK;
@@ -83,51 +79,67 @@ static void norm_row(const scan_job *job, const place *at, const float *y, const
         }
 }
 
-static void scan_group(size_t index, float *scratch, const void *argument) {
+// One chunk of one group; `states` are those of its heads at entry, and then at the end.
+static void scan_chunk(const scan_job *job, const place *at, size_t t0, float *states, forward_scratch *s) {
+    size_t len = chunk_length(at, t0), row = at->b * (size_t)job->time + t0, inner = at->r * at->pp, first_head = at->g * at->r;
+    find_documents(job, at, t0, len, s->first);
+    seen_rows(job, at, t0, len, s->zeros, s->rows);
+    convolve(job, at, s->rows, len, s->mixed, NULL);
+    const float *b = s->mixed + inner, *c = b + at->np;
+    memset(s->b_turned, 0, at->n * CHUNK * sizeof(float));
+    transpose(b, at->width, len, at->n, s->b_turned, CHUNK);
+    factors scores = {c, at->width, 1, s->b_turned, CHUNK};
+    lower_product(&scores, len, CHUNK, at->n, NULL, s->scores, CHUNK);
+    size_t ldy = job->y ? (size_t)job->heads * at->pp : inner;
+    float *y = job->y ? job->y + row * ldy + first_head * at->pp : s->y;
+    for (size_t h = 0; h < at->r; h++) {
+        set_pace(job, at, t0, len, first_head + h, s->first, s->speed);
+        scan_head(job, at, len, h, s, states + h * at->n * at->pp, y + h * at->pp, ldy);
+    }
+    for (size_t l = 0; l < len; l++)
+        norm_row(job, at, y + l * ldy, at->z + (t0 + l) * at->in_width, s->gated,
+                 job->out + (row + l) * at->d_inner + first_head * at->p);
+}
+
+static void scan_groups(size_t index, float *scratch, const void *argument) {
     const scan_job *job = argument;
-    place at = place_of(job, index);
+    size_t per_task = (size_t)job->task_groups, groups = (size_t)job->groups, tasks = (groups + per_task - 1) / per_task;
+    size_t first = index % tasks * per_task, last = first + per_task < groups ? first + per_task : groups;
+    place at = place_of(job, index / tasks, first);
     forward_scratch s;
-    lay_out(&at, (size_t)job->kernel, scratch, &s);
-    size_t one_state = at.n * at.pp, all_states = at.r * one_state, first_head = at.g * at.r;
+    lay_out(&at, job, scratch, &s);
+    size_t one_state = at.n * at.pp, all_states = at.r * one_state, outside = at.p * at.n;
     memset(s.zeros, 0, at.channels * sizeof(float));
     memset(s.decay, 0, CHUNK * CHUNK * sizeof(float));
     memset(s.scores, 0, CHUNK * CHUNK * sizeof(float));
-    memset(s.state, 0, all_states * sizeof(float));
-    size_t outside = (at.b * (size_t)job->heads + first_head) * at.p * at.n;
-    if (job->state)
-        for (size_t h = 0; h < at.r; h++)
-            transpose(job->state + outside + h * at.p * at.n, at.n, at.p, at.n, s.state + h * one_state, at.pp);
-    size_t total_chunks = ((size_t)job->time + CHUNK - 1) / CHUNK;
-    float *entry = job->entries ? job->entries + index * (total_chunks + 1) * all_states : NULL;
-    for (size_t t0 = 0; t0 < at.time; t0 += CHUNK) {
-        size_t len = chunk_length(&at, t0), row = at.b * (size_t)job->time + t0;
-        if (entry) memcpy(entry + t0 / CHUNK * all_states, s.state, all_states * sizeof(float));
-        find_documents(job, &at, t0, len, s.first);
-        seen_rows(job, &at, t0, len, s.zeros, s.rows);
-        convolve(job, &at, s.rows, len, s.mixed, NULL);
-        const float *b = s.mixed + at.r * at.pp, *c = b + at.np;
-        for (size_t k = 0; k < at.n; k++) memset(s.b_turned + k * CHUNK, 0, CHUNK * sizeof(float));
-        transpose(b, at.width, len, at.n, s.b_turned, CHUNK);
-        factors scores = {c, at.width, 1, s.b_turned, CHUNK};
-        lower_product(&scores, len, CHUNK, at.n, NULL, s.scores, CHUNK);
-        size_t ldy = job->y ? (size_t)job->heads * at.pp : at.r * at.pp;
-        float *y = job->y ? job->y + row * ldy + first_head * at.pp : s.y;
-        for (size_t h = 0; h < at.r; h++) {
-            set_pace(job, &at, t0, len, first_head + h, s.first, s.speed);
-            scan_head(job, &at, len, h, &s, y + h * at.pp, ldy);
+    memset(s.states, 0, (last - first) * all_states * sizeof(float));
+    size_t heads = at.b * (size_t)job->heads + first * at.r; // heads before the task's
+    for (size_t h = 0; job->state && h < (last - first) * at.r; h++)
+        transpose(job->state + (heads + h) * outside, at.n, at.p, at.n, s.states + h * one_state, at.pp);
+    size_t kept = ((size_t)job->time + CHUNK - 1) / CHUNK + 1; // states kept of a group
+    for (size_t chunk = 0; chunk <= at.chunks; chunk++)
+        for (size_t g = first; g < last; g++) {
+            at = place_of(job, at.b, g);
+            float *states = s.states + (g - first) * all_states;
+            float *entry = job->entries ? job->entries + ((at.b * groups + g) * kept + chunk) * all_states : NULL;
+            if (entry) memcpy(entry, states, all_states * sizeof(float));
+            if (chunk == at.chunks) continue;
+            scan_chunk(job, &at, chunk * CHUNK, states, &s);
+            place next = place_of(job, at.b, g + 1 < last ? g + 1 : first);
+            ask_for_chunk(&next, (g + 1 < last ? chunk : chunk + 1) * CHUNK);
         }
-        for (size_t l = 0; l < len; l++)
-            norm_row(job, &at, y + l * ldy, at.z + (t0 + l) * at.in_width, s.gated,
-                     job->out + (row + l) * at.d_inner + first_head * at.p);
-    }
+    size_t inner = at.r * at.p;
     for (size_t t = at.time; t < (size_t)job->time; t++) // padding
-        memset(job->out + (at.b * (size_t)job->time + t) * at.d_inner + first_head * at.p, 0, at.r * at.p * sizeof(float));
-    if (entry) memcpy(entry + at.chunks * all_states, s.state, all_states * sizeof(float));
-    for (size_t h = 0; h < at.r; h++)
-        transpose(s.state + h * one_state, at.pp, at.n, at.p, job->final + outside + h * at.p * at.n, at.n);
+        memset(job->out + (at.b * (size_t)job->time + t) * at.d_inner + first * inner, 0, (last - first) * inner * sizeof(float));
+    for (size_t h = 0; h < (last - first) * at.r; h++)
+        transpose(s.states + h * one_state, at.pp, at.n, at.p, job->final + (heads + h) * outside, at.n);
 }
 
 // Returns 0, or -1 without memory.
-int tandem_scan(const scan_job *job, int threads) {
-    return tasks_run((size_t)(job->batch * job->groups), threads, scan_scratch(job), scan_group, job);
+int tandem_scan(scan_job *job, int threads) {
+    job->task_groups = (int64_t)groups_of_task(job, threads);
+    place at = place_of(job, 0, 0);
+    forward_scratch unused;
+    size_t tasks = (size_t)((job->groups + job->task_groups - 1) / job->task_groups * job->batch);
+    return tasks_run(tasks, threads, lay_out(&at, job, NULL, &unused), scan_groups, job);
 }

@@ -1,6 +1,6 @@
 // The Mamba-2 mixer between its two projections: convolution, SiLU, step sizes, chunked scan, skip, gate, group norm.
-// One task is one sequence and one group of heads, which share B, C and the norm; it walks over chunks of time with its
-// state at hand. Within a chunk (l, s positions; e^L decay from the chunk's start; dt step sizes; H state at entry):
+// Everything is local to one sequence and one group of heads, which share B, C and the norm. A task is one sequence and some
+// groups: it walks over chunks of time with their states at hand, all its groups a chunk, so that a row's pages are met once. Within a chunk (l, s positions; e^L decay from the chunk's start; dt step sizes; H state at entry):
 //   y_l = e^(L_l) C_l H + sum over s <= l of (C_l . B_s) e^(L_l - L_s) dt_s x_s + D x_l
 //   H'  = e^(L_end) H + sum over s of e^(L_end - L_s) dt_s B_s x_s
 // Semantics and reference: tandem/model/scan.py and mamba2.py.
@@ -31,6 +31,7 @@ typedef struct {
     const float *grad_out, *grad_final;
     float *grad_projected, *grad_conv_weight, *grad_conv_bias, *grad_dt_bias, *grad_a, *grad_skip, *grad_norm;
     float *grad_window, *grad_state;
+    int64_t task_groups; // set by the entry points
 } scan_job;
 
 // Where things are, for one sequence and group.
@@ -58,11 +59,17 @@ typedef struct {
     float survives, a;
 } pace;
 
-place place_of(const scan_job *job, size_t index);
+place place_of(const scan_job *job, size_t b, size_t g);
+// How many groups a task has: all, if there are sequences enough to keep the threads busy. No result depends on it.
+size_t groups_of_task(const scan_job *job, int threads);
 size_t chunk_length(const place *at, size_t t0);
 // Number s of the sections of a group: r heads of x, then B, then C.
 section section_of(const place *at, size_t s);
 
+// Asks the memory for `count` floats of each of `rows` rows, which lie too far apart for the CPU to guess.
+void ask_for_rows(const float *from, size_t stride, size_t count, size_t rows);
+// The same for what a chunk reads of `projected`; nothing where t0 is outside the sequence.
+void ask_for_chunk(const place *at, size_t t0);
 // Rows that the kernel sees at each position of the chunk: [CHUNK][kernel], of all channels; zeros where there is none.
 void seen_rows(const scan_job *job, const place *at, size_t t0, size_t len, const float *zeros, const float **rows);
 // x, B and C of the chunk after convolution and SiLU, [len, width]; with `slope`, the derivative of SiLU there.
@@ -76,8 +83,5 @@ void find_documents(const scan_job *job, const place *at, size_t t0, size_t len,
 void set_pace(const scan_job *job, const place *at, size_t t0, size_t len, size_t head, const size_t *first, pace *out);
 // decay[l, s] = e^(L_l - L_s) within a document for s <= l, else 0; [CHUNK][CHUNK], zero above the diagonal beforehand.
 void fill_decay(const pace *at, size_t len, const size_t *first, float *decay);
-
-size_t scan_scratch(const scan_job *job);
-size_t scan_backward_scratch(const scan_job *job);
 
 #endif

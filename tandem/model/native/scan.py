@@ -32,6 +32,7 @@ class Job(ctypes.Structure):
         *((name, c_void_p) for name in ("out", "final", "entries", "y")),
         *((name, c_void_p) for name in ("grad_out", "grad_final", "grad_projected", "grad_conv_weight", "grad_conv_bias")),
         *((name, c_void_p) for name in ("grad_dt_bias", "grad_a", "grad_skip", "grad_norm", "grad_window", "grad_state")),
+        ("task_groups", c_int64),
     )
 
 

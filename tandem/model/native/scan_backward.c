@@ -11,14 +11,15 @@
 typedef struct {
     float *zeros, *mixed, *slope, *grad; // grad: of x, B and C, then before SiLU; kernel - 1 rows more
     float *b_turned, *scores, *decay, *weights, *grad_scores;
-    float *grad_y, *received, *scaled, *turned, *state_turned, *grad_state, *gated, *fade;
+    float *grad_y, *received, *scaled, *turned, *state_turned, *gated, *fade;
+    float *grad_states, *later; // of each group: of the states, and rows of `grad` of the chunk that follows
     const float **rows;
     pace *speed;
     size_t *first;
 } backward_scratch;
 
-static size_t lay_out(const place *at, size_t kernel, float *base, backward_scratch *s) {
-    size_t used = 0, widest = at->channels > at->width ? at->channels : at->width;
+static size_t lay_out(const place *at, const scan_job *job, float *base, backward_scratch *s) {
+    size_t kernel = (size_t)job->kernel, groups = (size_t)job->task_groups, used = 0, widest = at->channels > at->width ? at->channels : at->width;
 #define TAKE(name, type, count) \
     s->name = base ? (type *)(base + used) : NULL; \
     used += ((count) * sizeof(type) / sizeof(float) + 16) / 16 * 16
@@ -36,7 +37,8 @@ static size_t lay_out(const place *at, size_t kernel, float *base, backward_scra
     TAKE(scaled, float, CHUNK * at->pp);
     TAKE(turned, float, at->p * CHUNK);
     TAKE(state_turned, float, at->p * at->np);
-    TAKE(grad_state, float, at->r * at->n * at->pp);
+    TAKE(grad_states, float, groups * at->r * at->n * at->pp);
+    TAKE(later, float, groups * kernel * at->width);
     TAKE(gated, float, 2 * at->r * at->pp);
     TAKE(fade, float, CHUNK);
     TAKE(rows, const float *, CHUNK * kernel);
@@ -44,12 +46,6 @@ static size_t lay_out(const place *at, size_t kernel, float *base, backward_scra
     TAKE(first, size_t, CHUNK);
 #undef TAKE
     return used;
-}
-
-size_t scan_backward_scratch(const scan_job *job) {
-    place at = place_of(job, 0);
-    backward_scratch unused;
-    return lay_out(&at, (size_t)job->kernel, NULL, &unused);
 }
 
 INLINE vf load_some(const float *p, size_t left) { return left >= VW ? vload(p) : vload_tail(F32, p, 0, left); }
@@ -104,13 +100,13 @@ INLINE void scale_row(float *out, const float *in, size_t n, float by) {
 
 // One head: adds to the gradients of x, B, C and of the scores, replaces that of the state by the one at the chunk's entry.
 static void head_backward(const scan_job *job, const place *at, size_t t0, size_t len, size_t h, const float *y, size_t ldy,
-                          const float *entering, const float *leaving, backward_scratch *s) {
+                          const float *entering, const float *leaving, float *grad_state, backward_scratch *s) {
     const pace *v = s->speed;
     size_t pp = at->pp, width = at->width, head = at->g * at->r + h;
     const float *x = s->mixed + h * pp, *b = s->mixed + at->r * pp, *c = b + at->np;
     const float *grad_y = s->grad_y + h * pp;
     float *grad_x = s->grad + h * pp, *grad_b = s->grad + at->r * pp, *grad_c = grad_b + at->np;
-    float *grad_state = s->grad_state + h * at->n * pp, skip = job->skip[head];
+    float skip = job->skip[head];
     size_t ld_grad_y = at->r * pp;
 
     fill_decay(v, len, s->first, s->decay);
@@ -166,12 +162,21 @@ static void head_backward(const scan_job *job, const place *at, size_t t0, size_
     add_product(ALL, &kept, at->n, pp, len, grad_state, pp, v->survives);
 }
 
-static void chunk_backward(const scan_job *job, const place *at, size_t t0, const float *entries, backward_scratch *s) {
+static void ask_for_gradients(const scan_job *job, const place *at, size_t t0) {
+    size_t row = at->b * (size_t)job->time + t0, ldy = (size_t)job->heads * at->pp, len = chunk_length(at, t0);
+    ask_for_chunk(at, t0);
+    ask_for_rows(job->y + row * ldy + at->g * at->r * at->pp, ldy, at->r * at->pp, len);
+    ask_for_rows(job->grad_out + row * at->d_inner + at->g * at->r * at->p, at->d_inner, at->r * at->p, len);
+}
+
+static void chunk_backward(const scan_job *job, const place *at, size_t t0, const float *entering, float *grad_states,
+                           float *later, backward_scratch *s) {
     size_t len = chunk_length(at, t0), row = at->b * (size_t)job->time + t0, inner = at->r * at->pp;
     size_t all_states = at->r * at->n * at->pp, first_head = at->g * at->r, ldy = (size_t)job->heads * at->pp;
-    const float *y = job->y + row * ldy + first_head * at->pp, *entering = entries + t0 / CHUNK * all_states;
+    size_t later_bytes = (size_t)(job->kernel - 1) * at->width * sizeof(float);
+    const float *y = job->y + row * ldy + first_head * at->pp;
     // The rows after this chunk's are those that the chunk after it begins with.
-    memcpy(s->grad + CHUNK * at->width, s->grad, (size_t)(job->kernel - 1) * at->width * sizeof(float));
+    memcpy(s->grad + CHUNK * at->width, later, later_bytes);
     find_documents(job, at, t0, len, s->first);
     seen_rows(job, at, t0, len, s->zeros, s->rows);
     convolve(job, at, s->rows, len, s->mixed, s->slope);
@@ -190,44 +195,47 @@ static void chunk_backward(const scan_job *job, const place *at, size_t t0, cons
     for (size_t h = 0; h < at->r; h++) {
         set_pace(job, at, t0, len, first_head + h, s->first, s->speed);
         const float *enters = entering + h * at->n * at->pp;
-        head_backward(job, at, t0, len, h, y + h * at->pp, ldy, enters, enters + all_states, s);
+        head_backward(job, at, t0, len, h, y + h * at->pp, ldy, enters, enters + all_states, grad_states + h * at->n * at->pp, s);
     }
     factors for_c = {s->grad_scores, CHUNK, 1, b, at->width}, for_b = {s->grad_scores, 1, CHUNK, c, at->width};
     add_product(UP_TO_ROW, &for_c, len, at->np, len, s->grad + inner + at->np, at->width, 1);
     add_product(FROM_ROW, &for_b, len, at->np, len, s->grad + inner, at->width, 1);
     for (size_t i = 0; i < len * at->width; i += VW) vstore(s->grad + i, vload(s->grad + i) * vload(s->slope + i));
     convolve_backward(job, at, s->rows, t0, len, s->grad, s->zeros);
+    memcpy(later, s->grad, later_bytes);
 }
 
-static void group_backward(size_t index, float *scratch, const void *argument) {
+static void groups_backward(size_t index, float *scratch, const void *argument) {
     const scan_job *job = argument;
-    place at = place_of(job, index);
+    size_t per_task = (size_t)job->task_groups, groups = (size_t)job->groups, tasks = (groups + per_task - 1) / per_task;
+    size_t first = index % tasks * per_task, last = first + per_task < groups ? first + per_task : groups;
+    place at = place_of(job, index / tasks, first);
     backward_scratch s;
-    lay_out(&at, (size_t)job->kernel, scratch, &s);
-    size_t one_state = at.n * at.pp, all_states = at.r * one_state, first_head = at.g * at.r;
-    size_t widest = at.channels > at.width ? at.channels : at.width;
-    memset(s.zeros, 0, widest * sizeof(float));
-    memset(s.mixed, 0, CHUNK * at.width * sizeof(float));
-    memset(s.scores, 0, CHUNK * CHUNK * sizeof(float));
-    memset(s.decay, 0, CHUNK * CHUNK * sizeof(float));
-    memset(s.weights, 0, CHUNK * CHUNK * sizeof(float));
-    memset(s.grad_y, 0, CHUNK * at.r * at.pp * sizeof(float));
-    memset(s.state_turned, 0, at.p * at.np * sizeof(float));
-    memset(s.grad_state, 0, all_states * sizeof(float));
-    memset(s.grad, 0, (CHUNK + (size_t)job->kernel) * at.width * sizeof(float));
-    size_t outside = (at.b * (size_t)job->heads + first_head) * at.p * at.n;
-    if (job->grad_final)
-        for (size_t h = 0; h < at.r; h++)
-            transpose(job->grad_final + outside + h * at.p * at.n, at.n, at.p, at.n, s.grad_state + h * one_state, at.pp);
-    size_t total_chunks = ((size_t)job->time + CHUNK - 1) / CHUNK;
-    const float *entries = job->entries + index * (total_chunks + 1) * all_states;
-    for (size_t chunk = at.chunks; chunk-- > 0;) chunk_backward(job, &at, chunk * CHUNK, entries, &s);
-    if (job->grad_state)
-        for (size_t h = 0; h < at.r; h++)
-            transpose(s.grad_state + h * one_state, at.pp, at.n, at.p, job->grad_state + outside + h * at.p * at.n, at.n);
+    size_t used = lay_out(&at, job, scratch, &s);
+    memset(scratch, 0, used * sizeof(float)); // what is not written is read as padding
+    size_t one_state = at.n * at.pp, all_states = at.r * one_state, outside = at.p * at.n;
+    size_t heads = at.b * (size_t)job->heads + first * at.r; // heads before the task's
+    for (size_t h = 0; job->grad_final && h < (last - first) * at.r; h++)
+        transpose(job->grad_final + (heads + h) * outside, at.n, at.p, at.n, s.grad_states + h * one_state, at.pp);
+    size_t kept = ((size_t)job->time + CHUNK - 1) / CHUNK + 1; // states kept of a group
+    for (size_t chunk = at.chunks; chunk-- > 0;)
+        for (size_t g = first; g < last; g++) {
+            at = place_of(job, at.b, g);
+            const float *entering = job->entries + ((at.b * groups + g) * kept + chunk) * all_states;
+            float *later = s.later + (g - first) * (size_t)job->kernel * at.width;
+            chunk_backward(job, &at, chunk * CHUNK, entering, s.grad_states + (g - first) * all_states, later, &s);
+            place next = place_of(job, at.b, g + 1 < last ? g + 1 : first);
+            if (g + 1 < last || chunk) ask_for_gradients(job, &next, (g + 1 < last ? chunk : chunk - 1) * CHUNK);
+        }
+    for (size_t h = 0; job->grad_state && h < (last - first) * at.r; h++)
+        transpose(s.grad_states + h * one_state, at.pp, at.n, at.p, job->grad_state + (heads + h) * outside, at.n);
 }
 
 // grad_projected is zero beforehand where padding makes rows that no task writes; sums of parameters are zero beforehand.
-int tandem_scan_backward(const scan_job *job, int threads) {
-    return tasks_run((size_t)(job->batch * job->groups), threads, scan_backward_scratch(job), group_backward, job);
+int tandem_scan_backward(scan_job *job, int threads) {
+    job->task_groups = (int64_t)groups_of_task(job, threads);
+    place at = place_of(job, 0, 0);
+    backward_scratch unused;
+    size_t tasks = (size_t)((job->groups + job->task_groups - 1) / job->task_groups * job->batch);
+    return tasks_run(tasks, threads, lay_out(&at, job, NULL, &unused), groups_backward, job);
 }
