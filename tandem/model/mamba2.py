@@ -133,7 +133,7 @@ def _last_inputs(window: Float[Tensor, "b c w"], inputs: Float[Tensor, "b t c"],
         inputs = inputs * (span.segments == span.segments[:, -1:])[..., None]
         window = window * (span.segments[:, -1] == 0)[:, None, None]
     if span.lengths is None:
-        recent = inputs[:, -width:].transpose(1, 2).to(window.dtype)
+        recent = inputs[:, max(0, span.time - width) :].transpose(1, 2).to(window.dtype)
         return torch.cat([window[..., recent.shape[2] :], recent], -1)
     known = torch.cat([window, inputs.transpose(1, 2).to(window.dtype)], -1)
     index = span.lengths.to(window.device)[:, None, None] + torch.arange(width, device=window.device)

@@ -155,34 +155,31 @@ class SequenceState:
         return self.slice(slice(None))
 
     def to(self, device: torch.device | str) -> SequenceState:
-        """The same state on another device."""
-        moved = (s and replace(s, **{n: getattr(s, n).to(device) for n in s.__slots__}) for s in self.layers)
-        return SequenceState(self.lengths, tuple(moved))
+        """A copy on another device."""
+        moved = (s and replace(s, **{n: getattr(s, n).to(device, copy=True) for n in s.__slots__}) for s in self.layers)
+        return SequenceState(self.lengths.clone(), tuple(moved))
 
     def to_bytes(self) -> bytes:
-        """Self-describing bytes: tag and version, a JSON header with dtypes and shapes, a checksum, the numbers."""
-        payload = b"".join(_raw(part) for part in self._parts())
-        header = {"lengths": self.lengths.tolist(), "layers": _kinds(self), "crc32": zlib.crc32(payload)}
+        """Self-describing bytes: tag and version, a checksum of all that follows, a JSON header, the numbers."""
+        header = {"lengths": self.lengths.tolist(), "layers": _kinds(self)}
         text = json.dumps(header, separators=(",", ":")).encode()
-        return b"".join((_MAGIC, _VERSION.to_bytes(4, "little"), len(text).to_bytes(4, "little"), text, payload))
+        body = b"".join((len(text).to_bytes(4, "little"), text, *(_raw(part) for part in self._parts())))
+        return b"".join((_MAGIC, _VERSION.to_bytes(4, "little"), zlib.crc32(body).to_bytes(4, "little"), body))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview) -> SequenceState:
         """The state that `to_bytes` wrote, bit for bit. Raises SpecError for bytes that are damaged or of another version."""
         view = memoryview(data)
-        if bytes(view[:8]) != _MAGIC or len(view) < 16:
+        if bytes(view[:8]) != _MAGIC or len(view) < 20:
             raise SpecError(f"state bytes begin with {bytes(view[:8])!r}: not a sequence state, which begins with {_MAGIC!r}")
-        version, size = (int.from_bytes(view[i : i + 4], "little") for i in (8, 12))
+        version, checksum, size = (int.from_bytes(view[i : i + 4], "little") for i in (8, 12, 16))
         if version != _VERSION:
             raise SpecError(f"state version={version}: this program reads version {_VERSION}")
-        payload = view[16 + size :]
-        try:
-            header = json.loads(bytes(view[16 : 16 + size]))
-            lengths, kinds, checksum = list(header["lengths"]), header["layers"], header["crc32"]
-        except (ValueError, KeyError, TypeError):
-            raise SpecError("state bytes: the header is damaged; send the state again") from None
-        if zlib.crc32(payload) != checksum:
-            raise SpecError(f"state bytes: checksum {zlib.crc32(payload):#x} is not {checksum:#x}; send the state again")
+        found = zlib.crc32(view[16:])
+        if found != checksum:
+            raise SpecError(f"state bytes: checksum {found:#x} is not {checksum:#x}; send the state again")
+        header, payload = json.loads(bytes(view[20 : 20 + size])), view[20 + size :]
+        lengths, kinds = header["lengths"], header["layers"]
         state = cls(torch.tensor(lengths, dtype=torch.int64), tuple(_empty(kind, lengths) for kind in kinds))
         offset = 0
         for part in state._parts():
