@@ -60,14 +60,15 @@ class Loading:
             raise SpecError(f"from_pretrained takes a name or path and named arguments, not {args[0]!r}")
         given = {name: value for name, value in options.items() if name not in _WITHOUT_BEARING}
         _refuse(given, _REFUSED_LOADING, "from_pretrained")
-        dtype, older = given.pop("dtype", None), given.pop("torch_dtype", None)
+        dtype = given.pop("dtype", None) or given.pop("torch_dtype", None) or "auto"
+        given.pop("torch_dtype", None)
         adapter = (given.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
-        path = Path(name_or_path, given.pop("subfolder", None) or "", given.pop("gguf_file", None) or "")
+        path = Path(name_or_path, given.pop("subfolder", None) or "", given.pop("gguf_file", None) or "").expanduser()
         if (path / _ADAPTER).is_file() and not (path / "config.json").is_file():
             adapter, path = path, Path(str(read_json(path / _ADAPTER).get("base_model_name_or_path")))
         return cls(
             path=path,
-            dtype=str(older if dtype is None else dtype).removeprefix("torch.").replace("None", "auto"),
+            dtype=str(dtype).removeprefix("torch."),
             device=_one_device(given.pop("device_map", None)),
             config=given.pop("config", None),
             generation=given.pop("generation_config", None),
@@ -155,7 +156,7 @@ def save_folder(
     held = model.state_dict() if state_dict is None else state_dict
     ours = {"backbone." + n.removeprefix("model.") if n.startswith("model.") else n: t for n, t in held.items()}
     config = model.config
-    config.architectures = [type(model).__name__]
+    config.architectures = ["TandemForCausalLM"]
     config.dtype = model.dtype
     with new_folder(folder.expanduser()) as draft:
         write_tensors(ours, stored_tensors(config.to_spec(), "tandem"), draft, _shard_bytes(max_shard_size))
