@@ -102,7 +102,8 @@ class Backbone(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        unset = torch.empty(spec.vocab_size, spec.hidden_size)  # nn.Embedding draws none where it is given: see `Linear`
+        self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=unset)
         self.layers = nn.ModuleList(Layer(m, spec) for m in spec.layers)
         self.norm_f = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.checkpoint: Callable[..., Tensor] | None = None

@@ -15,6 +15,9 @@ class Linear(nn.Linear):
     the bytes is what decoding is limited by (benchmarks/model.py).
     """
 
+    def reset_parameters(self) -> None:
+        """Nothing: `initialise` or a checkpoint fills the weights. On the meta device torch's own draw costs 2 s of imports."""
+
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rows"]:
         """x W^T + b in the dtype of x."""
         if self.weight.dtype != x.dtype and x.device.type == "cpu" and not torch.is_grad_enabled():
