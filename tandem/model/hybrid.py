@@ -191,6 +191,9 @@ class Decoder(nn.Module):
         segments = None
         if documents is not None:
             segments = torch.cat([torch.zeros_like(documents[:, :1]), (documents.diff(dim=1) != 0).cumsum(1)], 1)
+            if lengths is not None:  # padding belongs to the last document, or a state would be left as of a further one
+                ends = (lengths - 1).clamp(min=0).to(segments.device)
+                segments = segments.minimum(segments.gather(1, ends[:, None]))
         hidden = self._run(input_ids, lengths, segments, state)
         return hidden if back is None else hidden.gather(1, back[..., None].expand_as(hidden))
 
