@@ -63,9 +63,12 @@ def _unsupported(m: Mixer) -> str | None:
                 return f"window={m.window}, sinks={m.sinks}, output_gate={m.output_gate}, qk_norm={m.qk_norm!r} is not built"
             if m.rope is not None and m.rope.scaling not in ("none", "linear", "llama3"):
                 return f"rope scaling {m.rope.scaling!r} is not built"
+            if m.rope is not None and int(m.head_dim * m.rope.fraction) % 2:
+                return f"rope of fraction={m.rope.fraction} turns pairs, and head_dim={m.head_dim} leaves one over"
         case MoE():
-            if m.score != "sigmoid" or m.gated or m.bias or m.shared_gate:
-                return f"experts with score={m.score!r}, gated={m.gated}, bias={m.bias} are not built"
+            if m.score != "sigmoid" or m.gated or m.bias or m.shared_gate or not m.router_bias:
+                gates = f"router_bias={m.router_bias}, shared_gate={m.shared_gate}"
+                return f"experts with score={m.score!r}, gated={m.gated}, bias={m.bias}, {gates} are not built"
         case Mamba2() | MLP():
             return None
         case _:
@@ -213,8 +216,6 @@ class Decoder(nn.Module):
         """
         self._check_tokens(input_ids)
         batch, time = input_ids.shape
-        if time == 0 or batch == 0:
-            raise SpecError(f"input_ids has shape {tuple(input_ids.shape)}: needs at least one token")
         if state is None:
             state = self.new_state(batch, capacity=time)
         elif state.batch != batch:
@@ -295,7 +296,9 @@ class Decoder(nn.Module):
         return hidden
 
     def _check_tokens(self, input_ids: Int[Tensor, "b t"]) -> None:
-        if input_ids.device.type == "cpu" and input_ids.numel():
+        if not input_ids.numel():
+            raise SpecError(f"input_ids has shape {tuple(input_ids.shape)}: needs at least one token")
+        if input_ids.device.type == "cpu":
             low, high = input_ids.aminmax()
             if low < 0 or high >= self.spec.vocab_size:
                 wrong = int(low) if low < 0 else int(high)

@@ -12,18 +12,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
-from specs import TOLERANCE, build, hybrids, nemotron_h, tokens
+from specs import TOLERANCE, build, hybrids, nemotron_h, tokens, well_conditioned
 from torch import Tensor
 
 from tandem.spec.mixers import MLP, Attention, Mamba2, Mixer, MoE
 from tandem.spec.model import ModelSpec
 
 LENGTHS = st.integers(1, 29)
+pytestmark = pytest.mark.usefixtures("arithmetic")
 SEEDS = st.integers(0, 2**31)
-EXAMPLES = settings(deadline=None, max_examples=25, derandomize=True, phases=[Phase.explicit, Phase.generate])
-"""The same examples every time: now and then a random model is so badly conditioned that fp32 has no five digits."""
+EXAMPLES = settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.explicit, Phase.generate])
+"""No shrinking: an example is small, and thousands of them take minutes."""
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -44,6 +45,7 @@ def left_padded(spec: ModelSpec, lengths: list[int], seed: int) -> tuple[Tensor,
 def test_full_forward(spec: ModelSpec, batch: int, time: int, chunk: int, seed: int) -> None:
     model = build(spec, seed)
     ids = tokens(spec, batch, time, seed)
+    assume(well_conditioned(model, ids))
     theirs = nemotron_h(model, chunk=chunk)(ids).logits
     assert theirs.std() < 10
     assert difference(model(ids), theirs) <= TOLERANCE
@@ -56,6 +58,7 @@ def test_prefill_and_decode(spec: ModelSpec, batch: int, time: int, steps: int, 
     model = build(spec, seed)
     peer = nemotron_h(model)
     ids = tokens(spec, batch, time + steps, seed)
+    assume(well_conditioned(model, ids))
     ours, state = model.prefill(ids[:, :time])
     out = peer(ids[:, :time], use_cache=True)
     assert difference(ours[:, -1], out.logits[:, -1]) <= TOLERANCE
@@ -73,6 +76,7 @@ def test_left_padding(spec: ModelSpec, lengths: list[int], steps: int, seed: int
     model = build(spec, seed)
     peer = nemotron_h(model)
     ids, mask = left_padded(spec, lengths, seed)
+    assume(well_conditioned(model, ids))
     out = peer(ids, attention_mask=mask, use_cache=True)
     seen = mask.bool()
     assert difference(model(ids, attention_mask=mask)[seen], out.logits[seen]) <= TOLERANCE
@@ -95,6 +99,7 @@ def test_padding_is_as_if_it_were_not_there(spec: ModelSpec, lengths: list[int],
     model = build(spec, seed)
     peer = nemotron_h(model)
     ids, mask = left_padded(spec, lengths, seed)
+    assume(well_conditioned(model, ids))
     ours = model(ids, attention_mask=mask)
     for row, length in enumerate(lengths):
         alone = peer(ids[row : row + 1, -length:]).logits
@@ -111,6 +116,7 @@ def test_the_clamp_by_name_is_theirs(spec: ModelSpec, time: int, low: float, hig
     spec = replace(spec, layers=tuple(clamped(m) for m in spec.layers))
     model = build(spec, seed)
     ids = tokens(spec, 2, time + 1, seed)
+    assume(well_conditioned(model, ids))
     theirs = nemotron_h(model, clamp=(low, float("inf") if high is None else high))(ids).logits
     assert difference(model(ids), theirs) <= TOLERANCE
     _, state = model.prefill(ids[:, :-1])  # the step clamps as the scan does
@@ -154,6 +160,7 @@ def test_gradients(spec: ModelSpec, time: int, seed: int) -> None:
     model = build(spec, seed)
     peer = nemotron_h(model)
     ids = tokens(spec, 2, time, seed)
+    assume(well_conditioned(model, ids))
     _loss(model(ids), ids).backward()
     _loss(peer(ids).logits, ids).backward()
     expected = {name: p.grad for name, p in peer.named_parameters()}
@@ -170,16 +177,17 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(spec=hybrids(), lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4), chunk=st.integers(1, 64), seed=SEEDS)
 @torch.no_grad()
 def test_all_ways_of_running_a_model_deeper(spec: ModelSpec, lengths: list[int], chunk: int, seed: int) -> None:
     model = build(spec, seed)
     peer = nemotron_h(model, chunk=chunk)
     ids, mask = left_padded(spec, lengths, seed)
+    assume(well_conditioned(model, ids))
     ours = model(ids, attention_mask=mask)
     last, _ = model.prefill(ids, attention_mask=mask)
     for row, length in enumerate(lengths):
         alone = peer(ids[row : row + 1, -length:]).logits
-        assert difference(ours[row : row + 1, -length:], alone) <= 10 * TOLERANCE  # random models, see EXAMPLES
-        assert difference(last[row, -1], alone[0, -1]) <= 10 * TOLERANCE
+        assert difference(ours[row : row + 1, -length:], alone) <= TOLERANCE
+        assert difference(last[row, -1], alone[0, -1]) <= TOLERANCE
