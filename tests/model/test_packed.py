@@ -16,7 +16,7 @@ from tandem.spec.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 SEEDS = st.integers(0, 2**31)
-EXAMPLES = settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.explicit, Phase.generate])
+EXAMPLES = settings(deadline=None, max_examples=8, derandomize=True, phases=[Phase.explicit, Phase.generate])
 DOCUMENTS = st.lists(st.sampled_from([1, 1, 2, 3, 4, 5, 8, 13]), min_size=1, max_size=7)
 CHUNKS = st.sampled_from([1, 2, 4, 5, 8, 64])
 SPEC = ModelSpec(

@@ -19,7 +19,7 @@ from tandem.spec.model import ModelSpec
 PEERS: dict[str, Callable[[Decoder], PreTrainedModel]] = {"llama": specs.llama, "qwen3": specs.qwen3}
 LENGTHS = st.integers(1, 40)
 SEEDS = st.integers(0, 2**31)
-EXAMPLES = settings(deadline=None, max_examples=15, derandomize=True, phases=[Phase.explicit, Phase.generate])
+EXAMPLES = settings(deadline=None, max_examples=10, derandomize=True, phases=[Phase.explicit, Phase.generate])
 both = pytest.mark.parametrize("architecture", PEERS)
 
 

@@ -81,7 +81,7 @@ def segments_of(cuts: list[int] | None, batch: int, time: int) -> Tensor | None:
     return torch.tensor(rows, dtype=torch.int64).view(batch, time)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(sizes=SIZES, chunk=CHUNKS)
 def test_scan_is_the_loop_over_tokens(sizes: dict, chunk: int) -> None:
     inputs, state, segments = draw(sizes)
@@ -170,7 +170,7 @@ def test_a_token_without_a_step_changes_no_state(sizes: dict, chunk: int) -> Non
     assert torch.equal(final, state)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(sizes=SIZES, kernel=st.integers(1, 6), bias=st.booleans())
 def test_convolution_is_the_loop_over_tokens(sizes: dict, kernel: int, bias: bool) -> None:
     random = torch.Generator().manual_seed(sizes["seed"])

@@ -22,7 +22,7 @@ from tandem.spec.errors import SpecError
 from tandem.spec.mixers import MLA, MLP, Attention, GatedDeltaNet, Mamba2, Mixer, MoE, Rope
 from tandem.spec.model import ModelSpec
 
-EXAMPLES = settings(deadline=None, max_examples=40, derandomize=True, phases=[Phase.explicit, Phase.generate])
+EXAMPLES = settings(deadline=None, max_examples=20, derandomize=True, phases=[Phase.explicit, Phase.generate])
 
 
 def supported(name: str) -> bool:

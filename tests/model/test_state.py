@@ -21,7 +21,7 @@ from tandem.spec.model import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 SEEDS = st.integers(0, 2**31)
-EXAMPLES = settings(deadline=None, max_examples=12, derandomize=True, phases=[Phase.explicit, Phase.generate])
+EXAMPLES = settings(deadline=None, max_examples=8, derandomize=True, phases=[Phase.explicit, Phase.generate])
 LENGTHS = st.integers(1, 20)
 SPEC = ModelSpec(
     name="small",
