@@ -26,7 +26,7 @@ INLINE v4 sum4(lanes p, lanes q, lanes r, lanes s) {
 }
 
 INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, const int8_t *x, size_t ldx, const float *xs,
-                 size_t ldxs, size_t groups, v4 *sums) {
+                 size_t ldxs, size_t groups, size_t ahead, v4 *sums) {
     __m256 acc[4][2];
     for (int r = 0; r < 4; r++)
         for (int c = 0; c < C; c++) acc[r][c] = _mm256_setzero_ps();
@@ -35,6 +35,7 @@ INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, co
         for (int r = 0; r < 4; r++) {
             __m256i w0 = _mm256_loadu_si256((const __m256i *)(w[r] + g * GROUP));
             __m256i w1 = _mm256_loadu_si256((const __m256i *)(w[r] + g * GROUP + 32));
+            __builtin_prefetch(w[r] + g * GROUP + ahead, 0, 2);
             __m256i a0 = _mm256_abs_epi8(w0), a1 = _mm256_abs_epi8(w1);
             __m256 scale = _mm256_broadcast_ss(ws[r] + g);
 #pragma GCC unroll 2
@@ -51,7 +52,8 @@ INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, co
 }
 #else
 INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, const int8_t *x, size_t ldx, const float *xs,
-                 size_t ldxs, size_t groups, v4 *sums) {
+                 size_t ldxs, size_t groups, size_t ahead, v4 *sums) {
+    (void)ahead;
     for (int c = 0; c < C; c++) {
         for (int r = 0; r < 4; r++) {
             float acc = 0;
@@ -84,8 +86,8 @@ void gemm_block_i8(const matrix *w, const inputs *in, size_t m, size_t n0, size_
                 const int8_t *x = in->q + i * ldx + k * GROUP;
                 const float *xs = in->scale + i * groups + k;
                 size_t both = m - i >= 2 ? 2 : 1;
-                if (both == 2) dot4(2, rows, scales, x, ldx, xs, groups, len, sums);
-                else dot4(1, rows, scales, x, ldx, xs, groups, len, sums);
+                if (both == 2) dot4(2, rows, scales, x, ldx, xs, groups, len, i ? 0 : 8 * ldx, sums);
+                else dot4(1, rows, scales, x, ldx, xs, groups, len, i ? 0 : 8 * ldx, sums);
                 for (size_t j = 0; j < both; j++) {
                     float *out = c + (i + j) * ldc + (n - n0);
                     v4 old = {0};
