@@ -77,7 +77,7 @@ def _attend(
         cached = (slots[:, :, :filled].to(q.dtype) for slots in state.tensors)
         return attend(q, *cached, mask=span.mask(filled))
     earlier = (state.keys[:, :, : span.start].to(q.dtype), state.values[:, :, : span.start].to(q.dtype))
-    if span.time == 1 or q.device.type != "cpu":
+    if span.time == 1 or q.device.type != "cpu" or q.requires_grad:  # the log-sums below have no gradient
         both = (torch.cat([old, new], 2) for old, new in zip(earlier, (k, v), strict=True))
         return attend(q, *both, mask=None if span.time == 1 else span.mask(span.start + span.time))
     return _attend_in_two_parts(q, k, v, earlier)
