@@ -97,8 +97,10 @@ INLINE vf vload_as(const int type, const void *p, size_t i) {
     if (type == F16) return (vf)_mm256_cvtph_ps(raw);
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
 #else
+    uint16_t raw[VW];
+    memcpy(raw, h, sizeof raw);
     vf v = {0};
-    for (int j = 0; j < VW; j++) v[j] = type == F16 ? half_to_float(h[j]) : bfloat_to_float(h[j]);
+    for (int j = 0; j < VW; j++) v[j] = type == F16 ? half_to_float(raw[j]) : bfloat_to_float(raw[j]);
     return v;
 #endif
 }
