@@ -8,10 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-FEW_ROWS = 64
-"""Below, products read 16-bit weights in C; from here on widening them once for torch's product costs less than it gains."""
-
-
 class Linear(nn.Linear):
     """`nn.Linear` that computes in the dtype of its input, whatever the dtype of its weights.
 
@@ -24,8 +20,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rows"]:
         """x W^T + b in the dtype of x."""
-        narrow = self.weight.dtype != x.dtype and x.device.type == "cpu" and x.shape[:-1].numel() < FEW_ROWS
-        if narrow and not torch.is_grad_enabled():
+        if self.weight.dtype != x.dtype and x.device.type == "cpu" and not torch.is_grad_enabled():
             from tandem.model import native
 
             if native.available():
