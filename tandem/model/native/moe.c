@@ -117,6 +117,7 @@ void moe_layer(lane *l, const layer *y) {
     for (size_t i = count; i-- > 0;) first[i].in = inputs_of(l, l->x, l->ld_x, hidden, first[i].w);
     multiply(l, first, count);
 
+    if (!into->data) norm_rows(l, y->norm, y->eps, hidden); // again: a thread that was late for the phase before has no inputs
     gather(l, y, &t, into->data ? s->wide + experts : l->x, into->data ? s->ld_wide : l->ld_x, width);
     count = of_experts(y, up, &t, l->gathered, l->ld_x, s->pair_up, s->ld_up, SQUARED_RELU);
     multiply(l, t.products, count);
