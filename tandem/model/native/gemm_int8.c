@@ -1,123 +1,124 @@
-// Products with int8 weights: one scale per row and group of 64 columns, inputs quantised the same way at run time.
-// The dot product of a group is an exact integer; it is scaled and added to a float accumulator per lane, in the same
-// order for every batch size. The instructions that add products pairwise to 16 bits cannot saturate, since both
-// factors are at most 127 in magnitude.
+// Products with int8 weights: one scale per row and group of 64 columns. Inputs become 16-bit integers at run time, with a
+// scale per row and block of up to 1024 columns: two of their products added to 32 bits take one instruction, as for 8 bits,
+// and what is lost is what the weights lose alone. The dot product of a group is an exact integer, at most 64 * 127 * 32767;
+// it is scaled and added to a float accumulator per lane, in the same order for every batch size.
 #include "gemm.h"
 
-#if defined(__AVX2__) && defined(__FMA__)
-typedef __m256 lanes;
-enum { LANES = 8 };
+enum { STEP = 2 * VW, VECTORS = GROUP / STEP }; // 16-bit numbers in a vector, vectors in a group
 
-INLINE __m256i group_dot(__m256i w0, __m256i w1, __m256i x0, __m256i x1, __m256i a0, __m256i a1) {
-    __m256i s0 = _mm256_sign_epi8(x0, w0), s1 = _mm256_sign_epi8(x1, w1);
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), a0, s0), a1, s1);
+#if VW == 16 && defined(__AVX512BW__)
+typedef __m512i vs;
+INLINE vs widen(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE vi pairs(vs a, const int16_t *b, vi sum) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, a, _mm512_loadu_si512(b));
 #else
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i p0 = _mm256_madd_epi16(_mm256_maddubs_epi16(a0, s0), ones);
-    __m256i p1 = _mm256_madd_epi16(_mm256_maddubs_epi16(a1, s1), ones);
-    return _mm256_add_epi32(p0, p1);
+    return sum + (vi)_mm512_madd_epi16(a, _mm512_loadu_si512(b));
 #endif
 }
-
-INLINE v4 sum4(lanes p, lanes q, lanes r, lanes s) {
-    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(p, q), _mm256_hadd_ps(r, s));
-    return (v4)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+INLINE vf floats(vi n) { return (vf)_mm512_cvtepi32_ps((__m512i)n); }
+#elif VW == 8
+typedef __m256i vs;
+INLINE vs widen(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vi pairs(vs a, const int16_t *b, vi sum) { return sum + (vi)_mm256_madd_epi16(a, _mm256_loadu_si256((const __m256i *)b)); }
+INLINE vf floats(vi n) { return (vf)_mm256_cvtepi32_ps((__m256i)n); }
+#else
+typedef int16_t vs __attribute__((vector_size(STEP * 2)));
+INLINE vs widen(const int8_t *p) {
+    vs v;
+    for (int i = 0; i < STEP; i++) v[i] = p[i];
+    return v;
 }
+INLINE vi pairs(vs a, const int16_t *b, vi sum) {
+    for (int i = 0; i < VW; i++) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return sum;
+}
+INLINE vf floats(vi n) { return __builtin_convertvector(n, vf); }
+#endif
 
-INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, const int8_t *x, size_t ldx, const float *xs,
-                 size_t ldxs, size_t groups, size_t ahead, v4 *sums) {
-    __m256 acc[4][2];
-    for (int r = 0; r < 4; r++)
-        for (int c = 0; c < C; c++) acc[r][c] = _mm256_setzero_ps();
-    for (size_t g = 0; g < groups; g++) {
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; r++) {
-            __m256i w0 = _mm256_loadu_si256((const __m256i *)(w[r] + g * GROUP));
-            __m256i w1 = _mm256_loadu_si256((const __m256i *)(w[r] + g * GROUP + 32));
+// Four weight rows by C rows of a panel over one block: `ahead` bytes further on is what comes next.
+INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, const int16_t *x, size_t groups, size_t ahead, v4 *sums) {
+    vf parts[4][PANEL];
+    for (int r = 0; r < 4; r++) {
+        vf acc[PANEL];
+        UNROLL for (int c = 0; c < C; c++) acc[c] = (vf){0};
+        for (size_t g = 0; g < groups; g++) {
+            vs row[VECTORS];
+            UNROLL for (int j = 0; j < VECTORS; j++) row[j] = widen(w[r] + g * GROUP + j * STEP);
             __builtin_prefetch(w[r] + g * GROUP + ahead, 0, 2);
-            __m256i a0 = _mm256_abs_epi8(w0), a1 = _mm256_abs_epi8(w1);
-            __m256 scale = _mm256_broadcast_ss(ws[r] + g);
-#pragma GCC unroll 2
-            for (int c = 0; c < C; c++) {
-                const int8_t *row = x + (size_t)c * ldx + g * GROUP;
-                __m256i x0 = _mm256_loadu_si256((const __m256i *)row), x1 = _mm256_loadu_si256((const __m256i *)(row + 32));
-                __m256 dot = _mm256_cvtepi32_ps(group_dot(w0, w1, x0, x1, a0, a1));
-                __m256 both = _mm256_mul_ps(scale, _mm256_broadcast_ss(xs + (size_t)c * ldxs + g));
-                acc[r][c] = _mm256_fmadd_ps(dot, both, acc[r][c]);
+            vf scale = vset(ws[r][g]);
+            UNROLL for (int c = 0; c < C; c++) {
+                const int16_t *numbers = x + (g * PANEL + c) * GROUP;
+                vi dot = {0};
+                UNROLL for (int j = 0; j < VECTORS; j++) dot = pairs(row[j], numbers + j * STEP, dot);
+                acc[c] = vfma(floats(dot), scale, acc[c]);
             }
         }
+        UNROLL for (int c = 0; c < C; c++) parts[r][c] = acc[c];
     }
-    for (int c = 0; c < C; c++) sums[c] = sum4(acc[0][c], acc[1][c], acc[2][c], acc[3][c]);
+    UNROLL for (int c = 0; c < C; c++) sums[c] = vsum4(parts[0][c], parts[1][c], parts[2][c], parts[3][c]);
 }
-#else
-INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, const int8_t *x, size_t ldx, const float *xs,
-                 size_t ldxs, size_t groups, size_t ahead, v4 *sums) {
-    (void)ahead;
-    for (int c = 0; c < C; c++) {
-        for (int r = 0; r < 4; r++) {
-            float acc = 0;
-            for (size_t g = 0; g < groups; g++) {
-                const int8_t *a = w[r] + g * GROUP, *b = x + (size_t)c * ldx + g * GROUP;
-                int32_t dot = 0;
-                for (int i = 0; i < GROUP; i++) dot += (int32_t)a[i] * b[i];
-                acc += (float)dot * (ws[r][g] * xs[(size_t)c * ldxs + g]);
-            }
-            sums[c][r] = acc;
-        }
+
+#define KERNEL(C)                                                                                                              \
+    static void dot4_##C(const int8_t *const *w, const float *const *ws, const int16_t *x, size_t groups, size_t ahead, v4 *sums) { \
+        dot4(C, w, ws, x, groups, ahead, sums);                                                                                \
     }
-}
-#endif
+KERNEL(1) KERNEL(2) KERNEL(3) KERNEL(4) KERNEL(5) KERNEL(6) KERNEL(7) KERNEL(8)
+
+typedef void (*kernel)(const int8_t *const *, const float *const *, const int16_t *, size_t, size_t, v4 *);
+static const kernel kernels[PANEL] = {dot4_1, dot4_2, dot4_3, dot4_4, dot4_5, dot4_6, dot4_7, dot4_8};
 
 void gemm_block_i8(const matrix *w, const inputs *in, size_t m, size_t n0, size_t n1, float *c, size_t ldc) {
-    size_t groups = groups_of((size_t)w->cols), ldx = groups * GROUP;
-    for (size_t k = 0; k < groups; k += I8_BLOCK / GROUP) {
-        size_t len = groups - k < I8_BLOCK / GROUP ? groups - k : I8_BLOCK / GROUP;
-        for (size_t n = n0; n < n1; n += 4) {
-            const int8_t *rows[4];
-            const float *scales[4];
-            for (size_t r = 0; r < 4; r++) {
-                size_t row = n + r < n1 ? n + r : n1 - 1; // a row too many: computed and never read
-                rows[r] = (const int8_t *)w->data + row * ldx + k * GROUP;
-                scales[r] = w->scale + row * groups + k;
-            }
-            for (size_t i = 0; i < m; i += 2) {
-                v4 sums[2];
-                const int8_t *x = in->q + i * ldx + k * GROUP;
-                const float *xs = in->scale + i * groups + k;
-                size_t both = m - i >= 2 ? 2 : 1;
-                if (both == 2) dot4(2, rows, scales, x, ldx, xs, groups, len, i ? 0 : 8 * ldx, sums);
-                else dot4(1, rows, scales, x, ldx, xs, groups, len, i ? 0 : 8 * ldx, sums);
-                for (size_t j = 0; j < both; j++) {
+    const size_t groups = groups_of((size_t)w->cols), row = groups * GROUP, block = block_of(groups), blocks = blocks_of(groups);
+    for (size_t b = 0; b < blocks; b++) {
+        const size_t g = b * block, len = groups - g < block ? groups - g : block;
+        for (size_t i = 0; i < m; i += PANEL) {
+            const size_t height = m - i < PANEL ? m - i : PANEL;
+            const int16_t *x = in->q + i * row + g * PANEL * GROUP;
+            for (size_t n = n0; n < n1; n += 4) {
+                const int8_t *rows[4];
+                const float *scales[4];
+                for (size_t r = 0; r < 4; r++) {
+                    size_t at = n + r < n1 ? n + r : n1 - 1; // a row too many: computed and never read
+                    rows[r] = (const int8_t *)w->data + at * row + g * GROUP;
+                    scales[r] = w->scale + at * groups + g;
+                }
+                v4 sums[PANEL];
+                kernels[height - 1](rows, scales, x, len, i ? 0 : 4 * row, sums);
+                for (size_t j = 0; j < height; j++) {
                     float *out = c + (i + j) * ldc + (n - n0);
                     v4 old = {0};
-                    if (k) memcpy(&old, out, 16);
-                    sums[j] += old;
-                    memcpy(out, &sums[j], 16);
+                    if (b) memcpy(&old, out, 16);
+                    old += sums[j] * in->scale[(i + j) * blocks + b];
+                    memcpy(out, &old, 16);
                 }
             }
         }
     }
 }
 
-void quantise_row(const float *x, size_t k, int8_t *q, float *scale) {
-    for (size_t g = 0; g * GROUP < k; g++) {
-        size_t len = k - g * GROUP < GROUP ? k - g * GROUP : GROUP;
-        float group[GROUP] = {0}, largest = 0;
-        memcpy(group, x + g * GROUP, len * 4);
-        vf high = {0};
-        for (int i = 0; i < GROUP; i += VW) {
-            vf v = vload(group + i);
+void quantise_row(const inputs *in, size_t row, size_t cols) {
+    const size_t groups = groups_of(cols), block = block_of(groups) * GROUP, blocks = blocks_of(groups);
+    const float *x = in->x + row * in->ld;
+    int16_t *q = in->q + row / PANEL * PANEL * groups * GROUP + row % PANEL * GROUP;
+    const vf shift = vset(12582912.0f); // adding 1.5 * 2^23 rounds to an integer
+    for (size_t b = 0; b < blocks; b++) {
+        const size_t first = b * block, last = first + block < cols ? first + block : cols;
+        vf high = {0}, bad = {0};
+        for (size_t i = first; i < last; i += VW) {
+            vf v = vload_tail(F32, x, i, last - i < VW ? last - i : VW);
             high = vmax(high, vmax(v, -v));
+            bad += v * 0.0f; // NaN where a number is not finite, so that the outputs are
         }
+        float largest = 0;
         for (int i = 0; i < VW; i++) largest = high[i] > largest ? high[i] : largest;
-        float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-        scale[g] = largest / 127.0f;
-        const vf shift = vset(12582912.0f); // adding 1.5 * 2^23 rounds to an integer
-        for (int i = 0; i < GROUP; i += VW) {
-            vf v = vload(group + i) * inverse;
+        const float inverse = largest > 0 ? 32767.0f / largest : 0.0f;
+        in->scale[row * blocks + b] = largest / 32767.0f + vsum(bad);
+        for (size_t i = first; i < first + block && i < groups * GROUP; i += VW) {
+            vf v = i < last ? vload_tail(F32, x, i, last - i < VW ? last - i : VW) * inverse : (vf){0};
             vi n = (vi)(v + shift) - (vi)shift;
-            for (int j = 0; j < VW; j++) q[g * GROUP + i + j] = (int8_t)n[j];
+            int16_t *to = q + i / GROUP * PANEL * GROUP + i % GROUP;
+            for (int j = 0; j < VW; j++) to[j] = (int16_t)n[j];
         }
     }
 }

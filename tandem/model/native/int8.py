@@ -1,7 +1,7 @@
 """Linear layers with int8 weights: half the bytes of 16-bit ones, at some accuracy, by choice only.
 
-Symmetric, one fp32 scale per row and group of 64 columns. On the CPU inputs are quantised the same way, so that sums are
-those of integers; a row's result does not depend on the batch it is in.
+Symmetric, one fp32 scale per row and group of 64 columns. On the CPU inputs become 16-bit integers, so that the sums of a
+group are exact and as fast as those of 8 bits; only the weights lose accuracy. A row's result does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Int8Linear(nn.Module):
         return wide.flatten(1)[:, : self.in_features]
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
-        """x W^T + b in the dtype of x; inputs are quantised too where the native path runs."""
+        """x W^T + b in the dtype of x; inputs are rounded to 16 bits where the native path runs."""
         if x.device.type == "cpu" and available():
             return linear(x, self.weight, self.bias, scale=self.scale).to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)

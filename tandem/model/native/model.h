@@ -90,7 +90,7 @@ typedef struct {
     const step *step;
     float *x; // [m, ld_x] inputs of a product
     size_t ld_x;
-    int8_t *q; // the same, quantised
+    int16_t *q; // the same, quantised
     float *q_scale;
     float *packed, *c, *c2, *scratch;
     pick *picks;        // [m * top_k]

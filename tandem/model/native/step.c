@@ -20,11 +20,11 @@ void norm_rows(lane *l, vector weight, float eps, size_t size) {
 }
 
 inputs inputs_of(lane *l, const float *x, size_t ld, size_t k, const matrix *w) {
-    inputs in = {x, ld, l->q, l->q_scale};
-    if (w->type == I8) {
-        size_t groups = groups_of(k);
-        for (size_t i = 0; i < l->step->m && !pool_late(l->worker); i++) quantise_row(x + i * ld, k, l->q + i * groups * GROUP, l->q_scale + i * groups);
-    }
+    inputs in = {x, ld, NULL, NULL};
+    if (w->type != I8) return in;
+    in.q = l->q;
+    in.scale = l->q_scale;
+    for (size_t i = 0; i < l->step->m && !pool_late(l->worker); i++) quantise_row(&in, i, k);
     return in;
 }
 
@@ -76,8 +76,7 @@ void multiply(lane *l, const product *products, size_t count) {
         size_t m_blocks = (p->m + M_BLOCK - 1) / M_BLOCK, out = (size_t)p->w->rows;
         size_t m0 = (task - begin) % m_blocks * M_BLOCK, m = least(p->m - m0, M_BLOCK);
         size_t n0 = (task - begin) / m_blocks * width, n1 = least(n0 + width, out);
-        size_t groups = groups_of((size_t)p->w->cols);
-        inputs in = {p->in.x + m0 * p->in.ld, p->in.ld, p->in.q + m0 * groups * GROUP, p->in.scale + m0 * groups};
+        inputs in = rows_from(&p->in, m0, (size_t)p->w->cols);
         gemm_block(p->w, &in, m, n0, n1, l->c, N_BLOCK, l->packed);
         if (p->after == GATED) gemm_block(p->gate, &in, m, n0, n1, l->c2, N_BLOCK, l->packed);
         for (size_t i = 0; i < m; i++) finish(s, p, m0 + i, n0, n1, l->c + i * N_BLOCK, l->c2 + i * N_BLOCK);
@@ -90,7 +89,7 @@ void mlp_layer(lane *l, const layer *y) {
     const matrix *up = &y->w[UP_PROJ], *gate = &y->w[GATE_PROJ], *down = &y->w[DOWN_PROJ];
     norm_rows(l, y->norm, y->eps, (size_t)up->cols);
     product first = {.w = up, .gate = gate, .m = s->m, .out = s->inner, .ld = s->ld_inner};
-    first.in = inputs_of(l, l->x, l->ld_x, (size_t)up->cols, up);
+    first.in = inputs_of(l, l->x, l->ld_x, (size_t)up->cols, gate->data && gate->type == I8 ? gate : up);
     first.after = gate->data ? GATED : SQUARED_RELU;
     multiply(l, &first, 1);
     product last = {.w = down, .m = s->m, .out = s->hidden, .ld = s->ld_hidden, .after = ADD};
@@ -119,7 +118,7 @@ static void begin(lane *l) {
 
 typedef struct {
     step step;
-    size_t widest, quantised, scratch, top_k; // floats of the widest input, bytes of q, floats of scratch
+    size_t widest, quantised, scratch, top_k; // floats of the widest input, numbers of q, floats of scratch
 } job;
 
 static void *take(char **arena, size_t bytes) {
@@ -133,7 +132,7 @@ static char *carve(lane *l, const job *j, char *arena) {
     size_t m = j->step.m;
     l->ld_x = padded(j->widest);
     l->x = take(&arena, m * l->ld_x * sizeof(float));
-    l->q = take(&arena, j->quantised);
+    l->q = take(&arena, j->quantised * sizeof(int16_t));
     l->q_scale = take(&arena, j->quantised / GROUP * sizeof(float));
     l->packed = take(&arena, PACKED_FLOATS * sizeof(float));
     l->c = take(&arena, (M_BLOCK * N_BLOCK + VW) * sizeof(float));
@@ -188,7 +187,7 @@ static size_t fit(job *j, const layer *y) {
         const matrix *w = &y->w[i];
         if (!w->data) continue;
         j->widest = most(j->widest, (size_t)w->cols);
-        if (w->type == I8) j->quantised = most(j->quantised, s->m * groups_of((size_t)w->cols) * GROUP);
+        if (w->type == I8) j->quantised = most(j->quantised, quantised(s->m, (size_t)w->cols));
     }
     switch (y->kind) {
     case MAMBA:
@@ -222,7 +221,7 @@ int tandem_decode_step(const model *m, const batch *b) {
     step *s = &j.step;
     size_t partial = 0;
     j.widest = (size_t)m->hidden;
-    if (m->head.type == I8) j.quantised = s->m * groups_of(j.widest) * GROUP;
+    if (m->head.type == I8) j.quantised = quantised(s->m, j.widest);
     s->ld_hidden = padded(j.widest);
     for (size_t i = 0; i < s->m; i++) s->chunks = most(s->chunks, (size_t)b->lengths[i] / KV_CHUNK + 1);
     for (int i = 0; i < m->num_ropes; i++) s->max_pairs = most(s->max_pairs, (size_t)m->ropes[i].pairs);
