@@ -44,19 +44,29 @@ class AttentionMixer(nn.Module):
             cos, sin = rotation(self.m.rope, self.m.head_dim, span.positions)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if state is not None:
-            _write(state, k, v, span)
+            for slots, new in zip(state.tensors, (k, v), strict=True):
+                _write(slots, new.detach(), span)
         y = _attend(q, k, v, span, state)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
-def _write(state: AttentionState, k: Float[Tensor, "b g t p"], v: Float[Tensor, "b g t p"], span: Span) -> None:
-    """Put keys and values behind those of each row. Padding lands beyond the row's length, where it is overwritten."""
-    for slots, new in zip(state.tensors, (k, v), strict=True):
-        if span.start is not None:
-            slots[:, :, span.start : span.start + span.time] = new.to(slots.dtype)
-        elif span.starts is not None:
-            for row, start in enumerate(span.starts.tolist()):
-                slots[row, :, start : start + span.time] = new[row].to(slots.dtype)
+def _write(slots: Float[Tensor, "b g s p"], new: Float[Tensor, "b g t p"], span: Span) -> None:
+    """Put keys or values behind those of each row. Padding lands beyond the row's length, where it is overwritten."""
+    if span.start is not None:
+        slots[:, :, span.start : span.start + span.time] = new.to(slots.dtype)
+    elif span.starts is not None:
+        for row, start in enumerate(span.starts.tolist()):
+            slots[row, :, start : start + span.time] = new[row].to(slots.dtype)
+
+
+def _written(slots: Float[Tensor, "b g s p"], new: Float[Tensor, "b g t p"], span: Span) -> Float[Tensor, "b g filled p"]:
+    """What `slots` hold after `_write`, in the dtype of `new`; with gradients a copy, as a state has none."""
+    filled = span.time if span.starts is None else span.time + int(span.starts.max())
+    known = slots[:, :, :filled].to(new.dtype)
+    if new.requires_grad:
+        known = known.clone()
+        _write(known, new, span)
+    return known
 
 
 def _attend(
@@ -72,10 +82,9 @@ def _attend(
         if q.device.type == "cuda":
             return attend_documents(q, k, v, span.segments, compiled=True)
         return attend(q, k, v, mask=span.mask(span.time))
-    if span.start is None or span.segments is not None:
-        filled = span.time + int(span.starts.max()) if span.starts is not None else span.time
-        cached = (slots[:, :, :filled].to(q.dtype) for slots in state.tensors)
-        return attend(q, *cached, mask=span.mask(filled))
+    if span.start is None:
+        keys, values = (_written(slots, new, span) for slots, new in zip(state.tensors, (k, v), strict=True))
+        return attend(q, keys, values, mask=span.mask(keys.shape[2]))
     earlier = (state.keys[:, :, : span.start].to(q.dtype), state.values[:, :, : span.start].to(q.dtype))
     if span.time == 1 or q.device.type != "cpu" or q.requires_grad:  # the log-sums below have no gradient
         both = (torch.cat([old, new], 2) for old, new in zip(earlier, (k, v), strict=True))
@@ -141,8 +150,8 @@ def _attend_in_two_parts(
     far, far_log = (value.unflatten(2, (-1, q.shape[2])).flatten(1, 2) for value in (far, far_log[..., None]))
     repeat = q.shape[1] // groups
     near, near_log = _flash(q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), causal=True)
-    share = torch.sigmoid(near_log[..., None] - far_log)
-    return torch.lerp(far, near, share)
+    share = torch.sigmoid(near_log[..., None] - far_log)  # fp32 whatever q is
+    return torch.lerp(far.float(), near.float(), share).to(q.dtype)
 
 
 def _flash(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tandem.model.attention import AttentionMixer
 from tandem.model.ffn import MLPMixer, MoEMixer
 from tandem.model.init import initialise
+from tandem.model.inputs import check_beside, check_ids, check_next_ids, known_device
 from tandem.model.linear import Linear
 from tandem.model.mamba2 import Mamba2Mixer
 from tandem.model.norm import RMSNorm
@@ -27,12 +28,11 @@ from tandem.model.span import Span, compact
 from tandem.model.state import LayerState, SequenceState
 from tandem.spec.errors import Infeasible, SpecError
 from tandem.spec.model import MLP, Attention, Mamba2, Mixer, ModelSpec, MoE
+from tandem.spec.units import require_int
 
 if TYPE_CHECKING:
     from tandem.model.native.program import Program
 
-SCAN_CHUNK = 64
-"""Tokens of a chunk of the scan; of 32 to 256, the fastest on CPUs (facts measured in benchmarks/model.py)."""
 PREFILL_TOKENS = 2048
 """Tokens that `prefill` runs through the layers at once, over all rows: bounds the memory of activations."""
 
@@ -86,7 +86,7 @@ class Layer(nn.Module):
         self.mixer: nn.Module
         match m:
             case Mamba2():
-                self.mixer = Mamba2Mixer(m, hidden, eps, SCAN_CHUNK)
+                self.mixer = Mamba2Mixer(m, hidden, eps)
             case Attention():
                 self.mixer = AttentionMixer(m, hidden, eps)
             case MLP():
@@ -140,6 +140,7 @@ class Decoder(nn.Module):
         token_ids: TokenIds | None = None,
     ) -> None:
         check_supported(spec)
+        device = known_device(device)
         super().__init__()
         self.spec = spec
         self.token_ids = token_ids or TokenIds()
@@ -149,7 +150,7 @@ class Decoder(nn.Module):
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, bias=False)
         if spec.tied_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
-        if torch.device(device).type != "meta":
+        if device.type != "meta":
             initialise(self.backbone, self.lm_head, spec, seed)
         keep = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
         self.to(dtype)
@@ -185,18 +186,22 @@ class Decoder(nn.Module):
         documents: Int[Tensor, "b t"] | None = None,
         state: SequenceState | None = None,
     ) -> Float[Tensor, "b t d"]:
-        """Hidden states after the final norm, in one pass; a `state` is continued in place."""
-        self._check_tokens(input_ids)
-        back = lengths = None
+        """Hidden states after the final norm, in one pass; a `state` is continued in place, as of a given past: it keeps no
+        gradients. A state holds one document a row, so there is none beside `documents`.
+        """
+        check_ids("input_ids", input_ids, self.spec.vocab_size)
+        check_beside("attention_mask", attention_mask, input_ids)
+        check_beside("documents", documents, input_ids)
+        if state is not None:
+            if documents is not None:
+                raise SpecError("documents: a state holds one document a row; leave out documents or state")
+            self._prepare(state, input_ids)
+        back = lengths = segments = None
         if attention_mask is not None and not bool(attention_mask.all()):
             documents = None if documents is None else compact(documents, attention_mask)[0]
             input_ids, lengths, back = compact(input_ids, attention_mask)
-        segments = None
         if documents is not None:
             segments = torch.cat([torch.zeros_like(documents[:, :1]), (documents.diff(dim=1) != 0).cumsum(1)], 1)
-            if lengths is not None:  # padding belongs to the last document, or a state would be left as of a further one
-                ends = (lengths - 1).clamp(min=0).to(segments.device)
-                segments = segments.minimum(segments.gather(1, ends[:, None]))
         hidden = self._run(input_ids, lengths, segments, state)
         return hidden if back is None else hidden.gather(1, back[..., None].expand_as(hidden))
 
@@ -212,18 +217,19 @@ class Decoder(nn.Module):
         """Read prompts, or go on from a state (in place): logits of each row's last `logits_to_keep` tokens, and the state.
 
         Long prompts pass through the layers a piece at a time, so memory does not grow with activations. 0 keeps the logits
-        of all tokens, in the columns of `input_ids`.
+        of all tokens, in the columns of `input_ids`; else the newest token is last, and a row with fewer than that many tokens
+        has zeros before them. Never more columns than `input_ids` has.
         """
-        self._check_tokens(input_ids)
+        check_ids("input_ids", input_ids, self.spec.vocab_size)
+        check_beside("attention_mask", attention_mask, input_ids)
+        require_int("logits_to_keep", logits_to_keep, low=0)
         batch, time = input_ids.shape
         if state is None:
             state = self.new_state(batch, capacity=time)
-        elif state.batch != batch:
-            raise SpecError(f"state has {state.batch} sequences: input_ids has {batch} rows")
+        self._prepare(state, input_ids)
         back = lengths = None
         if attention_mask is not None and not bool(attention_mask.all()):
             input_ids, lengths, back = compact(input_ids, attention_mask)
-        state.reserve(int(state.lengths.max()) + time)
         wanted = time if logits_to_keep == 0 else min(logits_to_keep, time)
         width = max(1, PREFILL_TOKENS // batch)
         kept: list[Tensor] = []
@@ -235,7 +241,7 @@ class Decoder(nn.Module):
             if logits_to_keep == 0:
                 kept.append(hidden)
             else:
-                last = _newest(last, hidden, here)
+                last = _last_hidden(last, hidden, here)
         if logits_to_keep == 0:
             last = torch.cat(kept, 1)
             last = last if back is None else last.gather(1, back[..., None].expand_as(last))
@@ -247,15 +253,14 @@ class Decoder(nn.Module):
         self, next_ids: Int[Tensor, " b"] | Int[Tensor, "b 1"], state: SequenceState
     ) -> tuple[Float[Tensor, "b vocab"] | Float[Tensor, "b 1 vocab"], SequenceState]:
         """One more token of each sequence: its logits (an axis of length 1 stays), and the state, changed in place."""
-        if next_ids.shape[0] != state.batch:
-            raise SpecError(f"next_ids has {next_ids.shape[0]} rows: the state has {state.batch} sequences")
+        check_next_ids(next_ids, state.batch)
         column = next_ids.reshape(-1, 1)
-        self._check_tokens(column)
+        check_ids("next_ids", column, self.spec.vocab_size)
         program = self._native_program()
         if program is not None:
             logits = program.decode(column[:, 0], state)[:, None]
         else:
-            state.reserve(int(state.lengths.max()) + 1)
+            self._prepare(state, column)
             logits = self.lm_head(self._run(column, None, None, state)).float()
         return (logits if next_ids.dim() == 2 else logits[:, 0]), state
 
@@ -295,17 +300,13 @@ class Decoder(nn.Module):
             state.lengths += span.time if lengths is None else lengths
         return hidden
 
-    def _check_tokens(self, input_ids: Int[Tensor, "b t"]) -> None:
-        if not input_ids.numel():
-            raise SpecError(f"input_ids has shape {tuple(input_ids.shape)}: needs at least one token")
-        if input_ids.device.type == "cpu":
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.spec.vocab_size:
-                wrong = int(low) if low < 0 else int(high)
-                raise SpecError(f"input_ids holds {wrong}: must be from 0 to {self.spec.vocab_size - 1}")
+    def _prepare(self, state: SequenceState, input_ids: Int[Tensor, "b t"]) -> None:
+        """Refuse a state that is not of this model and these rows; make room in it for the tokens."""
+        state.check(self.spec, len(input_ids), self.device)
+        state.reserve(int(state.lengths.max()) + input_ids.shape[1])
 
 
-def _newest(
+def _last_hidden(
     last: Float[Tensor, "b k d"], hidden: Float[Tensor, "b t d"], lengths: Int[Tensor, " b"] | None
 ) -> Float[Tensor, "b k d"]:
     """The last k hidden states of each row, `last` being those before."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from tandem.model import kernels
 from tandem.model.linear import Linear
 from tandem.model.norm import GatedGroupNorm
+from tandem.model.scan import CHUNK
 from tandem.model.span import Span
 from tandem.model.state import MambaState
 from tandem.spec.model import Mamba2
@@ -29,10 +30,10 @@ class DepthwiseConv(nn.Module):
 class Mamba2Mixer(nn.Module):
     """in_proj, convolution over x, B and C, selective scan, gated norm, out_proj. Nothing is derived from `expand`."""
 
-    def __init__(self, m: Mamba2, hidden: int, eps: float, chunk: int) -> None:
+    def __init__(self, m: Mamba2, hidden: int, eps: float) -> None:
         super().__init__()
         self.m = m
-        self.chunk = chunk
+        self.chunk = CHUNK
         self.in_proj = Linear(hidden, m.in_width, bias=m.proj_bias)
         self.conv1d = DepthwiseConv(m.conv_width, m.conv_kernel, bias=m.conv_bias)
         self.A_log = nn.Parameter(torch.empty(m.num_heads))
@@ -45,34 +46,35 @@ class Mamba2Mixer(nn.Module):
         """Mixer output; with a `state`, it is continued and holds the state after each row's last token."""
         m = self.m
         projected = self.in_proj(x)
-        # A state that has seen nothing is zero; leaving it out keeps gradients of a first pass that also fills a state.
-        earlier = None if span.starts is None else state
-        window = None if earlier is None else earlier.conv
+        window = start = None
+        if state is not None and span.starts is not None:  # one that has seen nothing is zero
+            window, start = state.tensors
+            if torch.is_grad_enabled():  # it is written over below, and the backward pass needs what it was
+                window, start = window.clone(), start.clone()
         mix = kernels.fused_mixer(projected, m) if span.time > 1 else None
         if mix is not None:
-            return self.out_proj(self._mix(mix, projected, span, earlier, state))
+            y, final = self._mix(mix, projected, span, window, start)
+            if state is not None:
+                inputs = projected[..., m.d_inner : m.d_inner + m.conv_width]
+                _remember(state, inputs, final, span)
+            return self.out_proj(y)
         z, inputs, dt = projected.split([m.d_inner, m.conv_width, m.num_heads], -1)
         step = self._step_sizes(dt)
         a = -self.A_log.float().exp()
-        if span.time == 1 and earlier is not None and span.lengths is None:
-            mixed = functional.silu(self._convolve(inputs, window, span))
-            values, b_in, c_out = self._split(mixed[:, 0])
-            y, new = kernels.scan_step(earlier.ssm, values.float(), step[:, 0], a, b_in.float(), c_out.float())
-            earlier.conv.copy_(torch.cat([earlier.conv[..., 1:], inputs.transpose(1, 2).to(earlier.conv.dtype)], -1))
-            earlier.ssm.copy_(new)
-            y, values = y[:, None], values[:, None]
+        mixed = functional.silu(self._convolve(inputs, window, span))
+        values, b_in, c_out = self._split(mixed)
+        if span.time == 1 and start is not None and span.lengths is None:
+            one = (values[:, 0].float(), step[:, 0], a, b_in[:, 0].float(), c_out[:, 0].float())
+            y, final = kernels.scan_step(start, *one)
+            y = y[:, None]
         else:
             if span.valid is not None:
                 step = step * span.valid[..., None]
-            mixed = functional.silu(self._convolve(inputs, window, span))
-            values, b_in, c_out = self._split(mixed)
-            start = None if earlier is None else earlier.ssm
             y, final = kernels.scan(
                 values.float(), step, a, b_in.float(), c_out.float(), chunk=self.chunk, state=start, segments=span.segments
             )
-            if state is not None:
-                state.conv.copy_(_last_inputs(state.conv, inputs, span))
-                state.ssm.copy_(final)
+        if state is not None:
+            _remember(state, inputs, final, span)
         y = (y + values * self.D.float()[:, None]).to(x.dtype)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
@@ -81,11 +83,11 @@ class Mamba2Mixer(nn.Module):
         mix: Callable[..., tuple[Tensor, Tensor]],
         projected: Float[Tensor, "b t w"],
         span: Span,
-        earlier: MambaState | None,
-        state: MambaState | None,
-    ) -> Float[Tensor, "b t d"]:
-        """All between the projections as one call; forward hooks of the norm do not see it."""
-        y, final = mix(
+        window: Float[Tensor, "b c k"] | None,
+        start: Float[Tensor, "b h p n"] | None,
+    ) -> tuple[Float[Tensor, "b t inner"], Float[Tensor, "b h p n"]]:
+        """All between the projections as one call, and the SSM state; forward hooks of the norm do not see it."""
+        return mix(
             projected,
             self.conv1d.weight[:, 0].float(),
             None if self.conv1d.bias is None else self.conv1d.bias.float(),
@@ -95,16 +97,11 @@ class Mamba2Mixer(nn.Module):
             self.norm.weight.float(),
             m=self.m,
             eps=self.norm.eps,
-            window=None if earlier is None else earlier.conv.float(),
-            state=None if earlier is None else earlier.ssm,
+            window=None if window is None else window.float(),
+            state=start,
             segments=span.segments,
             lengths=span.lengths,
         )
-        if state is not None:
-            inputs = projected[..., self.m.d_inner : self.m.d_inner + self.m.conv_width]
-            state.conv.copy_(_last_inputs(state.conv, inputs, span))
-            state.ssm.copy_(final)
-        return y
 
     def _step_sizes(self, dt: Float[Tensor, "b t h"]) -> Float[Tensor, "b t h"]:
         """softplus(dt + dt_bias), fp32, clamped only where the spec says so."""
@@ -126,12 +123,15 @@ class Mamba2Mixer(nn.Module):
         return x.unflatten(-1, (m.num_heads, m.head_dim)), b_in.unflatten(-1, per_group), c_out.unflatten(-1, per_group)
 
 
+def _remember(state: MambaState, inputs: Float[Tensor, "b t c"], final: Float[Tensor, "b h p n"], span: Span) -> None:
+    """Put what a row's next token needs into the state, without its gradient."""
+    state.conv.copy_(_last_inputs(state.conv, inputs.detach(), span))
+    state.ssm.copy_(final.detach())
+
+
 def _last_inputs(window: Float[Tensor, "b c w"], inputs: Float[Tensor, "b t c"], span: Span) -> Float[Tensor, "b c w"]:
     """The convolution window after each row's last token."""
     width = window.shape[2]
-    if span.segments is not None:
-        inputs = inputs * (span.segments == span.segments[:, -1:])[..., None]
-        window = window * (span.segments[:, -1] == 0)[:, None, None]
     if span.lengths is None:
         recent = inputs[:, max(0, span.time - width) :].transpose(1, 2).to(window.dtype)
         return torch.cat([window[..., recent.shape[2] :], recent], -1)

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+CHUNK = 64
+"""Tokens of a chunk, as in native/scan.h."""
 _FORGOTTEN = -200.0
 """Logarithm of a decay that leaves nothing, in fp32 or beside any other: bounds the sums of a chunk."""
 

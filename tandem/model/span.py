@@ -21,7 +21,10 @@ class Span:
     starts: Int[Tensor, " batch"] | None = None
     """Tokens that the state already holds, on the CPU; None where it holds none."""
     segments: Int[Tensor, "batch time"] | None = None
-    """Running number of the document that each token belongs to, from 0 in every row; None for one document a row."""
+    """Running number of the document that each token belongs to, from 0 in every row; None for one document a row.
+
+    There are no `starts` then: a state holds one document a row.
+    """
 
     @cached_property
     def start(self) -> int | None:
@@ -44,9 +47,7 @@ class Span:
         steps = torch.arange(self.time, device=self.device)[None]
         if self.segments is not None:
             first = torch.cat([torch.ones_like(self.segments[:, :1]), self.segments.diff(dim=1)], 1).bool()
-            begins = torch.where(first, steps, 0).cummax(1).values
-            carried = torch.where(self.segments == 0, self._starts_column, 0)
-            return steps - begins + carried
+            return steps - torch.where(first, steps, 0).cummax(1).values
         return steps + self.start if self.start is not None else steps + self._starts_column
 
     @property
@@ -60,9 +61,7 @@ class Span:
         steps = torch.arange(self.time, device=self.device)[None] + self._starts_column  # row's slot of each token
         seen = torch.arange(slots, device=self.device) <= steps[..., None]
         if self.segments is not None:
-            cached = torch.zeros(len(self.segments), slots, dtype=torch.int64, device=self.device)
-            cached.scatter_(1, steps.expand(len(self.segments), -1).clamp(max=slots - 1), self.segments)
-            seen = seen & (cached[:, None] == self.segments[..., None])
+            seen = seen & (self.segments[:, None] == self.segments[..., None])
         return seen[:, None]
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tandem.spec.errors import SpecError
-from tandem.spec.model import Attention, Mamba2, ModelSpec
+from tandem.spec.model import Attention, Mamba2, Mixer, ModelSpec
 
 _MAGIC = b"TANDEMSQ"
 _VERSION = 1
@@ -108,13 +108,29 @@ class SequenceState:
         """Bytes of all that the sequences need: `s0 + k * length` each (`ModelSpec.kv_bytes`, `state_bytes_per_sequence`)."""
         return sum(part.numel() * part.element_size() for part in self._parts())
 
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes that the tensors occupy, room for further tokens included."""
-        return sum(t.numel() * t.element_size() for s in self.layers if s is not None for t in s.tensors)
+    def check(self, spec: ModelSpec, rows: int, device: torch.device) -> None:
+        """Raise a SpecError unless this is the state of `rows` sequences of that model, on that device."""
+        if self.batch != rows:
+            raise SpecError(f"state has {self.batch} sequences: input_ids has {rows} rows")
+        if len(self.layers) != len(spec.layers):
+            raise SpecError(f"state has {len(self.layers)} layers: {spec.name} has {len(spec.layers)}")
+        for i, (m, s) in enumerate(zip(spec.layers, self.layers, strict=True)):
+            held: tuple[Tensor, ...] = () if s is None else s.tensors
+            if _row_shapes(s) != _row_shapes_of(m) or any(len(t) != rows for t in held):
+                shapes = [list(t.shape) for t in held]
+                raise SpecError(f"state of layer {i} has shapes {shapes}: not of {spec.name}'s {type(m).__name__}")
+            if any(t.device != device for t in held):
+                raise SpecError(f"state of layer {i} is on {held[0].device}: the model is on {device}; use state.to")
 
     def reserve(self, tokens: int) -> None:
-        """Make room for at least `tokens` tokens in each sequence; what is grown at least doubles."""
+        """Make room for at least `tokens` tokens in each sequence; what is grown at least doubles.
+
+        Outside of `torch.inference_mode`, tensors that were made under it are copied first: torch lets nobody write to them.
+        """
+        tensors = (self.lengths, *(t for s in self.layers if s is not None for t in s.tensors))
+        if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in tensors):
+            copy = self.clone()
+            self.lengths, self.layers = copy.lengths, copy.layers
         for s in self.layers:
             if isinstance(s, AttentionState) and s.keys.shape[2] < tokens:
                 room = max(tokens, 2 * s.keys.shape[2])
@@ -122,8 +138,11 @@ class SequenceState:
 
     def slice(self, rows: slice | Sequence[int]) -> SequenceState:
         """A copy of some rows, in the order given (a row may be repeated)."""
-        wanted = list(range(self.batch)[rows]) if isinstance(rows, slice) else [int(row) for row in rows]
+        numbers = range(self.batch)[rows] if isinstance(rows, slice) else rows
+        wanted = [row.item() if isinstance(row, Tensor) else row for row in numbers]
         for row in wanted:
+            if isinstance(row, bool):
+                raise SpecError(f"rows holds {row}: must be numbers of rows; torch.tensor(rows).nonzero() gives them")
             if not -self.batch <= row < self.batch:
                 raise SpecError(f"rows holds {row}: the state has {self.batch} sequences")
         index = torch.tensor(wanted, dtype=torch.int64) % max(1, self.batch)
@@ -178,9 +197,16 @@ class SequenceState:
         found = zlib.crc32(view[16:])
         if found != checksum:
             raise SpecError(f"state bytes: checksum {found:#x} is not {checksum:#x}; send the state again")
-        header, payload = json.loads(bytes(view[20 : 20 + size])), view[20 + size :]
-        lengths, kinds = header["lengths"], header["layers"]
-        state = cls(torch.tensor(lengths, dtype=torch.int64), tuple(_empty(kind, lengths) for kind in kinds))
+        payload = view[20 + size :]
+        try:
+            header = json.loads(bytes(view[20 : 20 + size]))
+            lengths, kinds = header["lengths"], header["layers"]
+            described = cls(torch.tensor(lengths, dtype=torch.int64), tuple(_empty(kind, lengths, "meta") for kind in kinds))
+        except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as wrong:
+            raise SpecError(f"state bytes: their header is none of a sequence state ({type(wrong).__name__})") from None
+        if not all(type(length) is int and length >= 0 for length in lengths) or described.nbytes != len(payload):
+            raise SpecError(f"state bytes: {len(payload)} bytes of numbers, the header describes {described.nbytes}")
+        state = cls(described.lengths, tuple(_empty(kind, lengths, "cpu") for kind in kinds))
         offset = 0
         for part in state._parts():
             size = part.numel() * part.element_size()
@@ -208,30 +234,45 @@ def _kinds(state: SequenceState) -> list[dict[str, Any] | None]:
         if s is None:
             kinds.append(None)
             continue
-        shapes = [list(t.shape[1:]) for t in s.tensors]
-        if isinstance(s, AttentionState):
-            shapes = [[shape[0], shape[2]] for shape in shapes]
-        kinds.append({"kind": type(s).__name__, "shapes": shapes, "dtypes": [_NAMES[t.dtype] for t in s.tensors]})
+        dtypes = [_NAMES[t.dtype] for t in s.tensors]
+        kinds.append({"kind": type(s).__name__, "shapes": _row_shapes(s), "dtypes": dtypes})
     return kinds
 
 
-def _empty(kind: dict[str, Any] | None, lengths: list[int]) -> LayerState:
+def _row_shapes(state: LayerState) -> list[list[int]]:
+    """Shapes of one row of a layer's state; of attention without the number of slots."""
+    if isinstance(state, AttentionState):
+        return [[*t.shape[1:2], *t.shape[3:]] for t in state.tensors]
+    return [] if state is None else [list(t.shape[1:]) for t in state.tensors]
+
+
+def _row_shapes_of(m: Mixer) -> list[list[int]]:
+    """`_row_shapes` of a mixer's state."""
+    match m:
+        case Attention():
+            return [[m.num_kv_heads, m.head_dim]] * 2
+        case Mamba2():
+            return [[m.conv_width, m.conv_kernel - 1], [m.num_heads, m.head_dim, m.state_dim]]
+    return []
+
+
+def _empty(kind: dict[str, Any] | None, lengths: list[int], device: str) -> LayerState:
     if kind is None:
         return None
     attention = kind["kind"] == "AttentionState"
     room, batch = max(lengths, default=0), len(lengths)
     tensors = [
-        torch.zeros(batch, *([shape[0], room, shape[1]] if attention else shape), dtype=_DTYPES[name])
+        torch.zeros(batch, *([shape[0], room, shape[1]] if attention else shape), dtype=_DTYPES[name], device=device)
         for shape, name in zip(kind["shapes"], kind["dtypes"], strict=True)
     ]
     return AttentionState(*tensors) if attention else MambaState(*tensors)
 
 
-def _raw(part: Tensor) -> bytes:
+def _raw(part: Float[Tensor, "*shape"]) -> bytes:
     return part.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _grown(tensor: Tensor, room: int) -> Tensor:
+def _grown(tensor: Float[Tensor, "b g s p"], room: int) -> Float[Tensor, "b g room p"]:
     larger = tensor.new_zeros(*tensor.shape[:2], room, tensor.shape[3])
     larger[:, :, : tensor.shape[2]] = tensor
     return larger
@@ -246,7 +287,7 @@ def _fitted(state: AttentionState | MambaState, room: int) -> AttentionState | M
     return AttentionState(_grown(state.keys, room), _grown(state.values, room))
 
 
-def _taken(state: LayerState, rows: Tensor) -> LayerState:
+def _taken(state: LayerState, rows: Int[Tensor, " rows"]) -> LayerState:
     if state is None:
         return None
     index = rows.to(state.tensors[0].device)

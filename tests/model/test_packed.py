@@ -1,4 +1,4 @@
-"""Documents packed into a row are documents alone: logits, states and gradients."""
+"""Documents packed into a row are documents alone: logits and gradients."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tandem.model.hybrid import Decoder
 from tandem.model.mamba2 import Mamba2Mixer
+from tandem.spec.errors import SpecError
 from tandem.spec.mixers import MLP, Attention, Mamba2, Rope
 from tandem.spec.model import ModelSpec
 
@@ -94,31 +95,14 @@ def test_packed_and_padded(lengths: list[int], padding: int, left: bool, seed: i
     assert difference(found, model(text[:, where], documents=documents[:, where])) <= TOLERANCE
 
 
-@EXAMPLES
-@given(start=st.integers(0, 6), lengths=DOCUMENTS, padding=st.integers(0, 3), seed=SEEDS)
-@torch.no_grad()
-def test_the_first_document_continues_a_state_and_the_last_is_left_in_it(
-    start: int, lengths: list[int], padding: int, seed: int
-) -> None:
-    """Padding belongs to no document: its number changes nothing."""
-    model = rechunk(build(SPEC, seed), 4)
-    text = tokens(SPEC, 1, start + sum(lengths) + padding, seed)
-    state = model.prefill(text[:, :start])[1] if start else model.new_state(1)
-    packed, padded = numbered(lengths)[None], torch.full((1, padding), 99)
-    mask = torch.cat([torch.ones_like(packed), torch.zeros_like(padded)], 1)
-    state.reserve(text.shape[1])
-    model.hidden_states(
-        text[:, start:], attention_mask=mask if padding else None, documents=torch.cat([packed, padded], 1), state=state
-    )
-    parts = text[:, start : start + sum(lengths)].split(lengths, 1)
-    last = torch.cat([text[:, :start], parts[0]], 1) if len(parts) == 1 else parts[-1]
-    expected = model.prefill(last)[1]
-    for m, ours, theirs in zip(SPEC.layers, state.layers, expected.layers, strict=True):
-        if isinstance(m, Mamba2):
-            assert ours is not None
-            assert theirs is not None
-            assert difference(ours.tensors[0], theirs.tensors[0]) <= TOLERANCE
-            assert difference(ours.tensors[1], theirs.tensors[1]) <= TOLERANCE
+def test_a_state_beside_documents_is_refused_and_stays_as_it_is() -> None:
+    """Keys of all documents and the recurrent state of the last would be a state of nothing."""
+    model, text = build(SPEC), tokens(SPEC, 1, 6)
+    state = model.prefill(text)[1]
+    before = state.to_bytes()
+    with pytest.raises(SpecError, match="documents: a state holds one document a row"):
+        model.hidden_states(text, documents=numbered([2, 4])[None], state=state)
+    assert state.to_bytes() == before
 
 
 @EXAMPLES

@@ -156,10 +156,9 @@ def test_tokens_outside_of_the_vocabulary(wrong: int) -> None:
     ids[1, 2] = wrong
     state = model.prefill(tokens(SPEC, 2, 3))[1]
     before = state.to_bytes()
-    calls = (lambda: model(ids), lambda: model.prefill(ids), lambda: model.prefill(ids, state),
-             lambda: model.decode(ids[:, 2], state))  # fmt: skip
-    for call in calls:
+    for call in (lambda: model(ids), lambda: model.prefill(ids), lambda: model.prefill(ids, state)):
         one_line(call, f"input_ids holds {wrong}: must be from 0 to 18")
+    one_line(lambda: model.decode(ids[:, 2], state), f"next_ids holds {wrong}: must be from 0 to 18")
     assert state.to_bytes() == before
 
 
@@ -172,6 +171,7 @@ def test_prompts_and_states_that_do_not_fit() -> None:
     one_line(lambda: model.prefill(ids[:0]), "input_ids has shape (0, 5): needs at least one token")
     one_line(lambda: model.prefill(ids[:1], state), "state has 2 sequences: input_ids has 1 rows")
     one_line(lambda: model.decode(ids[:1, 0], state), "next_ids has 1 rows: the state has 2 sequences")
+    one_line(lambda: model.decode(ids[:0, 0], model.new_state(0)), "next_ids has shape (0, 1): needs at least one token")
 
 
 def one_line(call: Any, text: str) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tandem.model.native.tasks import training_library
+from tandem.model.scan import CHUNK
 from tandem.spec.model import Mamba2
 
-CHUNK = 64
-"""Tokens of a chunk (scan.h); states at its entry are kept for the backward pass."""
 MAX_KERNEL = 8
 """Widest convolution that the C code has room for."""
 
@@ -117,7 +116,7 @@ def _forward(
     out = torch.empty(batch, time, m.d_inner)
     final = torch.empty(batch, m.num_heads, m.head_dim, m.state_dim)
     entries = y = None
-    if keep:
+    if keep:  # states at the entry of each chunk, for the backward pass
         padded = -(-m.head_dim // 16) * 16
         entries = torch.empty(batch, -(-time // CHUNK) + 1, m.num_heads, m.state_dim, padded)
         y = torch.empty(batch, time, m.num_heads, padded)
