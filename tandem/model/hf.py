@@ -79,8 +79,6 @@ class TandemModel(TandemPreTrainedModel):
         decoder.backbone.embeddings, decoder.backbone.norm_f = self.embeddings, self.norm_f
         if decoder.spec.vocab_size != self.config.vocab_size:
             decoder.spec = replace(decoder.spec, vocab_size=self.config.vocab_size)
-        again = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else None
-        decoder.backbone.checkpoint = again
         return decoder
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -98,16 +96,22 @@ class TandemModel(TandemPreTrainedModel):
         """Hidden states after the final norm, and the cache where one is kept.
 
         `attention_mask` has a column for every token that the cache has seen and every new one. `documents` numbers the
-        documents packed into a row; without it, a row of `position_ids` that begins anew begins a document.
+        documents packed into a row; without it, a row of `position_ids` that begins anew begins a document. Packed rows leave
+        no cache. A cache keeps no gradients: what continues it learns as from a given past.
         """
         ids, cache = _checked(input_ids, cache, past_key_values, kwargs)
-        decoder, mask = self.decoder, _newest(attention_mask, ids)
+        decoder, mask = self.decoder, _new_columns(attention_mask, ids)
         if documents is None and (cache is None or not cache.columns):
             documents = documents_of(position_ids, ids, mask)
-        if cache is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
+        if _caches(self, use_cache, cache, documents) and cache is None:
             cache = TandemCache.fresh(decoder, len(ids))
         state = None if cache is None else cache.take(ids.shape[1])
-        hidden = decoder.hidden_states(ids, attention_mask=mask, documents=documents, state=state)
+        if self.gradient_checkpointing and self.training:
+            decoder.backbone.checkpoint = self._gradient_checkpointing_func
+        try:
+            hidden = decoder.hidden_states(ids, attention_mask=mask, documents=documents, state=state)
+        finally:
+            decoder.backbone.checkpoint = None
         kept: dict[str, Any] = {_CACHE: cache}
         return BaseModelOutputWithPast(last_hidden_state=hidden, **kept)
 
@@ -120,7 +124,8 @@ class TandemModel(TandemPreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """As `TandemForCausalLM.save_pretrained`, the head of the decoder included."""
-        TandemForCausalLM.from_decoder(self.decoder).save_pretrained(save_directory, **kwargs)
+        decoder = self.decoder
+        TandemForCausalLM(TandemConfig.of(decoder), decoder).save_pretrained(save_directory, **kwargs)
 
 
 class TandemForCausalLM(TandemPreTrainedModel, GenerationMixin):
@@ -179,15 +184,15 @@ class TandemForCausalLM(TandemPreTrainedModel, GenerationMixin):
         """Logits, fp32, of all columns, of the last `logits_to_keep` or of those columns; the loss where there are `labels`.
 
         Without gradients a cache is filled by `Decoder.prefill` and `Decoder.decode`, in bounded memory and at their speed.
+        Packed rows leave no cache.
         """
         ids, cache = _checked(input_ids, cache, past_key_values, kwargs)
-        mask, begins = _newest(attention_mask, ids), cache is None or not cache.columns
+        mask, begins = _new_columns(attention_mask, ids), cache is None or not cache.columns
         if documents is None and begins:
             documents = documents_of(position_ids, ids, mask)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and labels is None
+        use_cache = _caches(self, False if use_cache is None and labels is not None else use_cache, cache, documents)
         simple = documents is None and isinstance(logits_to_keep, int) and logits_to_keep <= 1
-        if simple and not torch.is_grad_enabled() and (use_cache or cache is not None):
+        if simple and not torch.is_grad_enabled() and use_cache:
             decoder = self.decoder
             cache = TandemCache.fresh(decoder, len(ids)) if cache is None else cache
             state = cache.take(ids.shape[1])
@@ -257,7 +262,18 @@ def documents_of(
     return numbers.expand_as(ids)
 
 
-def _newest(
+def _caches(
+    model: TandemPreTrainedModel, use_cache: bool | None, cache: TandemCache | None, documents: Int[Tensor, "b t"] | None
+) -> bool:
+    """Whether a pass fills a cache: one that is given, else as asked for, else as configured. Documents have none."""
+    if documents is None:
+        return cache is not None or (model.config.use_cache and not model.training if use_cache is None else use_cache)
+    if cache is not None or use_cache:
+        raise SpecError("use_cache=True: packed documents leave no cache, which holds one document a row; leave it out")
+    return False
+
+
+def _new_columns(
     attention_mask: Int[Tensor, "b seen"] | Bool[Tensor, "b seen"] | Float[Tensor, "b seen"] | None, ids: Int[Tensor, "b t"]
 ) -> Int[Tensor, "b t"] | Bool[Tensor, "b t"] | Float[Tensor, "b t"] | None:
     """The columns of a mask that belong to the new tokens."""
@@ -278,6 +294,8 @@ def _checked(
             raise SpecError(f"{name}: not built; the decoder takes input_ids and gives logits or last_hidden_state")
     if input_ids is None:
         raise SpecError("input_ids=None: the decoder needs token ids")
+    if input_ids.dim() != 2:
+        raise SpecError(f"input_ids has shape {tuple(input_ids.shape)}: must be [batch, time]")
     found = past_key_values if cache is None else cache
     if found is not None and not isinstance(found, TandemCache):
         raise SpecError(f"cache is a {type(found).__name__}: must be what this model returned, a TandemCache")

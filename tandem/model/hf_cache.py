@@ -35,8 +35,7 @@ class TandemCache:
         return cls(decoder.new_state(batch))
 
     def take(self, columns: int) -> SequenceState:
-        """The state, with room for that many further tokens, which the caller puts in."""
-        self.state.reserve(int(self.state.lengths.max()) + columns)
+        """The state, for the caller to put that many further tokens in."""
         self.columns += columns
         return self.state
 
