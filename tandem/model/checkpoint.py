@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from tandem.model.config_out import hub_format
@@ -78,7 +79,7 @@ def read_weights(filling: Filling, spec: ModelSpec, form: Format, folder: Path) 
                 _read_into(stream, place, filling.destination(stored, _DTYPES[place.dtype]), staging)
 
 
-def _read_into(stream: FileIO, place: Place, to: Tensor, staging: Tensor) -> None:
+def _read_into(stream: FileIO, place: Place, to: Float[Tensor, "*shape"], staging: UInt8[Tensor, " bytes"]) -> None:
     """Read one tensor into memory that is there, straight or, where it has another format or device, in pieces."""
     stream.seek(place.start)
     stored, flat = _DTYPES[place.dtype], to.view(-1)
@@ -91,7 +92,7 @@ def _read_into(stream: FileIO, place: Place, to: Tensor, staging: Tensor) -> Non
         flat[at : at + piece.numel()].copy_(piece)
 
 
-def _read_bytes(stream: FileIO, flat: Tensor) -> None:
+def _read_bytes(stream: FileIO, flat: Float[Tensor, " numbers"]) -> None:
     view = flat.view(torch.uint8).numpy().data
     at = 0
     while at < len(view):
@@ -110,8 +111,14 @@ def write_weights(model: nn.Module, spec: ModelSpec, folder: Path, max_shard_byt
 def write_tensors(held: dict[str, Tensor], tensors: Sequence[Stored], folder: Path, max_shard_bytes: int) -> None:
     """`write_weights` of tensors by their names in the decoder, whoever holds them."""
     for stored in tensors:
-        if stored.parameter not in held or held[stored.parameter].dtype not in _NAMES:
-            raise SpecError(f"{stored.parameter}: not in a 16- or 32-bit float format; quantised models are not saved")
+        if stored.parameter not in held:
+            raise SpecError(f"{stored.parameter}: not among the model's weights, which are saved by these names")
+        dtype = held[stored.parameter].dtype
+        if dtype not in _NAMES:
+            raise SpecError(
+                f"{stored.parameter} is {dtype}: not in a 16- or 32-bit float format; others, quantised ones too, are not saved"
+            )
+    _check_head(held, tensors)
     shards = _shards(tensors, held, max_shard_bytes)
     if len(shards) == 1:
         return _write_shard(folder / SINGLE, shards[0], held)
@@ -123,6 +130,15 @@ def write_tensors(held: dict[str, Tensor], tensors: Sequence[Stored], folder: Pa
     total = sum(_bytes(stored, held) for stored in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _check_head(held: dict[str, Tensor], tensors: Sequence[Stored]) -> None:
+    """Refuse a head of its own where the file has none, as the embedding serves."""
+    head, embedding = held.get("lm_head.weight"), held.get("backbone.embeddings.weight")
+    if head is None or embedding is None or head is embedding or any(s.parameter == "lm_head.weight" for s in tensors):
+        return
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
+        raise SpecError("tied_embeddings=True: lm_head.weight is not the embedding and would be lost; save an untied spec")
 
 
 def _part(stored: Stored, held: dict[str, Tensor]) -> Tensor:

@@ -51,17 +51,16 @@ def generate_tokens(model: Decoder, prompt: Sequence[int], sampling: Sampling) -
 
 def _generate(model: Decoder, prompt: Sequence[int], count: int, sampling: Sampling) -> Iterator[int]:
     generator = torch.Generator().manual_seed(sampling.seed)
-    with torch.inference_mode():
-        state = model.new_state(1, capacity=len(prompt) + count)
-        kept, state = model.prefill(torch.tensor([list(prompt)], device=model.device), state)
-        logits = kept[0, -1]
-        for left in range(count - 1, -1, -1):
-            token = sample(logits.cpu(), sampling, generator)
-            yield token
-            if token in model.token_ids.eos or not left:
-                return
-            following, state = model.decode(torch.tensor([token], device=model.device), state)
-            logits = following[0]
+    state = model.new_state(1, capacity=len(prompt) + count)
+    kept, state = model.prefill(torch.tensor([list(prompt)], device=model.device), state)
+    logits = kept[0, -1]
+    for left in range(count - 1, -1, -1):
+        token = sample(logits.cpu(), sampling, generator)
+        yield token
+        if token in model.token_ids.eos or not left:
+            return
+        following, state = model.decode(torch.tensor([token], device=model.device), state)
+        logits = following[0]
 
 
 def sample(logits: Float[Tensor, " vocab"], sampling: Sampling, generator: torch.Generator) -> int:

@@ -11,6 +11,7 @@ import torch
 from tandem.model.checkpoint import Filling, new_folder, read_weights, write_weights
 from tandem.model.config_out import read_token_ids, token_fields, write_config
 from tandem.model.hybrid import Decoder
+from tandem.model.inputs import known_device
 from tandem.model.naming import check_format
 from tandem.model.native.int8 import quantise
 from tandem.model.tokenizer import copy_tokenizer
@@ -26,16 +27,20 @@ _GENERATION = "generation_config.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
-def load_model(name_or_path: str | Path, *, dtype: str = "float32", device: torch.device | str = "cpu") -> Decoder:
+def load_model(
+    name_or_path: str | Path, *, dtype: str | torch.dtype = "float32", device: torch.device | str = "cpu"
+) -> Decoder:
     """The decoder of a checkpoint folder (nemotron_h, llama, qwen3 or our own), a GGUF file or a packaged model's name.
 
-    `dtype` is that of the weights in memory: float32, float16, bfloat16, `auto` for the stored one, or int8 for linear
-    layers of 8 bits beside 16-bit rest (`native.quantise`: faster, less exact, inference only). They are read tensor by
-    tensor, so memory holds them once, plus a few MiB. Raises SpecError for a name without weights, for
+    `dtype` is that of the weights in memory: float32, float16, bfloat16 (or torch's own), `auto` for the stored one, or int8
+    for linear layers of 8 bits beside 16-bit rest (`native.quantise`: faster, less exact, inference only). They are read
+    tensor by tensor, so memory holds them once, plus a few MiB. Raises SpecError for a name without weights, for
     tensors that are missing, surplus or misshapen, and for an architecture that the decoder does not compute.
     """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
         raise SpecError(f"dtype={dtype!r}: must be one of {', '.join(_DTYPES)}")
+    device = known_device(device)
     path = find_weights(name_or_path)
     model = _load_gguf(path, dtype, device) if path.is_file() else _load_folder(path, dtype, device)
     if dtype == "int8":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tandem.model.config_out import hub_format
@@ -121,6 +122,29 @@ def test_a_model_that_no_format_of_the_hub_can_say_is_saved_in_ours(tmp_path: Pa
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "tandem"
     assert ModelSpec.from_json(config["spec"]) == MIXED
+
+
+def test_a_head_that_the_file_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    model = decoder(LLAMA_TIED)
+    model.lm_head.weight = nn.Parameter(model.backbone.embeddings.weight.detach().clone())
+    save_model(model, tmp_path / "equal")
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += 1
+    with pytest.raises(SpecError, match=r"tied_embeddings=True: lm_head.weight is not the embedding"):
+        save_model(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_weights_of_other_formats_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"backbone\.embeddings\.weight is torch\.float64: not in a 16- or 32-bit float format"):
+        save_model(decoder(LLAMA).double(), tmp_path / "double")
+
+
+def test_a_dtype_of_torch_is_a_dtype(tmp_path: Path) -> None:
+    save_model(decoder(LLAMA), tmp_path / "model")
+    assert load_model(tmp_path / "model", dtype=torch.float16).lm_head.weight.dtype == torch.float16
+    with pytest.raises(SpecError, match="dtype='float64': must be one of auto, float32"):
+        load_model(tmp_path / "model", dtype=torch.float64)
 
 
 def test_tied_embeddings_are_stored_once_and_shared_when_loaded(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ def test_greedy_tokens_are_the_likeliest_of_a_full_pass(model: Decoder) -> None:
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == found
 
 
+def test_between_tokens_the_caller_is_not_in_inference_mode(model: Decoder) -> None:
+    for _ in generate_tokens(model, [5], Sampling(max_tokens=3)):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+
+
 def test_an_end_is_the_last_token_and_the_context_is_never_outgrown(model: Decoder) -> None:
     free = list(generate_tokens(model, [1], Sampling(max_tokens=8)))
     ending = Decoder(SPEC, seed=2, token_ids=TokenIds(eos=(free[3], 299))).eval()
