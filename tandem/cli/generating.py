@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,15 +26,17 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws above temperature 0.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Weights in memory: auto (as stored), float32, float16, bfloat16, int8.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: as torch finds.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Go on from the text itself, without the model's chat template.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object (SI units) on stdout.")] = False,
 ) -> None:
     """Let a model answer a prompt; the text appears as it is written (extra `[model]`)."""
-    from tandem.spec.catalog import find_weights
+    from tandem.spec.catalog import find_weights, load_spec
 
-    find_weights(model)
+    if find_weights(model).is_dir():
+        load_spec(model)  # names what is wrong with a folder that is no checkpoint
     _require_extra(threads)
     from tandem.model.generate import Sampling
     from tandem.model.load import load_model
@@ -47,7 +50,7 @@ def generate(
     ids = tokenizer.encode(written, add_special_tokens=not chat)
     started = time.perf_counter()
     with text.progress("loading"):
-        decoder = load_model(model, dtype=dtype)
+        decoder = load_model(model, dtype=dtype, device=device)
     load_s = time.perf_counter() - started
     data = {**_write(decoder, tokenizer, ids, sampling, quiet=json_out), "load_s": load_s}
     if json_out:
@@ -74,6 +77,8 @@ def _write(decoder: Decoder, tokenizer: Tokenizer, ids: list[int], sampling: Sam
                 yield token
 
     pieces = []
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character that a model writes
     try:
         for piece in tokenizer.stream(noted()):
             pieces.append(piece)

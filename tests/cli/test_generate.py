@@ -117,12 +117,25 @@ def test_draws_repeat_with_their_seed(answer: Answer, folder: Path) -> None:
         (["FOLDER", "hi", "--threads", "0"], ["threads=0"]),
         (["FOLDER", "", "--raw"], ["prompt", "no tokens"]),
         (["FOLDER", "x" * 80], ["prompt", "64"]),
+        (["EMPTY", "hi"], ["the folder holds no config.json"]),
+        (["FOLDER", "hi", "--device", "tpu9"], ["device='tpu9'", "'cpu'"]),
         (["FOLDER"], ["argument 'prompt'"]),
     ],
 )
-def test_bad_input_is_one_line(refused: Callable[..., str], folder: Path, words: list[str], parts: list[str]) -> None:
-    message = refused("generate", *(str(folder) if word == "FOLDER" else word for word in words))
+def test_bad_input_is_one_line(
+    refused: Callable[..., str], folder: Path, tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
+    places = {"FOLDER": str(folder), "EMPTY": str(tmp_path)}
+    message = refused("generate", *(places.get(word, word) for word in words))
     assert all(part in message for part in parts), message
+
+
+def test_what_a_terminal_cannot_show_is_replaced(folder: Path) -> None:
+    command = [sys.executable, "-m", "tandem.cli", "generate", str(folder), "hello", "--max-tokens", "30"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout
 
 
 def test_an_interrupt_ends_it_without_a_traceback(answer: Answer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
