@@ -141,6 +141,8 @@ class Decoder(nn.Module):
     ) -> None:
         check_supported(spec)
         device = known_device(device)
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise SpecError(f"dtype={dtype}: must be torch.float32, torch.float16 or torch.bfloat16")
         super().__init__()
         self.spec = spec
         self.token_ids = token_ids or TokenIds()

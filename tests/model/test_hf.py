@@ -181,6 +181,31 @@ def test_packed_documents_are_told_by_number_or_by_position(spec: ModelSpec) -> 
             assert (model(packed).logits - wanted).abs().max() > TOLERANCE
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_packed_documents_leave_no_cache(grad: bool) -> None:
+    model, ids = adapter(HYBRID), tokens(HYBRID, 1, 8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    cache = TandemCache.fresh(model.decoder, 1)
+    with torch.set_grad_enabled(grad):
+        assert model(ids, position_ids=positions).past_key_values is None
+        for options in ({"use_cache": True}, {CACHE: cache}):
+            for ours in (model, model.model):
+                with pytest.raises(SpecError, match="packed documents leave no cache"):
+                    ours(ids, position_ids=positions, **options)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_cache_is_continued_with_gradients_again_and_again() -> None:
+    """Each pass learns from its own tokens, as after a past that was read without gradients."""
+    model, ids = adapter(HYBRID), tokens(HYBRID, 1, 9)
+    cache = model(ids[:, :4], use_cache=True)[CACHE]
+    model(ids[:, 4:6], **{CACHE: cache})
+    found = gradients(model, ids[:, 6:], **{CACHE: cache})
+    with torch.no_grad():
+        past = model(ids[:, :6], use_cache=True)[CACHE]
+    assert (found - gradients(model, ids[:, 6:], **{CACHE: past})).abs().max() < TOLERANCE
+
+
 def test_positions_that_skip_padding_are_no_documents() -> None:
     model = adapter(ROTARY)
     ids, mask = left_padded(tokens(ROTARY, 2, 8), (0, 3))
@@ -213,6 +238,7 @@ def test_recomputing_layers_gives_the_same_gradients(reentrant: bool, monkeypatc
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert torch.equal(gradients(model, ids), plain)
     assert len(runs) == 4  # two Mamba layers, twice
+    assert model.decoder.backbone.checkpoint is None
     model.gradient_checkpointing_disable()
     assert torch.equal(gradients(model, ids), plain)
     assert len(runs) == 6

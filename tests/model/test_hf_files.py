@@ -166,6 +166,13 @@ def test_the_state_dict_that_is_given_is_written(saved: Path, tmp_path: Path) ->
     assert torch.equal(load_model(tmp_path)(IDS), other(IDS).logits)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_saving_leaves_the_mode_as_it_is(saved: Path, tmp_path: Path, training: bool) -> None:
+    model = TandemForCausalLM.from_pretrained(saved).train(training)
+    model.model.save_pretrained(tmp_path)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_the_model_without_its_head_is_saved_with_it(saved: Path, tmp_path: Path) -> None:
     AutoModel.from_pretrained(saved).save_pretrained(tmp_path)
     assert torch.equal(load_model(tmp_path)(IDS), load_model(saved)(IDS))

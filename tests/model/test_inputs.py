@@ -30,7 +30,8 @@ EXPECTED = {
     "model(ids, attention_mask=[[1]])": "attention_mask is a list: must be a tensor of shape (2, 3), as input_ids",
     "model(ids, documents=mask[:1])": "documents has shape (1, 3): must be a tensor of shape (2, 3), as input_ids",
     "model.prefill(ids[0])": "input_ids is torch.int64 of shape (3,): must be int64 or int32 [batch, time]",
-    "model.prefill(ids, attention_mask=ids[0])": "attention_mask has shape (3,): must be a tensor of shape (2, 3), as input_ids",
+    "model.prefill(ids, attention_mask=[1])": "attention_mask is a list: must be a tensor of shape (2, 3), as input_ids",
+    "Decoder(model.spec, dtype=torch.int8)": "dtype=torch.int8: must be torch.float32, torch.float16 or torch.bfloat16",
     "model.prefill(ids, logits_to_keep=-1)": "logits_to_keep=-1: must be a whole number from 0 to 1,000,000,000",
     "model.prefill(ids[:0])": "input_ids has shape (0, 3): needs at least one token",
     "model.decode([1, 2], state)": "next_ids is a list: must be a tensor of integers [batch] or [batch, 1]",
@@ -38,18 +39,15 @@ EXPECTED = {
     "model.decode(ids[0, 0], state)": "next_ids has shape (): must be [batch] or [batch, 1]",
     "model.decode(ids[:, 0].float(), state)": "next_ids is torch.float32 of shape (2, 1): must be int64 or int32 [batch, time]",
     "model.hidden_states(ids[0], state=state)": "input_ids is torch.int64 of shape (3,): must be int64 or int32 [batch, time]",
-    "adapter(ids[0])": "input_ids has shape (3,): must be [batch, time]",
 }
 PROGRAM = """
 import sys
 import torch
-from tandem.model.hf import TandemForCausalLM
 from tandem.model.hybrid import Decoder
 from tandem.spec.errors import SpecError
 from tandem.spec.model import ModelSpec
 
 model = Decoder(ModelSpec.from_json({spec!r})).eval()
-adapter = TandemForCausalLM.from_decoder(model)
 ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
 mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
 state = model.prefill(ids)[1]
