@@ -7,15 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tandem.model import kernels
+from tandem.model.kernels import squared_relu
 from tandem.model.linear import Linear
 from tandem.model.span import Span
 from tandem.spec.model import MLP, MoE
-
-
-def squared_relu(x: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """relu(x)^2, the activation of Nemotron-H's feed-forward layers."""
-    return kernels.squared_relu(x)
 
 
 class MLPMixer(nn.Module):

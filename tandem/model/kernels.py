@@ -35,7 +35,7 @@ def rms_norm(x: Float[Tensor, "*b size"], weight: Float[Tensor, " size"], eps: f
 
 
 def squared_relu(x: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
-    """relu(x)^2, in C where it can be."""
+    """relu(x)^2, the activation of Nemotron-H's feed-forward layers, in C where it can be."""
     from tandem.model.native import norms, tasks
 
     return norms.squared_relu(x) if tasks.usable(x) else functional.relu(x).square()
@@ -95,9 +95,9 @@ def scan_step(
         y, new = _compiled(ssd_step)(state, x, dt, a, b_in, c_out)
         return y, new
     new = state.clone()
-    shape = x.shape
-    rates = a[:, None, None].expand(*shape[1:], state.shape[-1])
-    y = fused(new, x, dt[..., None].expand(shape), rates, b_in, c_out)
+    rates = a[:, None, None].expand(state.shape[1:])
+    none = a.new_zeros(len(a), 1).expand(x.shape[1:])  # where heads share a rate, it reads the strides of a bias as well
+    y = fused(new, x, dt[..., None].expand_as(x), rates, b_in, c_out, dt_bias=none)
     return y, new
 
 
@@ -109,16 +109,18 @@ def convolve(
     window: Float[Tensor, "b d w"] | None = None,
     segments: Int[Tensor, "b t"] | None = None,
 ) -> Float[Tensor, "b t d"]:
-    """`scan.causal_conv` by the best code for the device."""
-    fused = _installed("causal_conv1d", "causal_conv1d_fn") if x.device.type == "cuda" else None
+    """`scan.causal_conv` by the best code for the device; a window or segments, not both."""
+    takes = x.device.type == "cuda" and 2 <= weight.shape[1] <= 4 and len(weight) % 8 == 0
+    fused = _installed("causal_conv1d", "causal_conv1d_fn") if takes else None
     if fused is None:
         if x.device.type == "cuda":
             y: Tensor = _compiled(causal_conv)(x, weight, bias, window=window, segments=segments)
             return y
         return causal_conv(x, weight, bias, window=window, segments=segments)
-    if window is not None and segments is not None:  # the kernel takes one or the other
-        return causal_conv(x, weight, bias, window=window, segments=segments)
     index = None if segments is None else segments.int()
     before = None if window is None else window.to(x.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.stride(0) % 8 or x.stride(1) % 8:  # a slice of rows of odd width
+        x = x.contiguous()
     out: Tensor = fused(x.transpose(1, 2), weight.to(x.dtype), bias, seq_idx=index, initial_states=before)
     return out.transpose(1, 2)
