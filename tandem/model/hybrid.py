@@ -22,6 +22,7 @@ from tandem.model.init import initialise
 from tandem.model.inputs import check_beside, check_ids, check_next_ids, known_device
 from tandem.model.linear import Linear
 from tandem.model.mamba2 import Mamba2Mixer
+from tandem.model.memory import return_freed_memory
 from tandem.model.norm import RMSNorm
 from tandem.model.precision import compute_dtype
 from tandem.model.span import Span, compact
@@ -33,7 +34,7 @@ from tandem.spec.units import require_int
 if TYPE_CHECKING:
     from tandem.model.native.program import Program
 
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS = 1024
 """Tokens that `prefill` runs through the layers at once, over all rows: bounds the memory of activations."""
 
 
@@ -118,8 +119,11 @@ class Backbone(nn.Module):
         x = self.embeddings(input_ids).to(compute_dtype(weight.dtype, weight.device))
         states = (None,) * len(self.layers) if state is None else state.layers
         run = self.checkpoint if state is None and torch.is_grad_enabled() else None
+        long_prompt = state is not None and input_ids.numel() >= PREFILL_TOKENS and x.device.type == "cpu"
         for layer, remembered in zip(self.layers, states, strict=True):
             x = layer(x, span, remembered) if run is None else run(layer, x, span)
+            if long_prompt:
+                return_freed_memory()
         normed: Tensor = self.norm_f(x)
         return normed
 
@@ -272,7 +276,7 @@ class Decoder(nn.Module):
 
     def _native_program(self) -> Program | None:
         """The whole decode step in C, where the model is on a CPU that has a compiler; else torch does it layer by layer."""
-        if self.device.type != "cpu" or self._compute_dtype != torch.float32:
+        if self.device.type != "cpu":
             return None
         from tandem.model.native.program import program_for
 
