@@ -294,8 +294,9 @@ def _checked(
             raise SpecError(f"{name}: not built; the decoder takes input_ids and gives logits or last_hidden_state")
     if input_ids is None:
         raise SpecError("input_ids=None: the decoder needs token ids")
-    if input_ids.dim() != 2:
-        raise SpecError(f"input_ids has shape {tuple(input_ids.shape)}: must be [batch, time]")
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        shape = f"has shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else f"is a {type(input_ids).__name__}"
+        raise SpecError(f"input_ids {shape}: must be a tensor of integers [batch, time]")
     found = past_key_values if cache is None else cache
     if found is not None and not isinstance(found, TandemCache):
         raise SpecError(f"cache is a {type(found).__name__}: must be what this model returned, a TandemCache")
