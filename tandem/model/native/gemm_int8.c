@@ -20,7 +20,9 @@ INLINE vf floats(vi n) { return (vf)_mm512_cvtepi32_ps((__m512i)n); }
 #elif VW == 8
 typedef __m256i vs;
 INLINE vs widen(const int8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
-INLINE vi pairs(vs a, const int16_t *b, vi sum) { return sum + (vi)_mm256_madd_epi16(a, _mm256_loadu_si256((const __m256i *)b)); }
+INLINE vi pairs(vs a, const int16_t *b, vi sum) {
+    return sum + (vi)_mm256_madd_epi16(a, _mm256_loadu_si256((const __m256i *)b));
+}
 INLINE vf floats(vi n) { return (vf)_mm256_cvtepi32_ps((__m256i)n); }
 #else
 typedef int16_t vs __attribute__((vector_size(STEP * 2)));
@@ -37,7 +39,8 @@ INLINE vf floats(vi n) { return __builtin_convertvector(n, vf); }
 #endif
 
 // Four weight rows by C rows of a panel over one block: `ahead` bytes further on is what comes next.
-INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, const int16_t *x, size_t groups, size_t ahead, v4 *sums) {
+INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, const int16_t *x, size_t groups, size_t ahead,
+                 v4 *sums) {
     vf parts[4][PANEL];
     for (int r = 0; r < 4; r++) {
         vf acc[PANEL];
@@ -59,42 +62,46 @@ INLINE void dot4(const int C, const int8_t *const *w, const float *const *ws, co
     UNROLL for (int c = 0; c < C; c++) sums[c] = vsum4(parts[0][c], parts[1][c], parts[2][c], parts[3][c]);
 }
 
-#define KERNEL(C)                                                                                                              \
-    static void dot4_##C(const int8_t *const *w, const float *const *ws, const int16_t *x, size_t groups, size_t ahead, v4 *sums) { \
-        dot4(C, w, ws, x, groups, ahead, sums);                                                                                \
+#define KERNEL(C)                                                                                                          \
+    static void dot4_##C(const int8_t *const *w, const float *const *ws, const int16_t *x, size_t groups, size_t ahead,    \
+                         v4 *sums) {                                                                                       \
+        dot4(C, w, ws, x, groups, ahead, sums);                                                                            \
     }
 KERNEL(1) KERNEL(2) KERNEL(3) KERNEL(4) KERNEL(5) KERNEL(6) KERNEL(7) KERNEL(8)
 
 typedef void (*kernel)(const int8_t *const *, const float *const *, const int16_t *, size_t, size_t, v4 *);
 static const kernel kernels[PANEL] = {dot4_1, dot4_2, dot4_3, dot4_4, dot4_5, dot4_6, dot4_7, dot4_8};
 
-void gemm_block_i8(const matrix *w, const inputs *in, size_t m, size_t n0, size_t n1, float *c, size_t ldc) {
-    const size_t groups = groups_of((size_t)w->cols), row = groups * GROUP, block = block_of(groups), blocks = blocks_of(groups);
-    for (size_t b = 0; b < blocks; b++) {
-        const size_t g = b * block, len = groups - g < block ? groups - g : block;
-        for (size_t i = 0; i < m; i += PANEL) {
-            const size_t height = m - i < PANEL ? m - i : PANEL;
-            const int16_t *x = in->q + i * row + g * PANEL * GROUP;
-            for (size_t n = n0; n < n1; n += 4) {
-                const int8_t *rows[4];
-                const float *scales[4];
-                for (size_t r = 0; r < 4; r++) {
-                    size_t at = n + r < n1 ? n + r : n1 - 1; // a row too many: computed and never read
-                    rows[r] = (const int8_t *)w->data + at * row + g * GROUP;
-                    scales[r] = w->scale + at * groups + g;
-                }
-                v4 sums[PANEL];
-                kernels[height - 1](rows, scales, x, len, i ? 0 : 4 * row, sums);
-                for (size_t j = 0; j < height; j++) {
-                    float *out = c + (i + j) * ldc + (n - n0);
-                    v4 old = {0};
-                    if (b) memcpy(&old, out, 16);
-                    old += sums[j] * in->scale[(i + j) * blocks + b];
-                    memcpy(out, &old, 16);
-                }
-            }
-        }
+// Weight rows n to n + 3 by up to 8 rows of inputs from row i on, over block b; the first panel asks for the rows that follow.
+static void tile(const matrix *w, const inputs *in, size_t i, size_t height, size_t b, size_t n, size_t n1, float *c,
+                 size_t ldc) {
+    const size_t groups = groups_of((size_t)w->cols), row = groups * GROUP, blocks = blocks_of(groups);
+    const size_t g = b * block_of(groups), len = groups - g < block_of(groups) ? groups - g : block_of(groups);
+    const int8_t *rows[4];
+    const float *scales[4];
+    for (size_t r = 0; r < 4; r++) {
+        size_t at = n + r < n1 ? n + r : n1 - 1; // a row too many: computed and never read
+        rows[r] = (const int8_t *)w->data + at * row + g * GROUP;
+        scales[r] = w->scale + at * groups + g;
     }
+    v4 sums[PANEL];
+    kernels[height - 1](rows, scales, in->q + i * row + g * PANEL * GROUP, len, i ? 0 : 4 * row, sums);
+    for (size_t j = 0; j < height; j++) {
+        v4 old = {0};
+        if (b) memcpy(&old, c + j * ldc, 16);
+        old += sums[j] * in->scale[(i + j) * blocks + b];
+        memcpy(c + j * ldc, &old, 16);
+    }
+}
+
+void gemm_block_i8(const matrix *w, const inputs *in, size_t m, size_t n0, size_t n1, float *c, size_t ldc) {
+    const size_t blocks = blocks_of(groups_of((size_t)w->cols));
+    const size_t span = m <= PANEL ? 4 : n1 - n0; // a single panel reads the weights in the order in which they lie
+    for (size_t from = n0; from < n1; from += span)
+        for (size_t b = 0; b < blocks; b++)
+            for (size_t i = 0; i < m; i += PANEL)
+                for (size_t n = from; n < from + span && n < n1; n += 4)
+                    tile(w, in, i, m - i < PANEL ? m - i : PANEL, b, n, n1, c + i * ldc + (n - n0), ldc);
 }
 
 void quantise_row(const inputs *in, size_t row, size_t cols) {

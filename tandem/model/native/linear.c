@@ -15,7 +15,8 @@ static void linear_body(worker *self, void *argument) {
     size_t cols = (size_t)w->cols, rows = (size_t)w->rows;
     float *packed = (float *)self->arena, *c = packed + PACKED_FLOATS;
     if (w->type == I8) {
-        for (int64_t i; (i = pool_claim(self, job->m)) != NO_TASK; pool_done(self, job->m)) quantise_row(&job->in, (size_t)i, cols);
+        for (int64_t i; (i = pool_claim(self, job->m)) != NO_TASK; pool_done(self, job->m))
+            quantise_row(&job->in, (size_t)i, cols);
         pool_next(self);
     }
     size_t m_blocks = (job->m + M_BLOCK - 1) / M_BLOCK, step = ((job->m + m_blocks - 1) / m_blocks + PANEL - 1) / PANEL * PANEL;
@@ -28,7 +29,8 @@ static void linear_body(worker *self, void *argument) {
         gemm_block(w, &in, m, n0, n1, c, N_BLOCK, packed);
         for (size_t i = 0; i < m; i++) {
             float *y = job->y + (m0 + i) * rows + n0;
-            for (size_t n = 0; n < n1 - n0; n++) y[n] = c[i * N_BLOCK + n] + (w->bias ? load_as(w->bias_type, w->bias, n0 + n) : 0);
+            for (size_t n = 0; n < n1 - n0; n++)
+                y[n] = c[i * N_BLOCK + n] + (w->bias ? load_as(w->bias_type, w->bias, n0 + n) : 0);
         }
     }
     pool_next(self);
