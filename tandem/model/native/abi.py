@@ -6,7 +6,6 @@ import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 
 import torch
-from torch import Tensor
 
 from tandem.model.native.build import library
 from tandem.spec.errors import SpecError
@@ -111,13 +110,6 @@ def loaded() -> ctypes.CDLL:
     if not isinstance(found, ctypes.CDLL):
         raise SpecError(f"native decode path: {found.reason}")
     return found
-
-
-def call_linear(matrix: Matrix, x: Tensor, y: Tensor, threads: int) -> None:
-    """y = x W^T + bias; x and y are contiguous float32 matrices."""
-    arguments = (ctypes.byref(matrix), c_void_p(x.data_ptr()), c_void_p(y.data_ptr()), c_int64(x.shape[0]), c_int32(threads))
-    if loaded().tandem_linear(*arguments):
-        raise MemoryError(f"no memory for the scratch of a product of {x.shape[0]} rows")
 
 
 def call_decode_step(model: Model, batch: Batch) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tandem.model.native.tasks import training_library
+from tandem.model.native.tasks import task_library
 
 BLOCK_ROWS = 64
 """Rows whose gradients of the weight are summed first (norms.c)."""
@@ -30,7 +30,7 @@ def squared_relu(x: Float[Tensor, "*b f"]) -> Float[Tensor, "*b f"]:
 
 def _call(name: str, tensors: tuple[Tensor | None, ...], *more: Any) -> None:
     addresses = (c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors)
-    if getattr(training_library(), name)(*addresses, *more, c_int32(torch.get_num_threads())):
+    if getattr(task_library(), name)(*addresses, *more, c_int32(torch.get_num_threads())):
         raise MemoryError(f"{name}: no memory")
 
 

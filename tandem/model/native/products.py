@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-from tandem.model.native.abi import TYPES, Matrix, Vector, call_linear
+from tandem.model.native.abi import TYPES, Matrix, Vector
+from tandem.model.native.tasks import call_linear
 from tandem.spec.errors import SpecError
 
 GROUP = 64

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tandem.model.native.tasks import training_library
+from tandem.model.native.tasks import task_library
 from tandem.model.scan import CHUNK
 from tandem.spec.model import Mamba2
 
@@ -102,7 +102,7 @@ def _job(shape: Shape, where: tuple[Tensor | None, ...], tensors: tuple[Tensor |
 
 
 def _call(name: str, job: Job) -> None:
-    if getattr(training_library(), name)(ctypes.byref(job), c_int32(torch.get_num_threads())):
+    if getattr(task_library(), name)(ctypes.byref(job), c_int32(torch.get_num_threads())):
         raise MemoryError("no memory for the scratch of a scan")
 
 

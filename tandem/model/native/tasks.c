@@ -2,6 +2,7 @@
 // (another runtime, or none) they come from our own pool.
 #include "tasks.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -21,7 +22,13 @@ static parallel_region openmp;
 static _Thread_local float *scratch;
 static _Thread_local size_t scratch_size;
 
-void tandem_use_openmp(void *gomp_parallel) { openmp = (parallel_region)gomp_parallel; }
+// GNU's runtime does not survive a fork: its threads are gone in the child, and it waits for them for ever.
+static void forget_openmp(void) { openmp = NULL; }
+
+void tandem_use_openmp(void *gomp_parallel) {
+    openmp = (parallel_region)gomp_parallel;
+    pthread_atfork(NULL, NULL, forget_openmp);
+}
 
 static void take_pieces(void *argument) {
     work *w = argument;
