@@ -231,15 +231,19 @@ def startup_seconds(folder: Path) -> dict[str, float]:
 
 
 _MEMORY = """
-import resource, sys, torch, tandem
+import pathlib, re, sys, torch, tandem
 from tandem.model.hybrid import Decoder
+
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024
+
 spec = tandem.load_spec(sys.argv[1])
 model = Decoder(spec).eval()
-with torch.no_grad():
-    model.prefill(torch.ones(1, 64, dtype=torch.int64))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    _, state = model.prefill(torch.ones(1, int(sys.argv[2]), dtype=torch.int64))
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, state.nbytes)
+model.prefill(torch.ones(1, 64, dtype=torch.int64))
+before = peak()
+_, state = model.prefill(torch.ones(1, int(sys.argv[2]), dtype=torch.int64))
+print(before, peak(), state.nbytes)
 """
 
 
