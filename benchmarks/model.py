@@ -1,6 +1,6 @@
 """How fast the decoder decodes, prefills and trains on this CPU, beside transformers on the same weights in the same run.
 
-Models: a NemotronH of 145 million random weights and SmolLM2-135M-Instruct. Both sides run in one process, with the same
+Models: a NemotronH of 189 million random weights and SmolLM2-135M-Instruct. Both sides run in one process, with the same
 allocator settings and threads, in alternating rounds; a figure is the median of its rounds, what matters are the ratios.
 transformers runs in fp32, its fastest dtype on a CPU without bf16 arithmetic (with it, in the faster of the two). Printed
 beside them: the memory bandwidth's ceiling, the matmul rate, and llama.cpp where llama-cpp-python is installed.
@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from model_parts import (  # noqa: E402
     BATCHES,
     CONTEXT,
-    HYBRID_145M,
+    HYBRID,
     PROMPT,
     TRAINED,
     Ours,
@@ -99,7 +99,7 @@ def show(result: dict[str, Any]) -> None:
     limits = result["limits"]
     print(f"{result['machine']}; {result['threads']} threads; torch {torch.__version__}")
     print(f"memory reads {limits['read_bytes_per_s'] / 1e9:.1f} GB/s\n")
-    for model in ("hybrid-145m", "smollm2-135m"):
+    for model in ("hybrid-189m", "smollm2-135m"):
         part = result[model]
         print(f"{model}: decode at context {CONTEXT}, tokens/s (times transformers fp32)")
         for batch, row in part["batches"].items():
@@ -139,9 +139,9 @@ def main() -> None:
     }
     result["machine"] = f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
     with tempfile.TemporaryDirectory() as scratch:
-        hybrid = write_hybrid(Path(scratch), HYBRID_145M)
+        hybrid = write_hybrid(Path(scratch), HYBRID)
         with torch.no_grad():
-            result["hybrid-145m"] = decoding(hybrid, options.rounds, limits)
+            result["hybrid-189m"] = decoding(hybrid, options.rounds, limits)
             result["smollm2-135m"] = decoding(smollm2_folder(Path(scratch)), options.rounds, limits)
         result["startup_s"] = startup_seconds(hybrid)
         result["memory"] = peak_prefill_bytes()

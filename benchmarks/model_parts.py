@@ -26,7 +26,7 @@ CONTEXT = 128
 STEPS = {1: 16, 8: 8, 32: 4}
 PROMPT = 512
 MAMBA = {"mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "chunk_size": 128}
-HYBRID_145M = {
+HYBRID = {
     "hidden_size": 1024,
     "hybrid_override_pattern": "M-M-*M-M-M-*M-M-",
     "intermediate_size": 4096,
@@ -51,8 +51,8 @@ TRAINED = {
         "ssm_state_size": 64,
         "n_groups": 4,
     },
-    "hidden 512": {**HYBRID_145M, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8192, "mamba_num_heads": 16},
-    "hidden 1024": {**HYBRID_145M, "hybrid_override_pattern": "M-M-*M-"},
+    "hidden 512": {**HYBRID, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8192, "mamba_num_heads": 16},
+    "hidden 1024": {**HYBRID, "hybrid_override_pattern": "M-M-*M-"},
 }
 BATCH, TIME = 4, 512
 """Of a training step."""
