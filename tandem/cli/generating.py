@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tandem.spec.errors import SpecError
+from tandem.spec.units import require_int
 
 if TYPE_CHECKING:
     from tandem.model.generate import Sampling
@@ -28,7 +30,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws above temperature 0.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Weights in memory: auto (as stored), float32, float16, bfloat16, int8.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: as torch finds.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads, at most the cores; default: as torch finds.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Go on from the text itself, without the model's chat template.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object (SI units) on stdout.")] = False,
 ) -> None:
@@ -110,8 +112,8 @@ def _summary(data: dict[str, Any]) -> str:
 
 def _require_extra(threads: int | None) -> None:
     """One line that says what to install where a package of the extra is missing; else torch gets its threads."""
-    if threads is not None and threads < 1:
-        raise SpecError(f"threads={threads}: must be at least 1")
+    if threads is not None:  # beyond the cores they only wait, and some thousands crash torch's OpenMP
+        require_int("threads", threads, high=os.cpu_count() or 1)
     try:
         import jaxtyping  # noqa: F401
         import jinja2  # noqa: F401

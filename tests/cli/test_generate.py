@@ -115,6 +115,7 @@ def test_draws_repeat_with_their_seed(answer: Answer, folder: Path) -> None:
         (["FOLDER", "hi", "--top-p", "2"], ["top_p=2.0"]),
         (["FOLDER", "hi", "--dtype", "fp8"], ["dtype='fp8'", "bfloat16"]),
         (["FOLDER", "hi", "--threads", "0"], ["threads=0"]),
+        (["FOLDER", "hi", "--threads", "99999"], ["threads=99999", "from 1 to"]),
         (["FOLDER", "", "--raw"], ["prompt", "no tokens"]),
         (["FOLDER", "x" * 80], ["prompt", "64"]),
         (["EMPTY", "hi"], ["the folder holds no config.json"]),
