@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -124,3 +124,54 @@ class TokenOutput:
     """Why, where finish_reason is `error`: one line that may be shown to the client."""
     cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache; with the first output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """All that one prompt brought."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: tuple[Logprobs, ...] | None
+    cached_tokens: int
+
+    @classmethod
+    def of(cls, outputs: Sequence[TokenOutput]) -> Generation:
+        """The outputs of one request, joined."""
+        listed = [entry for output in outputs for entry in output.logprobs or ()]
+        return cls(
+            token_ids=tuple(token for output in outputs for token in output.token_ids),
+            text="".join(output.text for output in outputs),
+            finish_reason=outputs[-1].finish_reason if outputs else None,
+            logprobs=tuple(listed) or None,
+            cached_tokens=sum(output.cached_tokens or 0 for output in outputs),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counts of one engine at one moment; those of what has happened since it began come last."""
+
+    waiting: int
+    running: int
+    queued_tokens: int
+    """Of waiting prompts, still to be computed."""
+    context_tokens: int
+    """Of running requests."""
+    blocks: int
+    free_blocks: int
+    """Also those that only the prefix cache holds."""
+    slots: int
+    free_slots: int
+    prefix_bytes: int
+    last_step_s: float
+    last_step_rows: int
+    last_step_tokens: int
+    """Prefilled ones."""
+
+    steps: int
+    preemptions: int
+    prompt_tokens: int
+    prefix_tokens: int
+    """Of prompt_tokens, found in the prefix cache."""

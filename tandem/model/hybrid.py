@@ -113,17 +113,28 @@ class Backbone(nn.Module):
         self.checkpoint: Callable[..., Tensor] | None = None
         """How a layer is run where it is to be computed again in the backward pass (`torch.utils.checkpoint.checkpoint`)."""
 
-    def forward(self, input_ids: Int[Tensor, "b t"], span: Span, state: SequenceState | None = None) -> Float[Tensor, "b t d"]:
-        """Hidden states after the final norm; a `state` is continued in place, but for its lengths."""
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        span: Span,
+        state: SequenceState | None = None,
+        after_layer: Callable[[int], None] | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """Hidden states after the final norm; a `state` is continued in place, but for its lengths.
+
+        `after_layer` is told each layer's number when its part of the state is complete.
+        """
         weight = self.embeddings.weight
         x = self.embeddings(input_ids).to(compute_dtype(weight.dtype, weight.device))
         states = (None,) * len(self.layers) if state is None else state.layers
         run = self.checkpoint if state is None and torch.is_grad_enabled() else None
         long_prompt = state is not None and input_ids.numel() >= PREFILL_TOKENS and x.device.type == "cpu"
-        for layer, remembered in zip(self.layers, states, strict=True):
+        for i, (layer, remembered) in enumerate(zip(self.layers, states, strict=True)):
             x = layer(x, span, remembered) if run is None else run(layer, x, span)
             if long_prompt:
                 return_freed_memory()
+            if after_layer is not None:
+                after_layer(i)
         normed: Tensor = self.norm_f(x)
         return normed
 
@@ -191,9 +202,13 @@ class Decoder(nn.Module):
         attention_mask: Int[Tensor, "b t"] | Float[Tensor, "b t"] | Bool[Tensor, "b t"] | None = None,
         documents: Int[Tensor, "b t"] | None = None,
         state: SequenceState | None = None,
+        after_layer: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "b t d"]:
         """Hidden states after the final norm, in one pass; a `state` is continued in place, as of a given past: it keeps no
         gradients. A state holds one document a row, so there is none beside `documents`.
+
+        `after_layer` is called with each layer's number as soon as that layer's state is complete, so that it can be sent
+        while later layers compute.
         """
         check_ids("input_ids", input_ids, self.spec.vocab_size)
         check_beside("attention_mask", attention_mask, input_ids)
@@ -208,7 +223,7 @@ class Decoder(nn.Module):
             input_ids, lengths, back = compact(input_ids, attention_mask)
         if documents is not None:
             segments = torch.cat([torch.zeros_like(documents[:, :1]), (documents.diff(dim=1) != 0).cumsum(1)], 1)
-        hidden = self._run(input_ids, lengths, segments, state)
+        hidden = self._run(input_ids, lengths, segments, state, after_layer)
         return hidden if back is None else hidden.gather(1, back[..., None].expand_as(hidden))
 
     @torch.no_grad()
@@ -239,7 +254,7 @@ class Decoder(nn.Module):
         wanted = time if logits_to_keep == 0 else min(logits_to_keep, time)
         width = max(1, PREFILL_TOKENS // batch)
         kept: list[Tensor] = []
-        last = torch.zeros(batch, wanted, self.spec.hidden_size, dtype=self._compute_dtype, device=self.device)
+        last = torch.zeros(batch, wanted, self.spec.hidden_size, dtype=self.state_dtype, device=self.device)
         for begin in range(0, time, width):
             piece = input_ids[:, begin : begin + width]
             here = None if lengths is None else (lengths - begin).clamp(0, piece.shape[1])
@@ -272,7 +287,7 @@ class Decoder(nn.Module):
 
     def new_state(self, batch: int, *, capacity: int = 0) -> SequenceState:
         """State of `batch` sequences that have seen nothing."""
-        return SequenceState.zeros(self.spec, batch, capacity=capacity, dtype=self._compute_dtype, device=self.device)
+        return SequenceState.zeros(self.spec, batch, capacity=capacity, dtype=self.state_dtype, device=self.device)
 
     def _native_program(self) -> Program | None:
         """The whole decode step in C, where the model is on a CPU that has a compiler; else torch does it layer by layer."""
@@ -284,7 +299,8 @@ class Decoder(nn.Module):
         return None if isinstance(program, Infeasible) else program
 
     @property
-    def _compute_dtype(self) -> torch.dtype:
+    def state_dtype(self) -> torch.dtype:
+        """Of activations, keys, values and convolution windows."""
         return compute_dtype(self.backbone.embeddings.weight.dtype, self.device)
 
     def _run(
@@ -293,6 +309,7 @@ class Decoder(nn.Module):
         lengths: Int[Tensor, " b"] | None,
         segments: Int[Tensor, "b t"] | None,
         state: SequenceState | None,
+        after_layer: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "b t d"]:
         span = Span(
             time=input_ids.shape[1],
@@ -301,7 +318,7 @@ class Decoder(nn.Module):
             starts=None if state is None or not bool(state.lengths.any()) else state.lengths.clone(),
             segments=segments,
         )
-        hidden: Tensor = self.backbone(input_ids, span, state)
+        hidden: Tensor = self.backbone(input_ids, span, state, after_layer)
         if state is not None:
             state.lengths += span.time if lengths is None else lengths
         return hidden
