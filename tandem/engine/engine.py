@@ -1,5 +1,6 @@
 """One engine: requests in, tokens out, one step at a time: schedule -> run -> emit. Read this first, then `sched.batch` (what a
-step does), `cache.py` and `prefix.py` (where state lies), `runner.py` (how it is computed), `choose.py` (which token is next).
+step does), `memory.py` with `cache.py` and `prefix.py` (where state lies), `runner.py` (how it is computed), `choose.py` (which
+token is next).
 
 An engine is synchronous, has no threads of its own and reads time only from the clock it is given. Whether it is a prefill
 worker or a decode worker is not its business: a request added with `hand_off` leaves it after its first token.
@@ -8,21 +9,18 @@ worker or a decode worker is not its business: a request added with `hand_off` l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from tandem.engine.cache import BlockPool, PagedState, Tables
 from tandem.engine.choose import Choice, choose
 from tandem.engine.config import EngineConfig, free_memory_bytes, size_cache
 from tandem.engine.handoff import Handoff, StateSink
-from tandem.engine.prefix import Match, PrefixCache, restore_snapshot
+from tandem.engine.memory import Memory
 from tandem.engine.runner import Runner
-from tandem.engine.sequence import Sequence, StepResult, check_request
+from tandem.engine.sequence import LiveSequence, StepResult, check_request
 from tandem.engine.types import EngineRequest, EngineStats, Generation, SamplingParams, TokenOutput
 from tandem.engine.vocabulary import Vocabulary
 from tandem.model.hybrid import Decoder
@@ -33,8 +31,6 @@ from tandem.sched.fair import FairShare
 from tandem.sched.prefix import prefix_hashes
 from tandem.sched.request import FinishReason, Request
 from tandem.spec.errors import SpecError
-
-_NO_LIMIT = 10**9
 
 
 class Engine:
@@ -54,20 +50,19 @@ class Engine:
         self.max_context = min(config.max_context or spec.max_context, spec.max_context)
         self.size = size_cache(spec, config, model.state_dtype, free_bytes=free_memory_bytes(model.device))
         self.vocabulary = Vocabulary(tokenizer, spec.vocab_size, model.token_ids.eos)
-        self._pool = BlockPool(self.size.num_blocks if self.size.block_bytes else 0)
-        self._paged = PagedState(spec, self.size, config.block_size, model.state_dtype, model.device)
-        self._tables = Tables(self.size.num_slots, -(-self.max_context // config.block_size))
-        self._prefixes = PrefixCache(self._pool, self.size, blocks_per_cell=config.pass_tokens // config.block_size)
-        self._runner = Runner(model, self._paged, threads=config.threads)
+        self._memory = Memory(
+            spec, self.size, config, max_context=self.max_context, dtype=model.state_dtype, device=model.device
+        )
+        self._runner = Runner(model, self._memory.paged, threads=config.threads)
         self._limits = BatchLimits(
             max_batch=config.max_batch,
             step_tokens=config.step_tokens,
             pass_tokens=config.pass_tokens,
             block_size=config.block_size,
         )
-        self._waiting: dict[str, Sequence] = {}
-        self._arrived: dict[str, Sequence] = {}
-        self._running: dict[str, Sequence] = {}
+        self._waiting: dict[str, LiveSequence] = {}
+        self._arrived: dict[str, LiveSequence] = {}
+        self._running: dict[str, LiveSequence] = {}
         self._share = FairShare()
         self._counts = {"steps": 0, "preemptions": 0, "prefix_tokens": 0, "prompt_tokens": 0}
         self._last_step = (0.0, 0, 0)
@@ -88,11 +83,11 @@ class Engine:
             client=request.client,
             osl=len(request.output_ids),
         )
-        self._waiting[request.id] = Sequence.of(request, life, self.vocabulary, hand_off=hand_off, sink=sink)
+        self._waiting[request.id] = LiveSequence.of(request, life, self.vocabulary, hand_off=hand_off, sink=sink)
         self._share.arrive(request.client)
 
     def import_state(self, handoff: Handoff) -> None:
-        """Go on with a request that another engine began; its state is copied when there is room for it, in order of arrival."""
+        """Go on with a request that another engine began; its state is copied once there is room, in order of arrival."""
         request = handoff.request
         self._check(request)
         if handoff.state is None:
@@ -104,7 +99,7 @@ class Engine:
         if known != len(request.prompt_ids) + len(request.output_ids) - 1:
             raise SpecError(f"request {request.id!r}: its state has {known} tokens, all but the newest would be right")
         life = replace(handoff.life, computed=known, osl=len(request.output_ids))
-        sequence = Sequence.of(request, life, self.vocabulary)
+        sequence = LiveSequence.of(request, life, self.vocabulary)
         sequence.state, sequence.arrived = handoff.state, handoff
         self._arrived[request.id] = sequence
         self._share.arrive(request.client)
@@ -115,9 +110,7 @@ class Engine:
         if sequence is None or sequence.slot is None:
             raise SpecError(f"request {request_id!r}: is not decoding here")
         state = self.model.new_state(1, capacity=sequence.life.computed)
-        self._paged.read_tokens(state, self._tables.held(sequence.slot), sequence.life.computed)
-        self._paged.read_slot(state, sequence.slot)
-        state.lengths += sequence.life.computed
+        self._memory.read(sequence.slot, state, sequence.life.computed)
         self._leave(sequence)
         return self._handoff(sequence, state, None)
 
@@ -145,7 +138,7 @@ class Engine:
             waiting=[s.life for s in self._waiting.values()],
             arrived=[s.life for s in self._arrived.values()],
             limits=self._limits,
-            room=Room(blocks=self._free_blocks, slots=self._tables.free),
+            room=Room(blocks=self._memory.free_blocks, slots=self._memory.free_slots),
             served=self._share.served,
         )
         for life in plan.preempt:
@@ -162,14 +155,14 @@ class Engine:
         return result
 
     def generate(
-        self, prompts: Seq[str | Seq[int]], sampling: SamplingParams | Seq[SamplingParams] | None = None
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Generation]:
         """The outputs of several prompts (texts or token ids), in their order; one `sampling` for all, or one each."""
         if isinstance(prompts, str):
             raise SpecError("prompts: must be a list of texts or of lists of token ids")
         if self.has_work:
             raise SpecError("generate: the engine is serving requests; add to them, or use another engine")
-        each = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Iterable) else list(sampling)
+        each = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
         if len(each) != len(prompts):
             raise SpecError(f"sampling has {len(each)} entries: prompts has {len(prompts)}")
         requests = [
@@ -200,11 +193,11 @@ class Engine:
             running=len(self._running),
             queued_tokens=sum(life.context - life.computed for life in waiting),
             context_tokens=sum(s.life.context for s in self._running.values()),
-            blocks=self._pool.num_blocks,
-            free_blocks=self._free_blocks if self.size.block_bytes else 0,
+            blocks=self._memory.num_blocks,
+            free_blocks=self._memory.free_blocks if self.size.block_bytes else 0,
             slots=self.size.num_slots,
-            free_slots=self._tables.free,
-            prefix_bytes=self._prefixes.nbytes,
+            free_slots=self._memory.free_slots,
+            prefix_bytes=self._memory.prefixes.nbytes,
             last_step_s=seconds,
             last_step_rows=rows,
             last_step_tokens=tokens,
@@ -215,20 +208,16 @@ class Engine:
         """Raise RuntimeError unless every block and slot is free or held by a request here or by the prefix cache."""
         everyone = [s for place in (self._waiting, self._arrived, self._running) for s in place.values()]
         slots = [s.slot for s in everyone if s.slot is not None]
-        self._tables.check()
-        if len(set(slots)) != len(slots) or len(slots) + self._tables.free != self.size.num_slots:
-            raise RuntimeError(f"{len(slots)} slots are held and {self._tables.free} free, of {self.size.num_slots}")
-        self._pool.check([self._tables.held(slot) for slot in slots], self._prefixes.blocks())
+        self._memory.check(slots)
 
     # Schedule.
 
     def _check(self, request: EngineRequest) -> None:
         if any(request.id in place for place in (self._waiting, self._arrived, self._running)):
             raise SpecError(f"request id={request.id!r}: is being served already")
-        room = self._pool.num_blocks * self.config.block_size if self.size.block_bytes else None
-        check_request(request, vocabulary=self.vocabulary, max_context=self.max_context, cache_tokens=room)
+        check_request(request, vocabulary=self.vocabulary, max_context=self.max_context, cache_tokens=self._memory.tokens)
 
-    def _ids(self, prompt: str | Seq[int]) -> tuple[int, ...]:
+    def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return tuple(prompt)
         if self.tokenizer is None:
@@ -244,23 +233,7 @@ class Engine:
         self._counts["preemptions"] += 1
         self._waiting[sequence.life.id] = sequence
 
-    @property
-    def _free_blocks(self) -> int:
-        """Blocks that can be had; a model without attention needs none."""
-        return self._pool.free + self._pool.only_kept if self.size.block_bytes else _NO_LIMIT
-
-    def _take_blocks(self, sequence: Sequence, tokens: int) -> None:
-        """Blocks for the first `tokens` tokens of a sequence, beside those that it has."""
-        if sequence.slot is None:
-            sequence.slot = self._tables.take()
-        if not self.size.block_bytes:
-            return
-        missing = -(-tokens // self.config.block_size) - len(self._tables.held(sequence.slot))
-        if missing > 0:
-            self._prefixes.give_back(missing)
-            self._tables.extend(sequence.slot, self._pool.take(missing))
-
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: LiveSequence) -> None:
         """Free what a request holds and count its client's requests one less."""
         self._release(sequence)
         self._share.leave(sequence.life.client)
@@ -270,61 +243,52 @@ class Engine:
             sequence.arrived.done()
         sequence.sink = sequence.arrived = None
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: LiveSequence) -> None:
         if sequence.slot is not None:
-            self._pool.drop(self._tables.drop(sequence.slot))
+            self._memory.drop(sequence.slot)
         sequence.slot = sequence.state = None
 
     # Run.
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: LiveSequence) -> None:
         """Copy a state that has come into blocks and a slot of our own."""
-        life, state = sequence.life, sequence.state
-        assert state is not None and sequence.arrived is not None
-        self._take_blocks(sequence, life.computed)
-        assert sequence.slot is not None
-        self._paged.write_tokens(state, self._tables.held(sequence.slot), 0, life.computed)
-        self._paged.write_slot(state, sequence.slot)
-        sequence.arrived.done()
+        life, state, arrived = sequence.life, sequence.state, sequence.arrived
+        assert state is not None
+        assert arrived is not None
+        slot = sequence.slot = self._memory.take_slot()
+        self._memory.reach(slot, life.computed)
+        self._memory.write(slot, state, 0, life.computed)
+        self._memory.paged.write_slot(state, slot)
+        arrived.done()
         sequence.state = sequence.arrived = None
         life.transfer_end_s = life.decode_start_s = self._clock()
         self._running[life.id] = sequence
 
-    def _begin(self, sequence: Sequence) -> None:
+    def _begin(self, sequence: LiveSequence) -> None:
         """The state that a prefill goes on from: empty, or that of a kept prefix."""
         life, cell = sequence.life, self.config.pass_tokens
         total = life.to_prefill
         sequence.hashes = prefix_hashes(sequence.tokens[:total], cell) if self.size.prefix_bytes else ()
-        match = self._prefixes.match(sequence.hashes[: (total - 1) // cell])
+        match = self._memory.prefixes.match(sequence.hashes[: (total - 1) // cell])
         sequence.known_cells = match.cells
-        sequence.slot = self._tables.take()
-        sequence.state = self.model.new_state(1, capacity=total)
+        slot = sequence.slot = self._memory.take_slot()
+        state = sequence.state = self.model.new_state(1, capacity=total)
         life.prefill_start_s = self._clock() if life.prefill_start_s is None else life.prefill_start_s
         if match.usable:
-            self._reuse(sequence, match)
+            life.computed = life.cached = self._memory.reuse(slot, state, match)
+            if sequence.sink is not None:
+                for i, layer in enumerate(state.layers):
+                    sequence.sink.put(i, layer, 0, life.computed, final=False)
         self._counts["prompt_tokens"] += total
         self._counts["prefix_tokens"] += life.computed
 
-    def _reuse(self, sequence: Sequence, match: Match) -> None:
-        life, state = sequence.life, sequence.state
-        assert state is not None and sequence.slot is not None
-        tokens = match.usable * self.config.pass_tokens
-        self._pool.hold(match.blocks)
-        self._tables.extend(sequence.slot, match.blocks)
-        self._paged.read_tokens(state, match.blocks, tokens)
-        restore_snapshot(state, match.snapshot or ())
-        state.lengths += tokens
-        life.computed = life.cached = tokens
-        if sequence.sink is not None:
-            for i, layer in enumerate(state.layers):
-                sequence.sink.put(i, layer, 0, tokens, final=False)
-
-    def _prefill(self, sequence: Sequence, chunk: Chunk, result: StepResult) -> None:
+    def _prefill(self, sequence: LiveSequence, chunk: Chunk, result: StepResult) -> None:
         life, cell = sequence.life, self.config.pass_tokens
         if sequence.state is None:
             self._begin(sequence)
         state, sink, total = sequence.state, sequence.sink, life.computed + life.to_prefill
-        assert state is not None and sequence.slot is not None
+        assert state is not None
+        assert sequence.slot is not None
         until = min(life.computed + chunk.tokens, total)
         if until < total:  # a kept prefix may have moved the beginning; passes end on the grid all the same
             until -= until % cell
@@ -335,8 +299,8 @@ class Engine:
             after = None if sink is None else _sender(sink, state, begin, end, end == total)
             first = end == total and life.osl == 0
             logits = self._runner.prefill(sequence.tokens[begin:end], state, last=first, after_layer=after)
-            self._take_blocks(sequence, end)
-            self._paged.write_tokens(state, self._tables.held(sequence.slot), begin, end)
+            self._memory.reach(sequence.slot, end)
+            self._memory.write(sequence.slot, state, begin, end)
             life.computed = end
             self._share.charge(life.client, end - begin)
             if sequence.hashes and end % cell == 0:
@@ -344,15 +308,16 @@ class Engine:
         if life.computed == total:
             self._finish_prefill(sequence, logits, result)
 
-    def _keep(self, sequence: Sequence, number: int, last: int) -> None:
+    def _keep(self, sequence: LiveSequence, number: int, last: int) -> None:
         assert sequence.slot is not None
-        wanted = self._prefixes.wants_snapshot(number, last, min(sequence.known_cells, last))
-        self._prefixes.put(sequence.hashes, number, self._tables.held(sequence.slot), sequence.state if wanted else None)
+        wanted = self._memory.prefixes.wants_snapshot(number, last, min(sequence.known_cells, last))
+        self._memory.keep(sequence.slot, sequence.hashes, number, sequence.state if wanted else None)
 
-    def _finish_prefill(self, sequence: Sequence, logits: Tensor | None, result: StepResult) -> None:
+    def _finish_prefill(self, sequence: LiveSequence, logits: Tensor | None, result: StepResult) -> None:
         """A prompt is read: choose its first token, unless it had one before, and hand it off or let it decode."""
         life, state = sequence.life, sequence.state
-        assert state is not None and sequence.slot is not None
+        assert state is not None
+        assert sequence.slot is not None
         del self._waiting[life.id]
         life.prefill_end_s = self._clock()
         sequence.state = None
@@ -363,7 +328,7 @@ class Engine:
         if life.id not in self._running:
             return
         if not sequence.hand_off:
-            self._paged.write_slot(state, sequence.slot)
+            self._memory.paged.write_slot(state, sequence.slot)
             life.decode_start_s = self._clock()
             return
         del self._running[life.id]
@@ -373,18 +338,17 @@ class Engine:
         self._leave(sequence)
         result.handoffs.append(self._handoff(sequence, state if receipt is None else None, receipt))
 
-    def _handoff(self, sequence: Sequence, state: SequenceState | None, receipt: Any) -> Handoff:
+    def _handoff(self, sequence: LiveSequence, state: SequenceState | None, receipt: Any) -> Handoff:
         sequence.life.transfer_start_s = self._clock()
         output = tuple(sequence.tokens[sequence.life.isl :])
         return Handoff(replace(sequence.request, output_ids=output), sequence.life, state, receipt)
 
-    def _decode(self, sequences: list[Sequence], result: StepResult) -> None:
-        for s in sequences:
-            self._take_blocks(s, s.life.computed + 1)
+    def _decode(self, sequences: list[LiveSequence], result: StepResult) -> None:
         slots = [s.slot for s in sequences if s.slot is not None]
         lengths = [s.life.computed for s in sequences]
-        blocks = self._tables.blocks[np.array(slots)]
-        logits = self._runner.decode([s.tokens[-1] for s in sequences], lengths, slots, blocks)
+        for slot, length in zip(slots, lengths, strict=True):
+            self._memory.reach(slot, length + 1)
+        logits = self._runner.decode([s.tokens[-1] for s in sequences], lengths, slots, self._memory.rows(slots))
         choices = choose(logits, [s.chooser for s in sequences])
         for sequence, choice in zip(sequences, choices, strict=True):
             sequence.life.computed += 1
@@ -393,7 +357,7 @@ class Engine:
 
     # Emit.
 
-    def _emit(self, sequence: Sequence, choice: Choice, result: StepResult) -> None:
+    def _emit(self, sequence: LiveSequence, choice: Choice, result: StepResult) -> None:
         life, sampling, token = sequence.life, sequence.request.sampling, choice.token_id
         now = self._clock()
         first = life.first_token_s is None

@@ -70,13 +70,13 @@ class PrefixCache:
         return Match(found, usable, blocks, cells[-1].snapshot if cells else None)
 
     def wants_snapshot(self, cell: int, last: int, branch: int) -> bool:
-        """Whether the state at the end of cell number `cell` (from 1) is worth keeping, where a prompt has `last` full cells and
-        `branch` of them were known before."""
+        """Whether the state at the end of cell number `cell` (from 1) is worth keeping: the prompt has `last` full cells,
+        `branch` of them known before."""
         return self._recurrent and self._max_bytes > 0 and (self._cheap or cell in (last, branch))
 
     def put(self, hashes: Sequence[int], cell: int, blocks: Sequence[int], state: SequenceState | None) -> None:
-        """Keep cell number `cell` (from 1) of a prompt, whose blocks are all of `blocks`; `state` is snapshot at its end, or
-        None. Nothing is kept where an earlier cell of the chain is gone."""
+        """Keep cell number `cell` (from 1) of a prompt, whose blocks are all of `blocks`, with a snapshot of `state` unless it
+        is None. Nothing is kept where an earlier cell of the chain is gone."""
         if any(h not in self._cells for h in hashes[: cell - 1]):
             return
         snapshot = None if state is None else [t.clone() for s in state.layers if isinstance(s, MambaState) for t in s.tensors]

@@ -15,7 +15,7 @@ from tandem.spec.errors import SpecError
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class LiveSequence:
     """A request inside the engine."""
 
     request: EngineRequest
@@ -43,7 +43,7 @@ class Sequence:
         *,
         hand_off: bool = False,
         sink: StateSink | None = None,
-    ) -> Sequence:
+    ) -> LiveSequence:
         """A request as it stands after its `output_ids`."""
         text, sampling = None, request.sampling
         if vocabulary.tokenizer is not None:
