@@ -6,7 +6,7 @@ ceil(computed / block_size) blocks and one slot from its first prefilled token u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tandem.sched.fair import FairQueue, by_age
@@ -77,11 +77,13 @@ def plan_step(
     limits: BatchLimits,
     room: Room,
     served: Mapping[str, float],
+    frees: Callable[[Request], int] | None = None,
 ) -> StepPlan:
     """The next step of an engine. Pure: the same arguments, the same plan.
 
     `running` decode; `waiting` have tokens to prefill, those with computed > 0 are partly prefilled; `arrived` came with their
-    state, which waits outside for room; `served` is what each client has had (`FairShare.served`).
+    state, which waits outside for room; `served` is what each client has had (`FairShare.served`); `frees` says how many blocks
+    come free if a request alone goes, where that is fewer than it holds because it shares some.
 
     1. Every running request decodes. Where blocks do not suffice, the youngest arrival among all who hold any gives its room
        back until they do. The oldest never does, and a request that is alone always fits: whoever accepts requests refuses
@@ -95,7 +97,7 @@ def plan_step(
     Prefill takes what decode leaves of step_tokens, in whole passes, and at least one pass, whatever decodes: it cannot starve.
     """
     begun = sorted((request for request in waiting if request.computed > 0), key=by_age)
-    step = _Step(limits, room, running, begun)
+    step = _Step(limits, room, running, begun, frees)
     preempt = step.preempt()
     others = [request for request in waiting if request.computed == 0]
     resumed = sorted((request for request in others if request.preemptions > 0), key=by_age)
@@ -137,9 +139,17 @@ def _in_order(
 class _Step:
     """The account of one step: what is free, what is promised, and who uses it."""
 
-    def __init__(self, limits: BatchLimits, room: Room, running: Sequence[Request], begun: list[Request]) -> None:
+    def __init__(
+        self,
+        limits: BatchLimits,
+        room: Room,
+        running: Sequence[Request],
+        begun: list[Request],
+        frees: Callable[[Request], int] | None,
+    ) -> None:
         self._limits = limits
         self._blocks = room.blocks
+        self._frees = frees or (lambda request: self._held(request.computed))
         self._slots = min(room.slots, limits.max_batch - len(running) - len(begun))
         self._prefilled = 0
         self._promised = 0
@@ -165,7 +175,7 @@ class _Step:
         gone: list[Request] = []
         while len(by_youth) > 1 and self._demand() > self._blocks:
             youngest = by_youth.pop()
-            self._blocks += self._held(youngest.computed)
+            self._blocks += self._frees(youngest)
             (self.begun if youngest in self.begun else self.decode).remove(youngest)
             gone.append(youngest)
         self._slots += len(gone)

@@ -234,6 +234,21 @@ def test_the_youngest_give_way_first_whoever_asks_for_the_block() -> None:
     assert set(step.decode) == {old, middle, young}
 
 
+def test_blocks_that_are_shared_do_not_come_free() -> None:
+    holders = [request(str(n), arrival_s=n, computed=12, osl=3) for n in range(4)]
+    for each, gone in ((3, 1), (1, 2), (0, 3)):
+        step = plan_step(
+            running=holders,
+            waiting=(),
+            arrived=(),
+            limits=limits(),
+            room=Room(blocks=1, slots=0),
+            served={},
+            frees=lambda _, each=each: each,
+        )
+        assert step.preempt == tuple(reversed(holders[4 - gone :]))
+
+
 def test_partly_prefilled_alone_make_room_for_the_oldest() -> None:
     a, b = request("a", 40, computed=16), request("b", 40, arrival_s=1, computed=16)
     step = plan(waiting=(a, b), blocks=1)
