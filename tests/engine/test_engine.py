@@ -111,13 +111,14 @@ def test_preempted_requests_go_on_where_they_were() -> None:
 
 def hand_over(first: Engine, second: Engine, requests: list[EngineRequest]) -> dict[str, Generation]:
     outputs: dict[str, list[TokenOutput]] = {r.id: [] for r in requests}
+    before = {r.id: len(r.output_ids) for r in requests}
     for r in requests:
         first.add(r, hand_off=True)
     while first.has_work or second.has_work:
         for engine in (first, second):
             result = engine.step()
             for output in result.outputs:
-                assert output.index == sum(len(o.token_ids) for o in outputs[output.request_id])
+                assert output.index == before[output.request_id] + len(outputs[output.request_id])
                 outputs[output.request_id].append(output)
             for handoff in result.handoffs:
                 second.import_state(handoff)
@@ -231,7 +232,7 @@ def test_two_engines_of_different_settings_live_side_by_side() -> None:
 
 
 def test_what_can_never_be_served_is_refused() -> None:
-    engine = Engine(small_model("transformer", context=64), config=replace(CONFIG, cache_bytes=20 * 2048))
+    engine = Engine(small_model("transformer", context=64), config=replace(CONFIG, cache_bytes=20 * 1024))
     engine.add(EngineRequest(id="a", prompt_ids=(5,), sampling=SamplingParams(max_tokens=8)))
     for request, word in (
         (EngineRequest(id="a", prompt_ids=(5,)), "being served already"),
@@ -242,7 +243,7 @@ def test_what_can_never_be_served_is_refused() -> None:
     ):
         with pytest.raises(SpecError, match=word):
             engine.add(request)
-    small = Engine(small_model("transformer"), config=replace(CONFIG, cache_bytes=20 * 2048))
+    small = Engine(small_model("transformer"), config=replace(CONFIG, cache_bytes=20 * 1024))
     with pytest.raises(SpecError, match="the cache holds 80"):
         small.add(EngineRequest(id="b", prompt_ids=(5,) * 20, sampling=SamplingParams(max_tokens=100)))
     assert not small.has_work
