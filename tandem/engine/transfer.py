@@ -207,10 +207,10 @@ class StateWriter:
         held = self._targets[layer]
         assert held is not None
         if isinstance(state, AttentionState):
-            sources = [_host(tensor[0, :, begin:end]) for tensor in state.tensors]
+            sources = [_host(tensor, begin, end) for tensor in state.tensors]
             targets = [numbers[:, begin:end] for numbers in held]
         else:
-            sources, targets = [_host(state.conv), _host(state.ssm[0])], held
+            sources, targets = [_host(state.conv[None]), _host(state.ssm)], held
         for source, target in zip(sources, targets, strict=True):
             if source.shape != target.shape or source.itemsize != target.itemsize:
                 found, wanted = f"{source.itemsize}-byte {list(source.shape)}", f"{target.itemsize}-byte {list(target.shape)}"
@@ -307,9 +307,12 @@ def _numbers(buffer: NDArray[np.uint8], region: Region) -> NDArray[Any]:
     return raw.view(np.int16 if region.dtype.itemsize == 2 else np.int32).reshape(region.shape)
 
 
-def _host(tensor: Tensor) -> NDArray[Any]:
-    """The same bits as integers in this machine's memory: a view of a CPU tensor, a copy of a GPU's."""
-    return tensor.detach().cpu().view(_INTEGERS[tensor.element_size()]).numpy()
+def _host(tensor: Tensor, begin: int = 0, end: int | None = None) -> NDArray[Any]:
+    """The first row's slots begin..end as integers of the same bits, in this machine's memory: a view of a CPU's tensor."""
+    if not tensor.is_cpu:
+        return _host(tensor[:, :, begin:end].cpu())
+    numbers: NDArray[Any] = tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
+    return numbers[0, :, begin:end]
 
 
 def _tensor(buffer: Any, region: Region) -> Tensor:
