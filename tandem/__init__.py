@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 from tandem._version import __version__
 
 if TYPE_CHECKING:
+    from tandem.engine.config import EngineConfig
+    from tandem.engine.engine import Engine
+    from tandem.engine.types import EngineRequest, Generation, Grammar, SamplingParams
     from tandem.model.hybrid import Decoder
     from tandem.model.load import load_model, save_model
     from tandem.model.state import SequenceState
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
     from tandem.spec.workload import Slo, Trace, Workload, read_trace
 
 _HOME = {
+    "engine.config": ("EngineConfig",),
+    "engine.engine": ("Engine",),
+    "engine.types": ("EngineRequest", "Generation", "Grammar", "SamplingParams"),
     "model.hybrid": ("Decoder",),
     "model.load": ("load_model", "save_model"),
     "model.state": ("SequenceState",),
@@ -56,8 +62,13 @@ __all__ = [
     "Decoder",
     "Deployment",
     "Draft",
+    "Engine",
+    "EngineConfig",
+    "EngineRequest",
     "Estimate",
     "EstimateResult",
+    "Generation",
+    "Grammar",
     "HardwareSpec",
     "Infeasible",
     "Instances",
@@ -68,6 +79,7 @@ __all__ = [
     "Plan",
     "Pool",
     "Precision",
+    "SamplingParams",
     "SequenceState",
     "ServingFits",
     "Slo",
@@ -97,10 +109,11 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_MODULE_OF[name]), name)
     except ModuleNotFoundError as missing:
-        if not _MODULE_OF[name].startswith("tandem.model") or (missing.name or "").startswith("tandem"):
+        extra = {"model": "model", "engine": "serve"}.get(_MODULE_OF[name].split(".")[1])
+        if extra is None or (missing.name or "").startswith("tandem"):
             raise
         raise ModuleNotFoundError(
-            f"tandem.{name} needs the package {missing.name}: pip install 'tandem-lm[model]'", name=missing.name
+            f"tandem.{name} needs the package {missing.name}: pip install 'tandem-lm[{extra}]'", name=missing.name
         ) from missing
 
 

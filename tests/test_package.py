@@ -33,7 +33,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize("package", ["spec", "perf", "plan", "report", "cli"])
+@pytest.mark.parametrize("package", ["spec", "perf", "plan", "sched", "report", "cli"])
 def test_importing_every_module_of_a_package_imports_nothing_heavy(package: str) -> None:
     names = modules(package)
     assert len(names) >= 2

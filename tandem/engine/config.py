@@ -72,6 +72,10 @@ class CacheSize:
         """Of all blocks and slots."""
         return self.num_blocks * self.block_bytes + self.num_slots * self.slot_bytes
 
+    def max_tokens(self, config: EngineConfig) -> int:
+        """Tokens that all blocks hold together; without attention nothing bounds them."""
+        return self.num_blocks * config.block_size if self.block_bytes else 1 << 40
+
 
 def size_cache(spec: ModelSpec, config: EngineConfig, kv_dtype: torch.dtype, *, free_bytes: int) -> CacheSize:
     """What fits: a slot for every request of the batch, the rest in blocks, no more than the batch can ever fill.

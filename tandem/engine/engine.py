@@ -47,8 +47,9 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.model, self.tokenizer, self._clock = model, tokenizer, clock
         spec = model.spec
-        self.max_context = min(config.max_context or spec.max_context, spec.max_context)
         self.size = size_cache(spec, config, model.state_dtype, free_bytes=free_memory_bytes(model.device))
+        self.max_context = min(config.max_context or spec.max_context, spec.max_context, self.size.max_tokens(config))
+        """Most tokens of prompt and output: the model's, the config's, or all that the cache holds."""
         self.vocabulary = Vocabulary(tokenizer, spec.vocab_size, model.token_ids.eos)
         self._memory = Memory(
             spec, self.size, config, max_context=self.max_context, dtype=model.state_dtype, device=model.device
@@ -215,7 +216,7 @@ class Engine:
     def _check(self, request: EngineRequest) -> None:
         if any(request.id in place for place in (self._waiting, self._arrived, self._running)):
             raise SpecError(f"request id={request.id!r}: is being served already")
-        check_request(request, vocabulary=self.vocabulary, max_context=self.max_context, cache_tokens=self._memory.tokens)
+        check_request(request, vocabulary=self.vocabulary, max_context=self.max_context)
 
     def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):

@@ -52,11 +52,6 @@ class Memory:
         """Slots that nobody holds."""
         return self._tables.free
 
-    @property
-    def tokens(self) -> int | None:
-        """Tokens that all blocks hold; None without blocks, where nothing bounds them."""
-        return self._pool.num_blocks * self._block_size if self.size.block_bytes else None
-
     def take_slot(self) -> int:
         """A slot of one's own, without blocks."""
         return self._tables.take()

@@ -69,8 +69,8 @@ class StepResult:
     handoffs: list[Handoff]
 
 
-def check_request(request: EngineRequest, *, vocabulary: Vocabulary, max_context: int, cache_tokens: int | None) -> None:
-    """Raise SpecError for a request that an engine can never serve; `cache_tokens` is all that its blocks hold."""
+def check_request(request: EngineRequest, *, vocabulary: Vocabulary, max_context: int) -> None:
+    """Raise SpecError for a request that an engine can never serve."""
     prompt, sampling = request.prompt_ids, request.sampling
     if not prompt:
         raise SpecError("prompt: has no tokens; give some text")
@@ -79,12 +79,6 @@ def check_request(request: EngineRequest, *, vocabulary: Vocabulary, max_context
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= vocabulary.vocab_size:
         raise SpecError(f"prompt holds token {low if low < 0 else high}: must be from 0 to {vocabulary.vocab_size - 1}")
-    most = min(len(prompt) + sampling.max_tokens, max_context)
-    if cache_tokens is not None and most > cache_tokens:
-        raise SpecError(
-            f"max_tokens={sampling.max_tokens}: with the prompt's {len(prompt):,} tokens it may need {most:,}, the cache holds "
-            f"{cache_tokens:,}; ask for fewer, or raise cache_bytes"
-        )
     if len(request.output_ids) >= sampling.max_tokens:
         raise SpecError(f"output_ids has {len(request.output_ids)} tokens: max_tokens={sampling.max_tokens} are done")
     if sampling.stop and vocabulary.tokenizer is None:

@@ -12,11 +12,12 @@ from typing import Any, Final
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
 
-PEAK_DTYPES: Final = ("bf16", "fp16", "fp8", "fp4", "int8")
+PEAK_DTYPES: Final = ("bf16", "fp16", "fp8", "fp4", "int8", "fp32")
 """Number formats that a GPU may state a peak for."""
 
 # Where a GPU lacks a format, values are widened on chip and multiplied in the next format of the row.
 _FALLBACK: Final[dict[str, tuple[str, ...]]] = {
+    "fp32": ("fp32",),
     "bf16": ("bf16",),
     "fp16": ("fp16", "bf16"),
     "int8": ("int8", "bf16"),

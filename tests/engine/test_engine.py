@@ -244,9 +244,11 @@ def test_what_can_never_be_served_is_refused() -> None:
         with pytest.raises(SpecError, match=word):
             engine.add(request)
     small = Engine(small_model("transformer"), config=replace(CONFIG, cache_bytes=20 * 1024))
-    with pytest.raises(SpecError, match="the cache holds 80"):
-        small.add(EngineRequest(id="b", prompt_ids=(5,) * 20, sampling=SamplingParams(max_tokens=100)))
+    with pytest.raises(SpecError, match="fewer than 80"):
+        small.add(EngineRequest(id="b", prompt_ids=(5,) * 80))
     assert not small.has_work
+    (longest,) = small.generate([(5,) * 70], SamplingParams(max_tokens=100, ignore_eos=True))
+    assert (len(longest.token_ids), longest.finish_reason) == (10, "length")
     with pytest.raises(SpecError, match="cache_bytes=100"):
         Engine(small_model("hybrid"), config=replace(CONFIG, cache_bytes=100))
     with pytest.raises(SpecError, match="multiple of block_size"):
