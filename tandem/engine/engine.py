@@ -133,7 +133,7 @@ class Engine:
     def step(self) -> StepResult:
         """Schedule, run, emit: at most one token of each decoding request, and some passes over waiting prompts."""
         started = self._clock()
-        result = StepResult([], [])
+        result = StepResult([], [], [])
         plan = plan_step(
             running=[s.life for s in self._running.values()],
             waiting=[s.life for s in self._waiting.values()],
@@ -381,6 +381,7 @@ class Engine:
             life.finish_reason, life.done_s = reason, now
             del self._running[life.id]
             self._leave(sequence)
+            result.finished.append(life)
         logprobs = None if choice.logprobs is None else (choice.logprobs,)
         result.outputs.append(
             TokenOutput(life.id, index, (token,), text, logprobs, reason, cached_tokens=life.cached if first else None)

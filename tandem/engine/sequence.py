@@ -67,6 +67,8 @@ class StepResult:
 
     outputs: list[TokenOutput]
     handoffs: list[Handoff]
+    finished: list[Request]
+    """Lives of the requests whose last output is among these."""
 
 
 def check_request(request: EngineRequest, *, vocabulary: Vocabulary, max_context: int) -> None:
