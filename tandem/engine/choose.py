@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Row = NDArray[np.float32]
 
+_NEAR_NATS = 12.0
+"""Alternatives are looked for so far below the likeliest token, and everywhere only if these are too few."""
+
 
 class Choice(NamedTuple):
     """A chosen token, with log-probabilities where the request asks for them."""
@@ -180,8 +183,10 @@ def log_probabilities(row: Row, token: int, count: int) -> Logprobs:
     total = float(highest) + float(np.log(np.exp(row - highest).sum(dtype=np.float64)))
     top: tuple[tuple[int, float], ...] = ()
     if count:
-        least = np.partition(row, len(row) - min(count, len(row)))[len(row) - min(count, len(row))]
-        ids = np.flatnonzero(row >= least)
+        ids = np.flatnonzero(row >= highest - _NEAR_NATS)
+        if len(ids) < count:
+            rest = max(0, len(row) - count)
+            ids = np.flatnonzero(row >= np.partition(row, rest)[rest])
         ids = ids[np.argsort(-row[ids], kind="stable")][:count]
         top = tuple((int(i), float(row[i]) - total) for i in ids)
     return Logprobs(token, float(row[token]) - total, top)

@@ -13,18 +13,21 @@ likely than 2^-36 of the likeliest are never drawn; with 2^18 tokens that is at 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _BITS = 35
-_SCALE = float(2**_BITS)
+_SCALE = np.float32(2**_BITS)
+_HEAD_NATS, _HEAD_TOKENS = 8.0, 2048
 _BINS_PER_NAT = 40.0
 _BINS = math.ceil((_BITS + 1) * math.log(2) * _BINS_PER_NAT) + 1
 
 Row = NDArray[np.float32]
+Ids = NDArray[np.intp]
+Masses = NDArray[np.float64]
 
 
 def uniform(seed: int, position: int) -> int:
@@ -33,48 +36,85 @@ def uniform(seed: int, position: int) -> int:
     return int.from_bytes(blake2b(key, digest_size=8, person=b"tandem.draw").digest(), "little")
 
 
+def _weights(below: Row) -> Row:
+    """Whole numbers in proportion to the probabilities of logits that lie `below` the largest."""
+    weights: Row = np.exp(below)
+    weights *= _SCALE
+    return np.rint(weights, out=weights)
+
+
 class _Ranking:
-    """Weights in descending order (ties: by id), of which only the bin that is asked for is ever sorted."""
+    """Tokens in descending order of weight (ties: by id) and their masses, that is, their own weight and all before them.
 
-    def __init__(self, below: Row, weights: NDArray[np.float64]) -> None:
-        self._below, self._weights = below, weights
-        self._bins = np.minimum(below * np.float32(-_BINS_PER_NAT), np.float32(_BINS - 1)).astype(np.intp)
-        self._masses = np.cumsum(np.bincount(self._bins, weights=weights, minlength=_BINS))
-        self.total = int(self._masses[-1])
+    Mostly the head is asked for, the tokens within `_HEAD_NATS` of the likeliest, and is sorted at once where it is short.
+    For the rest, weights are put into bins, and of these only the one that is asked for is sorted.
+    """
 
-    def _sorted(self, index: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Tokens of one bin in order, and the mass up to and including each."""
-        ids = np.flatnonzero(self._bins == index)
-        ids = ids[np.argsort(-self._below[ids], kind="stable")]
-        before = self._masses[index - 1] if index else 0.0
-        return ids, before + np.cumsum(self._weights[ids])
+    def __init__(self, below: Row) -> None:
+        self._below = below
+        head = np.flatnonzero(below >= -_HEAD_NATS)
+        self._head, self.masses = self._order(head if len(head) <= _HEAD_TOKENS else head[:0], 0.0)
+
+    @cached_property
+    def total(self) -> int:
+        """The mass of all tokens."""
+        return int(self._all_weights.sum(dtype=np.float64))
 
     def mass_of_first(self, count: int) -> int:
-        """What the first `count` tokens weigh."""
+        """The mass of `count` tokens, which must not be more than there are."""
+        if count <= len(self._head):
+            return int(self.masses[count - 1])
         counts = np.cumsum(np.bincount(self._bins, minlength=_BINS))
         index = int(np.searchsorted(counts, count))
-        _, masses = self._sorted(index)
+        _, masses = self._bin(index)
         return int(masses[count - 1 - (int(counts[index - 1]) if index else 0)])
 
+    def mass_of_heaviest(self, least: float) -> int:
+        """The mass of the tokens that weigh at least `least` times the largest."""
+        if len(self._head) and least > 2 * math.exp(-_HEAD_NATS):
+            weights = _weights(self._below[self._head])
+        else:
+            weights = self._all_weights
+        return int(weights[weights >= least * _SCALE].sum(dtype=np.float64))
+
     def at(self, mass: int) -> tuple[int, int]:
-        """The token whose addition brings the mass above `mass`, and the mass then. Needs mass < total."""
-        ids, masses = self._sorted(int(np.searchsorted(self._masses, mass, side="right")))
+        """The first token whose mass is above `mass`, and that mass. Needs mass < total."""
+        if len(self._head) and mass < self.masses[-1]:
+            ids, masses = self._head, self.masses
+        else:
+            ids, masses = self._bin(int(np.searchsorted(self._bin_masses, mass, side="right")))
         index = int(np.searchsorted(masses, mass, side="right"))
         return int(ids[index]), int(masses[index])
+
+    @cached_property
+    def _all_weights(self) -> Row:
+        return _weights(self._below)
+
+    @cached_property
+    def _bins(self) -> Ids:
+        return np.minimum(self._below * np.float32(-_BINS_PER_NAT), np.float32(_BINS - 1)).astype(np.intp)
+
+    @cached_property
+    def _bin_masses(self) -> Masses:
+        return np.cumsum(np.bincount(self._bins, weights=self._all_weights, minlength=_BINS))
+
+    def _bin(self, index: int) -> tuple[Ids, Masses]:
+        return self._order(np.flatnonzero(self._bins == index), self._bin_masses[index - 1] if index else 0.0)
+
+    def _order(self, ids: Ids, before: float) -> tuple[Ids, Masses]:
+        below = self._below[ids]
+        order = np.argsort(-below, kind="stable")
+        return ids[order], before + np.cumsum(_weights(below[order]), dtype=np.float64)
 
 
 def draw(row: Row, *, number: int, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0) -> int:
     """The token that `number` (0 to 2^64 - 1) draws from a row of logits. Temperature is above 0; -inf is never drawn."""
     with np.errstate(over="ignore"):
-        below = (row - row.max()) * np.float32(min(1.0 / temperature, 1e30))
-    weights: NDArray[Any] = np.exp(below).astype(np.float64)
-    weights *= _SCALE
-    np.rint(weights, out=weights)
-    ranking = _Ranking(below, weights)
+        ranking = _Ranking((row - row.max()) * np.float32(min(1.0 / temperature, 1e30)))
     kept = ranking.total if top_k is None or top_k >= len(row) else ranking.mass_of_first(top_k)
     if top_p < 1.0:
         above, parts = top_p.as_integer_ratio()
         _, kept = ranking.at((kept * above + parts - 1) // parts - 1)
     if min_p > 0.0:
-        kept = min(kept, int(weights[weights >= min_p * _SCALE].sum()))
+        kept = min(kept, ranking.mass_of_heaviest(min_p))
     return ranking.at(kept * number >> 64)[0]

@@ -33,7 +33,8 @@ class Spelling:
         """Tokens that a decoder leaves out of the text where it is told to."""
         self._known: dict[int, bytes] = {}
         self._symbols = _byte_symbols()
-        settings = json.loads(tokenizer.backend.to_str()).get("decoder") or {}
+        decoder = tokenizer.backend.decoder
+        settings = json.loads(decoder.__getstate__()) if decoder is not None else {}
         kinds = {part.get("type") for part in (settings, *settings.get("decoders", ()))}
         self._fallback = "ByteFallback" in kinds
         self._metaspace = bool(kinds & {"Metaspace", "Replace"})

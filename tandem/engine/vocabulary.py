@@ -41,11 +41,10 @@ class Vocabulary:
             ):
                 if asked:
                     raise SpecError(f"{name}={getattr(sampling, name)!r}: needs a tokenizer, and this engine has none")
-        if sampling.thinking_budget is not None:
-            if not self.closing_tag.tokens:
-                raise SpecError(
-                    f"thinking_budget={sampling.thinking_budget}: this model's vocabulary cannot write {CLOSING}; leave it out"
-                )
+        if sampling.thinking_budget is not None and not self.closing_tag.tokens:
+            raise SpecError(
+                f"thinking_budget={sampling.thinking_budget}: this model's vocabulary cannot write {CLOSING}; leave it out"
+            )
         if sampling.grammar is not None:
             self.grammar(sampling.grammar)
 

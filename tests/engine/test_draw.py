@@ -1,0 +1,133 @@
+"""Drawing against a slow reference in whole numbers, and against the probabilities that it stands for."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import chisquare
+
+from tandem.engine.draw import draw, uniform
+
+Row = NDArray[np.float32]
+
+
+def slow(row: Row, number: int, temperature: float, top_k: int | None, top_p: float, min_p: float) -> int:
+    below = (row - row.max()) * np.float32(1 / temperature)
+    weights = [int(w) for w in np.rint(np.exp(below) * np.float32(2**35))]
+    order = sorted(range(len(row)), key=lambda i: (-below[i], i))[:top_k]
+    least, kept, mass = Fraction(top_p) * sum(weights[i] for i in order), [], 0
+    for i in order:
+        if mass >= least:
+            break
+        kept.append(i)
+        mass += weights[i]
+    kept = [i for i in kept if weights[i] >= np.float32(min_p) * np.float32(2**35)]
+    left = sum(weights[i] for i in kept) * number >> 64
+    for i in kept:
+        if left < weights[i]:
+            return i
+        left -= weights[i]
+    raise AssertionError("the number is not below 2^64")
+
+
+numbers = st.integers(0, 2**64 - 1)
+rules = {
+    "temperature": st.sampled_from([0.01, 0.3, 0.7, 1.0, 1.5, 30.0]),
+    "top_k": st.none() | st.integers(1, 400),
+    "top_p": st.sampled_from([1.0, 0.999999, 0.95, 0.5, 0.1, 1e-9]),
+    "min_p": st.sampled_from([0.0, 1e-9, 1e-4, 0.05, 0.5, 1.0]),
+}
+
+
+@st.composite
+def rows(draw_from: st.DrawFn) -> Row:
+    """Flat, steep and stepped (many ties), with some tokens that cannot be drawn."""
+    rng = np.random.default_rng(draw_from(st.integers(0, 2**32)))
+    size, spread = draw_from(st.sampled_from([1, 2, 17, 300, 3000])), draw_from(st.sampled_from([0.0, 0.01, 1.0, 5.0, 40.0]))
+    row = rng.normal(0, spread, size)
+    if draw_from(st.booleans()):
+        row = np.round(row)
+    if draw_from(st.booleans()):
+        row[rng.random(size) < 0.5] = -np.inf
+        row[rng.integers(size)] = draw_from(st.sampled_from([-3.0, 0.0, 8.0]))
+    return row.astype(np.float32)
+
+
+@settings(max_examples=400, deadline=None)
+@given(row=rows(), number=numbers | st.sampled_from([0, 2**64 - 1]), **rules)
+def test_draw_is_the_slow_reference(
+    row: Row, number: int, temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> None:
+    top_k = None if top_k is None else min(top_k, len(row))
+    drawn = draw(row, number=number, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert drawn == slow(row, number, temperature, top_k, top_p, min_p)
+    assert row[drawn] > -np.inf
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+def test_a_whole_vocabulary(spread: float) -> None:
+    """The head, the bins beyond it and rows without a short head all meet the reference."""
+    row = np.random.default_rng(1).normal(0, spread, 49152).astype(np.float32)
+    for i in range(6):
+        for top_k, top_p in ((None, 1.0), (None, 0.97), (20_000, 0.9), (40, 1.0)):
+            number = uniform(3, i)
+            assert draw(row, number=number, temperature=0.9, top_k=top_k, top_p=top_p) == slow(
+                row, number, 0.9, top_k, top_p, 0
+            )
+
+
+def reference_probabilities(row: Row, temperature: float, top_k: int | None, top_p: float, min_p: float) -> NDArray[np.float64]:
+    scaled = row.astype(np.float64) / temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    kept = order[:top_k]
+    mass = np.cumsum(p[kept]) / p[kept].sum()
+    kept = kept[: int(np.searchsorted(mass, top_p)) + 1]
+    kept = kept[p[kept] >= min_p * p.max()]
+    out = np.zeros_like(p)
+    out[kept] = p[kept] / p[kept].sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, None, 1.0, 0.0), (0.7, 8, 1.0, 0.0), (1.3, None, 0.8, 0.0), (1.0, None, 1.0, 0.1), (0.9, 12, 0.9, 0.05)],
+)
+def test_tokens_come_as_often_as_they_should(temperature: float, top_k: int | None, top_p: float, min_p: float) -> None:
+    row = np.random.default_rng(0).normal(0, 1.5, 24).astype(np.float32)
+    expected = reference_probabilities(row, temperature, top_k, top_p, min_p)
+    tries = 6000
+    drawn = [
+        draw(row, number=uniform(11, i), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p) for i in range(tries)
+    ]
+    counts = np.bincount(drawn, minlength=len(row))
+    assert not counts[expected == 0].any()
+    often = expected * tries >= 5
+    observed, wanted = counts[often], expected[often] * tries
+    if often.sum() < (expected > 0).sum():
+        observed, wanted = np.append(observed, counts[~often].sum()), np.append(wanted, tries - wanted.sum())
+    assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
+
+
+def test_numbers_are_uniform_and_unrelated() -> None:
+    numbers = np.array([[uniform(seed, i) / 2**64 for i in range(100)] for seed in range(100)])
+    bins = np.histogram(numbers, bins=64, range=(0, 1))[0]
+    assert chisquare(bins).pvalue > 1e-4
+    for shifted in (np.roll(numbers, 1, axis=0), np.roll(numbers, 1, axis=1)):
+        assert abs(np.corrcoef(numbers.ravel(), shifted.ravel())[0, 1]) < 5 / math.sqrt(numbers.size)
+    assert len(np.unique(numbers)) == numbers.size
+
+
+def test_numbers_do_not_change_between_versions() -> None:
+    """A request that moves to another machine, perhaps of a later version, goes on with the same numbers."""
+    assert [uniform(0, 0), uniform(0, 1), uniform(1, 0), uniform(2**63 - 1, 7)] == EXPECTED
+
+
+EXPECTED = [14064357905213993380, 12706949211605362168, 17967553737876683215, 1005428015693107692]
