@@ -6,7 +6,7 @@ import json
 import threading
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
 from tandem.engine.types import Grammar
@@ -43,8 +43,9 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def _source(grammar: Grammar) -> str:
+    """The grammar in llguidance's form. In a regex, digits, word characters and white space are those of ASCII."""
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(grammar.text)
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.text, use_ascii='dws')}/")
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.text)
     text = '{"type": "object"}' if grammar.kind == "json_object" else grammar.text
