@@ -49,7 +49,6 @@ class Release:
     """The state that was handed off is not needed any more: its receiver has taken it, or never will."""
 
     request_id: str
-    taken: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,7 @@ class StateLink(Protocol):
         ...
 
     def release(self, receipt: Any) -> None:
-        """Free a state that its receiver did not and will not read."""
+        """Free a state that its receiver has taken or will not read; doing so twice does nothing."""
         ...
 
     def close(self) -> None:
@@ -176,9 +176,9 @@ class Worker:
                     self._give(self._engine.export_state(request_id))
             case Cancel(request_id):
                 self._cancel(request_id)
-            case Release(request_id, taken):
+            case Release(request_id):
                 receipt = self._held.pop(request_id, None)
-                if receipt is not None and self._link is not None and not taken:
+                if receipt is not None and self._link is not None:
                     self._link.release(receipt)
             case Ping(number):
                 self._events.append(Pong(number))

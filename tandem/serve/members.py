@@ -1,0 +1,138 @@
+"""`Member`: one worker among the pools' workers, its role, and how busy it is, with what was sent to it since it last told."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from tandem.sched.route import Role, WorkerView
+from tandem.serve.hosts import WorkerHandle
+from tandem.serve.messages import Accept, Capacity, Command, Submit, WorkerStats
+from tandem.serve.records import Record
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    number: int
+    queued_tokens: int
+    running: int
+    context_tokens: int
+
+
+class Member:
+    """A worker, over all of its lives."""
+
+    def __init__(self, handle: WorkerHandle, role: Role) -> None:
+        self.handle = handle
+        self.role: Role = role
+        self.draining = False
+        self.broken = False
+        """Given up: it did not come up too many times in a row."""
+        self.lives = 0
+        """How many times it has come up."""
+        self.capacity: Capacity | None = None
+        self.stats: WorkerStats | None = None
+        self.records: dict[str, Record] = {}
+        self._sent: deque[_Sent] = deque()
+        self._count = 0
+        self._offset_s = math.inf
+        self._view: WorkerView | None = None
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return self.handle.id
+
+    @property
+    def up(self) -> bool:
+        """Whether it can be talked to."""
+        return self.capacity is not None and self.handle.alive
+
+    @property
+    def accepting(self) -> bool:
+        """Whether new work may go there."""
+        return self.up and not self.draining
+
+    def began(self, capacity: Capacity) -> None:
+        """A new life: it holds nothing."""
+        self.lives += 1
+        self.capacity = capacity
+        self._reset()
+
+    def ended(self) -> None:
+        """It is not there any more."""
+        self.capacity = None
+        self._reset()
+
+    def send(self, command: Command) -> None:
+        """Hand it a command, and count what that adds to its load."""
+        match command:
+            case Submit(request):
+                tokens = len(request.prompt_ids) + len(request.output_ids)
+                self._add(tokens, 0, 0)
+            case Accept(handoff):
+                tokens = len(handoff.request.prompt_ids) + len(handoff.request.output_ids)
+                self._add(0, 1, tokens)
+        self.handle.send(command)
+
+    def told(self, stats: WorkerStats) -> None:
+        """It has said how busy it is."""
+        self.stats = stats
+        while self._sent and self._sent[0].number <= stats.handled:
+            self._sent.popleft()
+        self._view = None
+
+    def heard_at(self, there_s: float, here_s: float) -> None:
+        """A batch of events has come. The least difference of the clocks that was ever seen has the least of the way in it."""
+        self._offset_s = min(self._offset_s, here_s - there_s)
+
+    def local_s(self, there_s: float) -> float:
+        """Its clock in terms of ours; late by no more than the quickest message took."""
+        return there_s + self._offset_s
+
+    def changed(self) -> None:
+        """Role or draining was set."""
+        self._view = None
+
+    @property
+    def view(self) -> WorkerView:
+        """As the router sees it."""
+        if self._view is None or self._view.accepting != self.accepting:
+            self._view = self._seen()
+        return self._view
+
+    def _add(self, queued_tokens: int, running: int, context_tokens: int) -> None:
+        self._count += 1
+        self._sent.append(_Sent(self._count, queued_tokens, running, context_tokens))
+        self._view = None
+
+    def _reset(self) -> None:
+        self.stats, self._view = None, None
+        self._sent.clear()
+        self._count = 0
+        self._offset_s = math.inf
+
+    def _seen(self) -> WorkerView:
+        capacity, stats = self.capacity, self.stats
+        if capacity is None:
+            return WorkerView(id=self.id, role=self.role, accepting=False)
+        queued = sum(sent.queued_tokens for sent in self._sent)
+        running = sum(sent.running for sent in self._sent)
+        context = sum(sent.context_tokens for sent in self._sent)
+        free = capacity.tokens - context
+        if stats is not None:
+            queued += stats.engine.queued_tokens + stats.deferred_tokens
+            running += stats.engine.running + stats.arriving
+            free = stats.free_tokens - context
+            context += stats.engine.context_tokens + stats.arriving_tokens
+        return WorkerView(
+            id=self.id,
+            role=self.role,
+            accepting=self.accepting,
+            queued_tokens=queued,
+            running=running,
+            context_tokens=context,
+            max_batch=capacity.max_batch,
+            free_tokens=max(0, free - queued),
+        )
