@@ -101,14 +101,23 @@ class StateLayout:
         return xxhash.xxh3_64_hexdigest(repr(shapes).encode())
 
     def state(self, buffer: Any) -> SequenceState:
-        """The one-row state that lies in a writable buffer, as views of it."""
+        """The one-row state that lies in a writable buffer, or in a flat tensor of bytes on any device, as views of it."""
+        if isinstance(buffer, Tensor):
+            flat = buffer
+        else:
+            flat = torch.frombuffer(buffer, dtype=torch.uint8, count=self.nbytes) if self.nbytes else torch.empty(0).byte()
+
+        def view(region: Region) -> Tensor:
+            return flat[region.offset : region.offset + region.nbytes].view(region.dtype).view(region.shape)[None]
+
         layers: list[LayerState] = []
         for m, pair in zip(self.spec.layers, self.layers, strict=True):
             if pair is None:
                 layers.append(None)
-                continue
-            first, second = (_tensor(buffer, region)[None] for region in pair)
-            layers.append(AttentionState(first, second) if isinstance(m, Attention) else MambaState(first[:, 0], second))
+            elif isinstance(m, Attention):
+                layers.append(AttentionState(view(pair[0]), view(pair[1])))
+            else:
+                layers.append(MambaState(view(pair[0])[:, 0], view(pair[1])))
         return SequenceState(torch.tensor([self.tokens]), tuple(layers))
 
 
@@ -313,13 +322,6 @@ def _host(tensor: Tensor, begin: int = 0, end: int | None = None) -> NDArray[Any
         return _host(tensor[:, :, begin:end].cpu())
     numbers: NDArray[Any] = tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
     return numbers[0, :, begin:end]
-
-
-def _tensor(buffer: Any, region: Region) -> Tensor:
-    if not region.nbytes:
-        return torch.empty(region.shape, dtype=region.dtype)
-    count = region.nbytes // region.dtype.itemsize
-    return torch.frombuffer(buffer, dtype=region.dtype, count=count, offset=region.offset).view(region.shape)
 
 
 def _numbers_of(mixer: Any) -> int:
