@@ -55,9 +55,7 @@ class ChatTemplate:
         thinking = text.rstrip().endswith(OPEN)
         return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=False)), thinking)
 
-    def render(
-        self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]], variables: Mapping[str, Any]
-    ) -> str:
+    def render(self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         """The text of a conversation, up to where the answer begins."""
         if tools and self.syntax is None:
             raise SpecError("tools: this model's chat template has no form of tool calls that can be read; leave them out")

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from tandem.engine.types import Logprobs, TokenOutput
-from tandem.serve.errors import ApiError
+from tandem.serve.errors import ApiError, refused
 from tandem.serve.reasoning import ReasoningParser
 from tandem.serve.spelling import TokenTexts
 from tandem.serve.tools import ToolCall, ToolParser
@@ -86,6 +86,7 @@ class ChatChoice(Choice):
         self._logprobs: list[bytes] = []
 
     def start(self, head: bytes, foot: bytes) -> None:
+        """Set what stands around each chunk."""
         choice = b'%b{"index":%d,"delta":' % (head, self.index)
         self._role = choice + b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}' + foot
         self._head = choice
@@ -94,6 +95,7 @@ class ChatChoice(Choice):
         self._foot = foot
 
     def chunk(self, output: TokenOutput) -> bytes:
+        """What to send for an output."""
         reasoning, content, calls = self._read(output)
         role, self._role = self._role, b""
         if not reasoning and not calls and self.finish_reason is None and self.texts is None:
@@ -119,6 +121,7 @@ class ChatChoice(Choice):
         return b"".join(pieces)
 
     def collect(self, output: TokenOutput) -> None:
+        """Keep an output."""
         reasoning, content, calls = self._read(output)
         for part, text in zip(self._parts, (reasoning, content), strict=True):
             if text:
@@ -128,6 +131,7 @@ class ChatChoice(Choice):
             self._logprobs.append(self.texts.chat(output.logprobs))
 
     def result(self) -> dict[str, Any]:
+        """The whole choice."""
         reasoning, content = ("".join(part) for part in self._parts)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if self._kept:
@@ -179,11 +183,13 @@ class TextChoice(Choice):
         self._offset = 0
 
     def start(self, head: bytes, foot: bytes) -> None:
+        """Set what stands around each chunk."""
         self._head = b'%b{"index":%d,"text":' % (head, self.index)
         self._plain = b',"logprobs":null,"finish_reason":null}' + foot
         self._foot = foot
 
     def chunk(self, output: TokenOutput) -> bytes:
+        """What to send for an output."""
         self.count(output)
         if self.finish_reason is None and self.texts is None:
             return self._head + orjson.dumps(output.text) + self._plain if output.text else b""
@@ -199,6 +205,7 @@ class TextChoice(Choice):
         return b'%b%b,"logprobs":%b,"finish_reason":%b}%b' % (self._head, text, logprobs, reason, self._foot)
 
     def collect(self, output: TokenOutput) -> None:
+        """Keep an output."""
         self.count(output)
         if output.text:
             self._text.append(output.text)
@@ -206,6 +213,7 @@ class TextChoice(Choice):
             self._entries.extend(output.logprobs)
 
     def result(self) -> dict[str, Any]:
+        """The whole choice."""
         logprobs = None if self.texts is None else self.texts.plain(tuple(self._entries), 0)
         return {
             "index": self.index,
@@ -225,5 +233,5 @@ def _failure(output: TokenOutput) -> ApiError:
     if output.finish_reason == "cancelled":
         return ApiError(503, "the request was cancelled by the server; try again", code="cancelled")
     if output.index == 0 and not output.token_ids:  # Engines refuse before the first token what they cannot serve.
-        return ApiError(400, reason, code="refused")
+        return refused(reason)
     return ApiError(500, reason, code="failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ _KINDS = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+_FIELD = re.compile(r"[\w.\[\]]+[=:]")
 
 
 class ApiError(Exception):
@@ -55,6 +57,16 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
     return ApiError(400, message, param=param, code=code)
 
 
+def refused(message: str) -> ApiError:
+    """For what pools and engines say of a request that they do not serve.
+
+    An error about the request begins with its field, as every SpecError does: status 400. Anything else is about them: 503.
+    """
+    if _FIELD.match(message):
+        return bad_request(message)
+    return ApiError(503, message, code="unavailable", headers={"retry-after": "1"})
+
+
 def from_validation(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     """Status 400 for pydantic's errors: the one that lies deepest, its place written as in `messages[0].content`."""
     error = max(errors, key=lambda e: len(e["loc"]))
@@ -69,7 +81,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: object) -> ApiErr
         name = f"{param}.{context['discriminator'].strip(chr(39))}"
         text = f"{name}={context['tag']!r}: must be {context['expected_tags'].replace(chr(39), '')}"
         return bad_request(" ".join(text.split())[:400], param=name, code="invalid_value")
-    reason = " ".join(str(error["msg"]).removeprefix("Value error, ").split())
+    reason = " ".join(str(error["msg"]).split()).replace("Input should", "must")
     return bad_request(f"{param or 'body'}={shown}: {reason}", param=param, code="invalid_value")
 
 

@@ -70,9 +70,9 @@ class Metrics:
     ) -> None:
         """An answer has ended. `ttft_s` None: before its first token."""
         self._requests.labels(finish_reason).inc()
-        self._e2e.observe(e2e_s)
         if ttft_s is None:
             return
+        self._e2e.observe(e2e_s)
         self._isl.observe(isl)
         self._osl.observe(osl)
         self._prompt.inc(isl)

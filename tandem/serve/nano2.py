@@ -92,9 +92,7 @@ def render(
     return "".join(text)
 
 
-def answer_text(
-    content: str | None, *, reasoning: str | None = None, calls: Sequence[Mapping[str, Any]] | None = None
-) -> str:
+def answer_text(content: str | None, *, reasoning: str | None = None, calls: Sequence[Mapping[str, Any]] | None = None) -> str:
     """What a model writes after the prompt: with `reasoning`, from inside the open block; without it, as in earlier turns."""
     answer = content or ""
     if reasoning is None and CLOSE in answer:
