@@ -196,7 +196,9 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _described(body: type[Sampling], whole: type[responses.Answer]) -> dict[str, Any]:
     """What a route says of itself: bodies are read by `read_body`, so FastAPI cannot see them."""
     reference = {"$ref": f"#/components/schemas/{body.__name__}"}
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    data = {"type": "string", "description": "JSON of a chunk as OpenAI's API has it, an error, or [DONE]"}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    stream = {"text/event-stream": {"schema": event}}
     return {
         "response_model": whole,
         "responses": {200: {"content": stream}, **_refusals(*_REFUSALS)},

@@ -150,7 +150,7 @@ class ChatChoice(Choice):
         if parser.thinking:
             ids = output.token_ids
             closed = self._close_id is not None and self._close_id in ids
-            self.reasoning_tokens += ids.index(self._close_id) + 1 if closed else len(ids)  # type: ignore[arg-type]
+            self.reasoning_tokens += ids.index(self._close_id) + 1 if closed else len(ids)
         reasoning, content = parser.feed(output.text)
         ended = self.finish_reason is not None
         if ended:

@@ -46,7 +46,7 @@ CHECKS = [
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_the_description_is_true(case: schemathesis.Case) -> None:
     if isinstance(case.body, dict) and case.body.get("model"):
         case.body["model"] = MODEL if isinstance(case.body["model"], str) else case.body["model"]
@@ -100,13 +100,13 @@ WHOLE: dict[str, Any] = {
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
         {"role": "tool", "content": "c", "tool_call_id": "1"},
     ],
-    "stream": True, "stream_options": {"include_usage": True}, "n": 2, "max_tokens": 5, "temperature": 0.5,
-    "top_p": 0.5, "top_k": 3, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.5, "seed": 3, "logit_bias": {"5": 1},
-    "stop": ["x"], "stop_token_ids": [3], "ignore_eos": True, "thinking_budget": 4, "user": "u",
-    "logprobs": True, "top_logprobs": 2,
+    "stream": True, "stream_options": {"include_usage": True}, "n": 2, "max_tokens": 5, "seed": 3, "user": "u",
+    "temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "logit_bias": {"5": 1}, "stop": ["x"], "stop_token_ids": [3],
+    "presence_penalty": 1, "frequency_penalty": 1, "repetition_penalty": 1.5, "ignore_eos": True, "thinking_budget": 4,
+    "logprobs": True, "top_logprobs": 2, "parallel_tool_calls": False, "metadata": {"a": "b"},
     "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "object"}}},
     "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": {"type": "function", "function": {"name": "f"}},
-    "parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": True}, "metadata": {"a": "b"},
+    "chat_template_kwargs": {"enable_thinking": True},
 }  # fmt: skip
 PROMPT = {"model": MODEL, "prompt": [[1, 2], [3]], "logprobs": 2, "max_tokens": 3, "n": 2, "stream": True}
 
