@@ -178,7 +178,6 @@ class _Step:
             self._blocks += self._frees(youngest)
             (self.begun if youngest in self.begun else self.decode).remove(youngest)
             gone.append(youngest)
-        self._slots += len(gone)
         self._blocks -= self._decode_demand()
         self._promised = sum(self._grown(request) - self._held(request.computed) for request in self.begun)
         return gone

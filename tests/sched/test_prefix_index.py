@@ -82,3 +82,12 @@ def test_what_was_used_longest_ago_is_dropped_first_and_a_chain_from_its_end() -
     index.note("x", b[:1])
     assert index.matched(a) == {"w": 2}
     assert index.matched(b) == {"w": 1, "x": 1}
+
+
+def test_cells_after_a_gap_are_of_no_use() -> None:
+    hashes = prefix_hashes(range(8), 2)
+    index = PrefixIndex()
+    index.note("w", hashes[1:])
+    assert index.matched(hashes) == {}
+    index.note("x", hashes[:2])
+    assert index.matched(hashes) == {"x": 2}

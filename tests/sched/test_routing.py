@@ -235,6 +235,11 @@ def test_a_sequence_goes_where_the_step_stays_shortest(context: int, fleet: list
             assert here <= there
 
 
+def test_a_sequence_fits_only_with_its_next_token() -> None:
+    small = [worker("a", free_tokens=100), worker("b", free_tokens=101, running=1)]
+    assert [route_decode(tokens, small, TIMES).worker_id for tokens in (99, 100, 101)] == ["a", "b", "a"]
+
+
 def test_many_equal_sequences_are_spread_evenly() -> None:
     fleet = {name: worker(name) for name in "abcd"}
     for _ in range(40):

@@ -296,6 +296,18 @@ def test_a_new_one_leaves_what_the_partly_prefilled_still_need() -> None:
     assert begun == {11: ["p"], 12: ["p", "n"]}  # 41 tokens are 11 blocks, of which 2 are held, and 12 are 3
 
 
+def test_the_oldest_partly_prefilled_goes_first_and_nobody_passes_one_that_stands_still() -> None:
+    old, young = request("old", 24, arrival_s=1, computed=8), request("young", 24, arrival_s=2, computed=8)
+    step = plan(waiting=(request("new", 3, arrival_s=3), young, old), bounds=limits(step_tokens=20))
+    assert [(chunk.request.id, chunk.tokens) for chunk in step.prefill] == [("old", 16)]  # 4 are left: no pass of `young`
+
+
+def test_no_prompt_overtakes_an_arrived_one_that_finds_no_room() -> None:
+    large, new = request("large", 60, computed=60, osl=1), request("new", 4)
+    assert not plan(arrived=(large,), waiting=(new,), blocks=10)
+    assert plan(waiting=(new,), blocks=10)
+
+
 def test_the_arrived_enter_in_order_and_decode_at_once() -> None:
     first, second = request("z", 60, computed=60, osl=1), request("a", 4, computed=4, osl=1)
     step = plan(arrived=(first, second), waiting=(request("n", 4),), blocks=18)

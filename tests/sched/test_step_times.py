@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,6 +43,23 @@ def test_a_whole_prompt_takes_what_a_prefill_instance_takes(name: str) -> None:
         assert times.prefill_s(isl, 0) == pytest.approx(
             times.perf.prompt_cost * kernels_s + fit.step_s + fit.sequence_s, rel=1e-6
         )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("pieces", "context"), [(2, 0), (7, 0), (5, 30_000)])
+def test_a_long_prompt_takes_as_long_as_its_pieces_one_by_one(name: str, pieces: int, context: int) -> None:
+    times = TIMES[name]
+    each = float(times.step_tokens)
+    before = context + each * np.arange(pieces)
+    whole = times.direct_prefill_s(np.array([each * pieces]), np.array([float(context)]))[0]
+    assert whole == pytest.approx(float(np.sum(times.direct_prefill_s(np.full(pieces, each), before))), rel=0.02)
+
+
+def test_a_step_that_drafts_takes_its_whole_time_whatever_it_yields() -> None:
+    perf = replace(perf_model("deepseek-ai/DeepSeek-R1", "h200-sxm", "fp8", "vllm"), draft_tokens=2)
+    layout = ONE._replace(tp=8.0)
+    each_s = float(perf.decode_tpot_s(layout, np.array([8.0]), Workload(name="x", isl=(999.5,), osl=(1.0,), weight=(1.0,)))[0])
+    assert PredictedTimes(perf, layout).decode_s(8, 8 * 1000) == pytest.approx(each_s * (1 + 0.7 + 0.49), rel=0.02)
 
 
 @given(name=names, batch=st.integers(1, 2000), context=lengths)
