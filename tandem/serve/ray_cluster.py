@@ -12,11 +12,14 @@ import re
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
+
+log = logging.getLogger("tandem.serve")
 
 
 class RayCluster:
@@ -36,6 +39,7 @@ class RayCluster:
         if self._ours:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             _join(address, object_store_bytes)
+            self._printing, ray_worker.print_to_stdstream = ray_worker.print_to_stdstream, _log
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -53,11 +57,18 @@ class RayCluster:
         if self._ours:
             self._ours = False
             ray.shutdown()
+            ray_worker.print_to_stdstream = self._printing
 
 
 def placement(node: str | None) -> str | NodeAffinitySchedulingStrategy:
     """Where Ray puts a worker: on that node while it lives, or wherever the fewest are."""
     return "SPREAD" if node is None else NodeAffinitySchedulingStrategy(node_id=node, soft=True)
+
+
+def _log(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """Ray would print this on stdout, where the server has its one line of JSON; it has no option against that."""
+    for line in data.get("lines", ()):
+        log.debug("ray: %s", line)
 
 
 def _join(address: str, object_store_bytes: int | None) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, cast
@@ -32,7 +32,7 @@ class RayHost:
     """Starts `build` (which must pickle) in an actor with `threads` threads and `num_gpus` GPUs.
 
     `node` is where it should live, None for wherever the fewest workers are; see `RayCluster.nodes`. `tensor_transport` is for
-    workers whose states go from GPU to GPU (`RayTensorStates`).
+    workers whose states go from GPU to GPU (`RayTensorStates`). `environment` is added to the actor's.
     """
 
     by_reference = False
@@ -46,6 +46,7 @@ class RayHost:
         num_gpus: float = 0,
         node: str | None = None,
         tensor_transport: bool = False,
+        environment: Mapping[str, str] | None = None,
         start_s: float = START_S,
     ) -> None:
         self.id = worker_id
@@ -56,9 +57,11 @@ class RayHost:
             "max_restarts": 0,
             "scheduling_strategy": placement(node),
         }
+        variables = dict(environment or {})
         if threads is not None:
-            numbers = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-            self._options["runtime_env"] = {"env_vars": numbers}
+            variables |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        if variables:
+            self._options["runtime_env"] = {"env_vars": variables}
         if tensor_transport:
             self._options["enable_tensor_transport"] = True
         self._run: _RayRun | None = None
