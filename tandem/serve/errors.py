@@ -62,6 +62,8 @@ def refused(message: str) -> ApiError:
 
     An error about the request begins with its field, as every SpecError does: status 400. Anything else is about them: 503.
     """
+    if message.startswith("grammar."):  # which is how engines call what came in one of these fields
+        return bad_request(message, param="tools" if message.startswith("grammar.kind=lark") else "response_format")
     if _FIELD.match(message):
         return bad_request(message)
     return ApiError(503, message, code="unavailable", headers={"retry-after": "1"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -20,10 +20,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.before_text: list[Callable[[], None]] = []
+        """Called before each reading, to set what is only worth setting then."""
         self._ttft = self._histogram("time_to_first_token_seconds", "Time to first token in seconds.", _TTFT_S)
         self._gap = self._histogram("inter_token_latency_seconds", "Time between output tokens in seconds.", _GAP_S)
         self._tpot = self._histogram(
-            "request_time_per_output_token_seconds", "Mean time per output token after the first, of a request.", _GAP_S
+            "time_per_output_token_seconds", "Mean time per output token after the first, of a request.", _GAP_S
         )
         self._e2e = self._histogram("e2e_request_latency_seconds", "End-to-end request latency in seconds.", _WHOLE_S)
         self._queue = self._histogram("request_queue_time_seconds", "Time a request waited in seconds.", _WHOLE_S, "pool")
@@ -89,11 +91,14 @@ class Metrics:
         """A request was taken from a pool's queue."""
         self._queue.labels(pool).observe(queue_s)
 
-    def observe_handoff(self, num_bytes: int, seconds: float) -> None:
-        """A state has arrived where its request goes on."""
+    def observe_handoff(self, seconds: float) -> None:
+        """A state has arrived where its request goes on, so long after it was offered."""
         self._handoffs.inc()
-        self._handoff_bytes.inc(num_bytes)
         self._handoff_s.observe(seconds)
+
+    def count_handoff_bytes(self, num_bytes: int) -> None:
+        """So many bytes more of states have arrived."""
+        self._handoff_bytes.inc(num_bytes)
 
     def observe_retry(self) -> None:
         """A worker has died and one of its requests goes on elsewhere."""
@@ -123,6 +128,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """All of it, as Prometheus reads it."""
+        for refresh in self.before_text:
+            refresh()
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:

@@ -13,9 +13,12 @@ from live_server import MODEL
 from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.engine.types import EngineRequest, EngineStats, TokenOutput
+from tandem.sched.request import Request
 from tandem.serve import tracing
 from tandem.serve.app import create_app
+from tandem.serve.messages import WorkerStats
 from tandem.serve.metrics import Metrics
+from tandem.serve.pool_metrics import PoolMetrics
 
 
 def values(metrics: Metrics) -> dict[str, float]:
@@ -82,7 +85,7 @@ def test_times_and_tokens_of_requests(stream: bool) -> None:
     found = values(one)
     assert found["tandem_time_to_first_token_seconds_sum"] == pytest.approx(2.0)
     assert found["tandem_inter_token_latency_seconds_sum"] == pytest.approx(1.0)
-    assert found["tandem_request_time_per_output_token_seconds_sum"] == pytest.approx(0.5)
+    assert found["tandem_time_per_output_token_seconds_sum"] == pytest.approx(0.5)
     assert found["tandem_e2e_request_latency_seconds_sum"] == pytest.approx(3.0)
 
 
@@ -95,7 +98,8 @@ def test_gaps_are_shared_by_the_tokens_that_came_together() -> None:
 
 def test_two_applications_count_apart() -> None:
     first, second = Metrics(), Metrics()
-    first.observe_handoff(100, 0.5)
+    first.observe_handoff(0.5)
+    first.count_handoff_bytes(100)
     first.observe_queue("prefill", 0.25)
     first.observe_retry()
     found = values(first)
@@ -130,6 +134,49 @@ def test_pools_are_the_sum_of_their_workers() -> None:
     assert found["tandem_kv_cache_usage_perc{decode}"] == pytest.approx(0.35)
     assert found["tandem_workers{decode}"] == 2
     assert found["tandem_workers{prefill}"] == found["tandem_kv_cache_usage_perc{prefill}"] == 0
+
+
+def test_what_pools_tell_is_counted_by_role() -> None:
+    metrics = Metrics()
+    observer = PoolMetrics(metrics)
+    one, two = (SimpleNamespace(id=name, role="decode", up=True, lives=1) for name in "ab")
+    three = SimpleNamespace(id="c", role="prefill", up=True, lives=1)
+    observer.on_stats(one, WorkerStats(handled=1, engine=stats(running=2), free_tokens=0, deferred=1, taken_bytes=100))
+    observer.on_stats(one, WorkerStats(handled=1, engine=stats(running=3), free_tokens=0, arriving=1, taken_bytes=150))
+    observer.on_stats(two, WorkerStats(handled=1, engine=stats(running=4), free_tokens=0, taken_bytes=7))
+    observer.on_stats(three, WorkerStats(handled=1, engine=stats(waiting=5), free_tokens=0))
+    found = values(metrics)
+    assert found["tandem_num_requests_running{decode}"] == 7
+    assert found["tandem_num_requests_waiting{decode}"] == 1
+    assert found["tandem_num_requests_waiting{prefill}"] == 5
+    assert found["tandem_handoff_bytes_total"] == 157
+    two.up = False
+    one.lives, one.role = 2, "prefill"
+    observer.on_stats(one, WorkerStats(handled=1, engine=stats(running=1), free_tokens=0, taken_bytes=10))
+    found = values(metrics)
+    assert found["tandem_workers{decode}"] == found["tandem_num_requests_running{decode}"] == 0
+    assert found["tandem_num_requests_running{prefill}"] == 1
+    assert found["tandem_handoff_bytes_total"] == 167
+
+
+def test_queues_and_hand_offs_are_taken_from_the_lives_of_requests() -> None:
+    metrics = Metrics()
+    observer = PoolMetrics(metrics)
+    life = Request(id="x", isl=3, max_tokens=2, arrival_s=1.0)
+    observer.on_finish(life)
+    life.prefill_start_s, life.prefill_end_s, life.decode_start_s = 1.5, 2.0, 2.25
+    observer.on_finish(life)
+    life.transfer_start_s, life.transfer_end_s, life.decode_start_s = 2.0, 2.5, 4.5
+    observer.on_finish(life)
+    observer.on_retry(life, "died")
+    found = values(metrics)
+    assert found["tandem_request_queue_time_seconds_count{prefill}"] == 1
+    assert found["tandem_request_queue_time_seconds_count{colocated}"] == 1
+    assert found["tandem_request_queue_time_seconds_sum{prefill}"] == pytest.approx(0.5)
+    assert found["tandem_request_queue_time_seconds_sum{decode}"] == pytest.approx(2.0)
+    assert found["tandem_handoffs_total"] == 1
+    assert found["tandem_handoff_seconds_sum"] == pytest.approx(0.5)
+    assert found["tandem_request_retries_total"] == 1
 
 
 def test_spans_only_where_a_provider_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
