@@ -103,9 +103,10 @@ class ThreadHost:
 
     def kill(self, reason: str) -> None:
         """Forget it: its thread ends after the step that runs, and what that step gives is dropped."""
-        if self._run is not None:
-            self._run.inbox.close()
-            self._run.over(reason)
+        run, self._run = self._run, None
+        if run is not None:
+            run.inbox.close()
+            run.over(reason)
 
 
 class _ThreadRun:

@@ -27,8 +27,8 @@ class Member:
         self.handle = handle
         self.role: Role = role
         self.draining = False
-        self.broken = False
-        """Given up: it did not come up too many times in a row."""
+        self.hopeless = False
+        """It died too many times in a row: requests do not wait for it."""
         self.lives = 0
         """How many times it has come up."""
         self.capacity: Capacity | None = None

@@ -22,8 +22,9 @@ class PoolLimits:
     """Requests that wait for a worker; more are refused."""
     queued_tokens: int = 16_384
     """Prompt tokens that wait at one worker: beyond it the rest waits here, where its order can still change."""
-    held_states: int = 16
-    """States that wait for a decode worker; beyond it no prompt is begun that would make another."""
+    held_states: int | None = None
+    """Prompts that may be on their way through prefill workers, from submission until a decode worker has their state: what
+    bounds the memory of states that nobody decodes yet. None: 8 for each worker."""
     ahead: int = 1
     """Handed-off requests that wait at a decode worker whose batch is full, so that a free place is filled in the next step."""
     max_retries: int = 3
@@ -33,10 +34,16 @@ class PoolLimits:
     routing: RoutingLimits = field(default_factory=RoutingLimits)
 
     def __post_init__(self) -> None:
-        for name in ("max_waiting", "queued_tokens", "held_states", "prefix_tokens"):
+        for name in ("max_waiting", "queued_tokens", "prefix_tokens"):
             require_int(name, getattr(self, name))
+        if self.held_states is not None:
+            require_int("held_states", self.held_states)
         for name in ("ahead", "max_retries"):
             require_int(name, getattr(self, name), low=0)
+
+    def states(self, workers: int) -> int:
+        """`held_states` of so many workers."""
+        return 8 * workers if self.held_states is None else self.held_states
 
 
 class PoolObserver(Protocol):

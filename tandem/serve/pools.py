@@ -87,6 +87,8 @@ class Pools:
         if self._closing:
             raise SpecError("the server is shutting down; ask another, or later")
         record = self._traffic.admit(request)
+        if self._hopeless:
+            self._traffic.fail(record, "no worker is left")
         try:
             while True:
                 output = await record.channel.next()
@@ -241,8 +243,12 @@ class Pools:
 
     def _down(self, member: Member, reason: str) -> None:
         self._traffic.on_death(member, reason)
-        if all(m.broken for m in self._all if m.role in _ABLE["decode"]):
+        if self._hopeless:
             self._traffic.fail_waiting(f"no worker is left; {member.id}: {reason}")
+
+    @property
+    def _hopeless(self) -> bool:
+        return all(m.hopeless for m in self._all if m.role in _ABLE["decode"])
 
     def _changed(self) -> None:
         waiters, self._waiters = self._waiters, []

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 
 from tandem.serve.frames import Unpacker, packed
 from tandem.serve.hosts import Listener, WorkerDied
@@ -124,8 +123,8 @@ class _ProcessRun(asyncio.Protocol):
     def end(self) -> None:
         """Nobody wants it any more."""
         self.listener = None
-        with suppress(ProcessLookupError):
-            self.process.kill()
+        self.capacity.cancel()
+        self.process.kill()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Asyncio's: the socket is ours."""

@@ -28,13 +28,13 @@ class Supervision:
     longest_delay_s: float = 30.0
     healthy_s: float = 60.0
     """Once up for so long, what was before is forgotten."""
-    max_starts: int = 8
-    """After so many deaths in a row a worker is given up."""
+    patient_starts: int = 8
+    """After so many deaths in a row nobody waits for the worker any more, though it is still tried."""
 
     def __post_init__(self) -> None:
         for name in ("ping_s", "deadline_s", "first_delay_s", "longest_delay_s", "healthy_s"):
             require_number(name, getattr(self, name), high=86_400.0)
-        require_int("max_starts", self.max_starts)
+        require_int("patient_starts", self.patient_starts)
 
     def delay_s(self, failures: int) -> float:
         """Before the restart that follows `failures` deaths in a row."""
@@ -60,7 +60,8 @@ class Supervised:
         self._failures = 0
         self._up_since_s = 0.0
         self._asked = 0
-        self._answered_s = 0.0
+        self._checked_s = 0.0
+        self._silent_s = 0.0
         self._restart: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -78,10 +79,16 @@ class Supervised:
         self.member.ended()
 
     def check(self) -> None:
-        """Ask whether it is there, and kill it if it has not answered for too long."""
+        """Ask whether it is there, and kill it if it has been silent for too long.
+
+        Only time in which this server itself came to ask counts: a machine that stood still says nothing about a worker.
+        """
         if not self.member.up:
             return
-        if self._clock() - self._answered_s > self._rules.deadline_s:
+        now, before_s = self._clock(), self._checked_s
+        self._checked_s = now
+        self._silent_s += min(now - before_s, 2.0 * self._rules.ping_s)
+        if self._silent_s > self._rules.deadline_s:
             self.member.handle.kill(f"did not answer for {self._rules.deadline_s:g} s")
             return
         self._asked += 1
@@ -90,25 +97,28 @@ class Supervised:
     def on_events(self, batch: Batch) -> None:
         """The host's: a step was made."""
         if any(isinstance(event, Pong) for event in batch.events):
-            self._answered_s = self._clock()
+            self._silent_s = 0.0
         self._events(self.member, batch)
 
     def on_death(self, reason: str) -> None:
         """The host's: the worker is gone."""
         if self._clock() - self._up_since_s >= self._rules.healthy_s:
             self._failures = 0
+        log.warning("worker %s: %s", self.member.id, reason)
         self._failed(reason)
 
     def _began(self, capacity: Capacity) -> None:
-        self._up_since_s = self._answered_s = self._clock()
+        self._up_since_s = self._checked_s = self._clock()
+        self._silent_s = 0.0
+        self.member.hopeless = False
         self.member.began(capacity)
         self._went_up(self.member)
 
     def _failed(self, reason: str) -> None:
         self._failures += 1
         self.member.ended()
-        self.member.broken = self._failures >= self._rules.max_starts
-        if not self.member.broken and not self._stopping:
+        self.member.hopeless = self._failures >= self._rules.patient_starts
+        if not self._stopping:
             self._restart = asyncio.get_running_loop().create_task(self._again())
         self._went_down(self.member, reason)
 

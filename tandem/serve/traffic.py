@@ -75,6 +75,7 @@ class Traffic:
         self._records: dict[str, Record] = {}
         self._tries: dict[str, Record] = {}
         self._ready: deque[Record] = deque()
+        self._leaving: set[str] = set()  # prefilled somewhere, to be handed off from there
         self._held: dict[str, _Held] = {}
         self._suspect: Record | None = None
         self.retries = 0
@@ -181,7 +182,6 @@ class Traffic:
 
     def on_death(self, member: Member, reason: str) -> None:
         """A worker is gone, with all that it had."""
-        log.warning("worker %s: %s", member.id, reason)
         self._prefixes.forget(member.id)
         for key in [key for key, held in self._held.items() if held.receiver is member]:
             self._let_go(key)
@@ -214,7 +214,7 @@ class Traffic:
         member = self._members[route.worker_id]
         if member.view.queued_tokens >= self._limits.queued_tokens:
             return False
-        if route.hand_off and len(self._held) >= self._limits.held_states:
+        if route.hand_off and len(self._leaving) + len(self._held) >= self._limits.states(len(self._members)):
             return False
         self._queue.remove(record)
         self._prefixes.note(member.id, record.hashes)
@@ -222,6 +222,8 @@ class Traffic:
         if record.attempt >= SUSPECT_TRIES:
             self._suspect = record
         self._give(record, member)
+        if route.hand_off:
+            self._leaving.add(record.key)
         member.send(Submit(record.to_send(), route.hand_off, max(0.0, self._clock() - record.life.arrival_s)))
         log.debug("request %s: %s", record.key, route.reason)
         return True
@@ -296,6 +298,7 @@ class Traffic:
                 member.send(Release(key))
             return
         merge_times(record, handoff.life, member.local_s, now)
+        self._leaving.discard(key)
         self._held[key] = _Held(member, member.lives, remote)
         del member.records[key]
         record.member, record.handoff = None, handoff
@@ -344,6 +347,7 @@ class Traffic:
         """Take a request out of wherever it is."""
         key = record.key
         self._tries.pop(key, None)
+        self._leaving.discard(key)
         if self._suspect is record:
             self._suspect = None
         if record.member is not None:

@@ -14,7 +14,8 @@ from tandem.spec.errors import SpecError
 
 
 @pytest.mark.parametrize(
-    ("roles", "place"), [(roles, "thread") for roles in ("c", "d", "pd", "ppdd", "pcd")] + [("pd", "process")]
+    ("roles", "place"),
+    [(roles, "thread") for roles in ("c", "d", "pd", "ppdd", "pcd")] + [pytest.param("pd", "process", marks=pytest.mark.slow)],
 )
 def test_every_stream_is_whole_whatever_the_pools_look_like(roles: str, place: str) -> None:
     async def main() -> None:
@@ -51,7 +52,7 @@ def test_short_prompts_stay_where_they_decode_and_long_ones_do_not() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("place", ["thread", "process"])
+@pytest.mark.parametrize("place", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 def test_a_client_that_goes_away_leaves_nothing_behind(place: str) -> None:
     """At any moment: before the first token, between two workers, in mid-answer."""
 
@@ -102,8 +103,7 @@ def test_prompts_that_would_make_more_states_than_can_be_held_wait_here() -> Non
             asked = [request(i, isl=50, osl=12) for i in range(12)]
             found = await asyncio.gather(*(read(pools, r, look) for r in asked))
             assert all(right(r, outputs) for r, outputs in zip(asked, found, strict=True))
-            # Two that are held, and what the prefill worker had been given before: two prompts pass 64 tokens.
-            assert 1 <= most <= 4
+            assert most == 2
             await all_free(pools, log)
 
     asyncio.run(main())
