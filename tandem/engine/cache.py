@@ -39,6 +39,10 @@ class BlockPool:
         """How many hold a block."""
         return self._holders[block]
 
+    def comes_free(self, block: int) -> bool:
+        """Whether a block can be had once one of its holders, not the prefix cache, lets go."""
+        return self._holders[block] == 1 + self._kept[block]
+
     def take(self, count: int) -> list[int]:
         """Blocks of which the caller is the only holder. Ask for no more than are `free`."""
         if count > len(self._free):

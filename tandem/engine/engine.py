@@ -20,7 +20,7 @@ from tandem.engine.config import EngineConfig, free_memory_bytes, size_cache
 from tandem.engine.handoff import Handoff, StateSink
 from tandem.engine.memory import Memory
 from tandem.engine.runner import Runner
-from tandem.engine.sequence import LiveSequence, StepResult, check_request
+from tandem.engine.sequence import LiveSequence, StepResult, check_request, ids_of
 from tandem.engine.types import EngineRequest, EngineStats, Generation, SamplingParams, TokenOutput
 from tandem.engine.vocabulary import Vocabulary
 from tandem.model.hybrid import Decoder
@@ -141,6 +141,7 @@ class Engine:
             limits=self._limits,
             room=Room(blocks=self._memory.free_blocks, slots=self._memory.free_slots),
             served=self._share.served,
+            frees=self._frees,
         )
         for life in plan.preempt:
             self._preempt(life.id)
@@ -163,11 +164,11 @@ class Engine:
             raise SpecError("prompts: must be a list of texts or of lists of token ids")
         if self.has_work:
             raise SpecError("generate: the engine is serving requests; add to them, or use another engine")
-        each = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+        each = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(prompts)
         if len(each) != len(prompts):
             raise SpecError(f"sampling has {len(each)} entries: prompts has {len(prompts)}")
         requests = [
-            EngineRequest(id=str(i), prompt_ids=self._ids(prompt), sampling=params)
+            EngineRequest(id=str(i), prompt_ids=ids_of(prompt, self.tokenizer), sampling=params)
             for i, (prompt, params) in enumerate(zip(prompts, each, strict=True))
         ]
         try:
@@ -192,7 +193,7 @@ class Engine:
         return EngineStats(
             waiting=len(waiting) + len(self._arrived),
             running=len(self._running),
-            queued_tokens=sum(life.context - life.computed for life in waiting),
+            queued_tokens=sum(life.to_prefill for life in waiting),
             context_tokens=sum(s.life.context for s in self._running.values()),
             blocks=self._memory.num_blocks,
             free_blocks=self._memory.free_blocks if self.size.block_bytes else 0,
@@ -218,21 +219,22 @@ class Engine:
             raise SpecError(f"request id={request.id!r}: is being served already")
         check_request(request, vocabulary=self.vocabulary, max_context=self.max_context)
 
-    def _ids(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return tuple(prompt)
-        if self.tokenizer is None:
-            raise SpecError("prompt is a text: this engine has no tokenizer; give token ids")
-        return tuple(self.tokenizer.encode(prompt))
-
     def _preempt(self, request_id: str) -> None:
         """Free what a request holds; it waits again, to be computed anew from its prompt and output."""
         sequence = self._running.pop(request_id, None) or self._waiting[request_id]
         self._release(sequence)
+        if sequence.sink is not None:  # it has taken what will be computed again
+            sequence.sink.abort()
+            sequence.sink = None
         sequence.life.computed = 0
         sequence.life.preemptions += 1
         self._counts["preemptions"] += 1
         self._waiting[sequence.life.id] = sequence
+
+    def _frees(self, life: Request) -> int:
+        """Blocks that come free if a request gives its own back."""
+        slot = (self._running.get(life.id) or self._waiting[life.id]).slot
+        return 0 if slot is None else self._memory.frees(slot)
 
     def _leave(self, sequence: LiveSequence) -> None:
         """Free what a request holds and count its client's requests one less."""
@@ -262,7 +264,8 @@ class Engine:
         self._memory.paged.write_slot(state, slot)
         arrived.done()
         sequence.state = sequence.arrived = None
-        life.transfer_end_s = life.decode_start_s = self._clock()
+        if life.decode_start_s is None:  # else it has moved while it decoded: no transfer that a client waited for
+            life.transfer_end_s = life.decode_start_s = self._clock()
         self._running[life.id] = sequence
 
     def _begin(self, sequence: LiveSequence) -> None:
@@ -320,7 +323,7 @@ class Engine:
         assert state is not None
         assert sequence.slot is not None
         del self._waiting[life.id]
-        life.prefill_end_s = self._clock()
+        life.prefill_end_s = self._clock() if life.prefill_end_s is None else life.prefill_end_s
         sequence.state = None
         self._running[life.id] = sequence
         if logits is not None:
@@ -330,7 +333,7 @@ class Engine:
             return
         if not sequence.hand_off:
             self._memory.paged.write_slot(state, sequence.slot)
-            life.decode_start_s = self._clock()
+            life.decode_start_s = self._clock() if life.decode_start_s is None else life.decode_start_s
             return
         del self._running[life.id]
         receipt = None
@@ -340,7 +343,8 @@ class Engine:
         result.handoffs.append(self._handoff(sequence, state if receipt is None else None, receipt))
 
     def _handoff(self, sequence: LiveSequence, state: SequenceState | None, receipt: Any) -> Handoff:
-        sequence.life.transfer_start_s = self._clock()
+        if sequence.life.decode_start_s is None:
+            sequence.life.transfer_start_s = self._clock()
         output = tuple(sequence.tokens[sequence.life.isl :])
         return Handoff(replace(sequence.request, output_ids=output), sequence.life, state, receipt)
 

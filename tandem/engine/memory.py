@@ -63,6 +63,10 @@ class Memory:
             self.prefixes.give_back(missing)
             self._tables.extend(slot, self._pool.take(missing))
 
+    def frees(self, slot: int) -> int:
+        """Blocks that could be had if a slot gave its own back: others may share some."""
+        return sum(self._pool.comes_free(block) for block in self._tables.held(slot))
+
     def drop(self, slot: int) -> None:
         """Give a slot and its blocks back."""
         self._pool.drop(self._tables.drop(slot))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.engine.choose import Chooser
@@ -10,6 +11,7 @@ from tandem.engine.text import TextStream
 from tandem.engine.types import EngineRequest, TokenOutput
 from tandem.engine.vocabulary import Vocabulary
 from tandem.model.state import SequenceState
+from tandem.model.tokenizer import Tokenizer
 from tandem.sched.request import Request
 from tandem.spec.errors import SpecError
 
@@ -86,3 +88,12 @@ def check_request(request: EngineRequest, *, vocabulary: Vocabulary, max_context
     if sampling.stop and vocabulary.tokenizer is None:
         raise SpecError(f"stop={list(sampling.stop)!r}: this engine has no tokenizer; use stop_token_ids")
     vocabulary.check(sampling, len(prompt))
+
+
+def ids_of(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Token ids of a prompt that may be a text."""
+    if not isinstance(prompt, str):
+        return tuple(prompt)
+    if tokenizer is None:
+        raise SpecError("prompt is a text: this engine has no tokenizer; give token ids")
+    return tuple(tokenizer.encode(prompt))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -289,7 +289,7 @@ class Worker:
         request, state = handoff.request, handoff.state
         assert self._link is not None
         assert state is not None
-        sink = self._link.sink(replace(request, output_ids=request.output_ids[:-1]))
+        sink = self._link.sink(request)
         if isinstance(sink, Infeasible):
             return None
         for i, layer in enumerate(state.layers):

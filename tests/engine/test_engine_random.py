@@ -14,6 +14,7 @@ from tandem.engine.engine import Engine
 from tandem.engine.handoff import Handoff
 from tandem.engine.types import EngineRequest, SamplingParams
 from tandem.model.hybrid import Decoder
+from tandem.sched.metrics import check_causality
 
 torch.set_num_threads(1)
 model_of = cache(small_model)
@@ -73,6 +74,8 @@ def test_any_order_of_events(kind: str, blocks: int, batch: int, script: list[ob
                 if output.finish_reason is not None:
                     finished.add(output.request_id)
             moving += result.handoffs
+            for life in result.finished:
+                check_causality(life)
             for handoff in moving:
                 other.import_state(handoff)
             engine.check_integrity()
