@@ -14,6 +14,7 @@ from torch import Tensor
 from toys import EOS, byte_tokenizer, vocabulary
 
 from tandem.engine.choose import Choice, Chooser, choose
+from tandem.engine.penalties import Penalties
 from tandem.engine.types import EngineRequest, Grammar, SamplingParams
 from tandem.engine.vocabulary import Vocabulary
 from tandem.spec.errors import SpecError
@@ -109,7 +110,7 @@ def expected(row: Tensor, prompt: tuple[int, ...], output: tuple[int, ...], s: S
 
 @settings(max_examples=60, deadline=None)
 @given(
-    prompt=st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=100).map(tuple),
+    prompt=st.integers(1, 250).flatmap(lambda n: st.lists(st.integers(0, SIZE - 1), min_size=n, max_size=n)).map(tuple),
     output=st.lists(st.integers(0, 30), max_size=100).map(tuple),
     repetition=st.sampled_from([1.0, 1.2, 0.8]),
     presence=st.sampled_from([0.0, 1.5, -2.0]),
@@ -129,7 +130,13 @@ def test_penalties_are_their_definitions(
     }  # fmt: skip
     (logits,) = steps(1, 1, len(prompt))
     (choice,) = choose(logits, [chooser(kind, prompt, output)])
-    values = expected(logits[0], prompt, output, SamplingParams(**kind))
+    sampling = SamplingParams(**kind)
+    values = expected(logits[0], prompt, output, sampling)
+    penalties, row = Penalties(sampling, prompt), logits[0].numpy().copy()
+    for token in output:
+        penalties.accept(token)
+    penalties.apply(row)
+    assert np.allclose(row, values, rtol=1e-5, atol=1e-5)
     assert values[choice.token_id] >= max(values) - 1e-4
 
 

@@ -82,6 +82,23 @@ def test_a_whole_vocabulary(spread: float) -> None:
             )
 
 
+@pytest.mark.parametrize("min_p", [0.0, 1e-6, 1e-4, 1e-3, 0.01])
+def test_the_last_token_that_is_kept_can_be_drawn(min_p: float) -> None:
+    row = np.random.default_rng(2).normal(0, 4, 3000).astype(np.float32)
+    last = 2**64 - 1
+    for top_k, top_p in ((None, 1.0), (None, 0.9999), (1500, 1.0), (1500, 0.9)):
+        assert draw(row, number=last, temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p) == slow(
+            row, last, 1.0, top_k, top_p, min_p
+        )
+
+
+def test_top_p_keeps_no_more_than_it_needs() -> None:
+    """Of four equal tokens two hold one half exactly."""
+    row = np.zeros(4, dtype=np.float32)
+    assert {draw(row, number=uniform(0, i), temperature=1.0, top_p=0.5) for i in range(50)} == {0, 1}
+    assert {draw(row, number=uniform(0, i), temperature=1.0, top_p=0.51) for i in range(50)} == {0, 1, 2}
+
+
 def reference_probabilities(row: Row, temperature: float, top_k: int | None, top_p: float, min_p: float) -> NDArray[np.float64]:
     scaled = row.astype(np.float64) / temperature
     p = np.exp(scaled - scaled.max())

@@ -18,7 +18,7 @@ from tandem.engine.vocabulary import Vocabulary
 from tandem.model.tokenizer import Tokenizer, load_tokenizer
 from tandem.spec.errors import SpecError
 
-PARTS = ("</", "</th", "think", "ink>", ">\n", ">\n\n", "x<", "k>a", ".\n", "<th", "ink>\n", "a</think>b")
+PARTS = ("</", "</th", "think", "ink>", ">\n", ">\n\n", "x<", "k>a", ".\n", "<th", "ink>\n", "a</think>b", "ink></th")
 BYTES = vocabulary(byte_tokenizer(*PARTS))
 WHOLE = vocabulary(byte_tokenizer(*PARTS, plain=("<think>", "</think>")))
 VOCABULARIES = {
