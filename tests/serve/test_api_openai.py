@@ -12,7 +12,8 @@ from fake_frontend import FakeFrontend, byte_tokenizer
 from live_server import MODEL, Live, live
 from openai.types.chat import ChatCompletion
 
-from tandem.engine.types import EngineRequest
+from tandem.engine.types import EngineRequest, TokenOutput
+from tandem.serve.choices import ChatChoice
 from tandem.serve.responses import ChatCompletion as OurChat
 from tandem.serve.responses import Completion as OurCompletion
 
@@ -143,12 +144,31 @@ def test_thinking_has_a_field_of_its_own(server: Live) -> None:
     assert not hasattr(message, "reasoning_content")
 
 
-def test_reasoning_tokens_end_with_the_closing_tag(server: Live) -> None:
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        ([((5, 6), "a b"), ((7, 99, 8, 9), "</think> c"), ((10,), "d")], 4),
+        ([((5,), "a"), ((6,), "b")], 2),
+        ([((99, 5, 6), "</think>a b")], 1),
+    ],
+)
+def test_reasoning_tokens_end_with_the_closing_tag(outputs: list[tuple[tuple[int, ...], str]], expected: int) -> None:
+    choice = ChatChoice(0, None, thinking=True, close_id=99, tools=None, parallel=True)
+    for i, (ids, text) in enumerate(outputs):
+        choice.collect(TokenOutput("x", i, ids, text))
+    assert choice.reasoning_tokens == expected
+    assert choice.completion_tokens == sum(len(ids) for ids, _ in outputs)
+
+
+def test_reasoning_tokens_are_in_the_usage(server: Live) -> None:
     server.frontend.script = lambda request: ["a", " b", "</think>", "c", "d"]
-    answer = chat(server, extra_body={"chat_template_kwargs": {"enable_thinking": True}})
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens_details is not None
-    assert answer.usage.completion_tokens_details.reasoning_tokens == 3
+    for stream in (False, True):
+        on: Any = {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}
+        usage = (
+            gather(server, stream_options={"include_usage": True}, **on)[0][-1].usage if stream else chat(server, **on).usage
+        )
+        assert usage is not None
+        assert usage.completion_tokens_details.reasoning_tokens == 3
 
 
 CALLS = 'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>\n<tool_call>\n{"name": "g"}\n</tool_call>'
@@ -250,6 +270,14 @@ def test_completions(server: Live) -> None:
     assert streamed[-2].choices[0].finish_reason == "stop"
     assert streamed[-1].usage is not None
     assert streamed[-1].usage.completion_tokens == 12
+
+
+def test_offsets_of_a_stream_are_those_of_the_whole(server: Live) -> None:
+    whole = server.client.completions.create(model=MODEL, prompt="Hi", logprobs=1).choices[0].logprobs
+    assert whole is not None
+    streamed = server.client.completions.create(model=MODEL, prompt="Hi", logprobs=1, stream=True)
+    offsets = [offset for c in streamed if c.choices[0].logprobs for offset in c.choices[0].logprobs.text_offset or ()]
+    assert offsets == whole.text_offset == list(range(12))
 
 
 def test_prompts_in_all_four_forms(server: Live) -> None:

@@ -256,6 +256,41 @@ def test_a_client_that_goes_frees_all_that_it_held(fields: dict[str, Any], befor
         assert f'tandem_request_total{{finished_reason="cancelled"}} {fields.get("n", 1)}.0' in text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_after_the_last_byte_has_been_served(stream: bool) -> None:
+    app = make_app(FakeFrontend())
+    body = json.dumps({**BODY, "stream": stream}).encode()
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "headers": headers, "http_version": "1.1"}
+    sent: list[Any] = []
+
+    async def go() -> None:
+        done, asked = asyncio.Event(), False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal asked
+            if not asked:
+                asked = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await done.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                done.set()
+                for _ in range(5):
+                    await asyncio.sleep(0)
+
+        await app({**scope, "asgi": {"version": "3.0"}, "scheme": "http", "server": None}, receive, send)
+
+    asyncio.run(go())
+    assert [message.get("more_body", False) for message in sent].count(False) == 2
+    text = app.state.serving.metrics.text().decode()
+    assert 'tandem_request_total{finished_reason="stop"} 1.0' in text
+    assert "cancelled" not in text
+
+
 def test_one_connection_serves_many_requests() -> None:
     with live(FakeFrontend()) as server:
         for i in range(20):

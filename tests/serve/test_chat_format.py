@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fake_frontend import TEMPLATE, byte_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -54,6 +54,7 @@ def test_nano2_without_system_and_without_thinking() -> None:
     assert nano2.render([{"role": "user", "content": "Hi"}], add_generation_prompt=False).endswith("User\nHi\n")
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["system", "user", "assistant"]), st.lists(st.sampled_from(["/think", "/no_think", "x"])))

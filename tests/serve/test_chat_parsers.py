@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.serve import nano2
@@ -40,12 +40,16 @@ def take_calls(pieces: Sequence[str], syntax: ToolSyntax, names: Sequence[str] =
     return "".join(text for text, _ in found), [call for _, calls in found for call in calls]
 
 
+@settings(deadline=None)
 @given(cut(), st.booleans())
+@example(("\n a</think>b", ["\n a</th", "ink>b"]), True)
+@example(("\n<think> a</think>b", ["\n<th", "ink> a<", "/think>b"]), False)
 def test_cuts_do_not_change_thoughts(case: tuple[str, list[str]], thinking: bool) -> None:
     text, pieces = case
     assert split_thoughts(pieces, thinking=thinking) == split_thoughts([text], thinking=thinking)
 
 
+@settings(deadline=None)
 @given(cut(), st.booleans())
 def test_thoughts_and_answer_are_what_stands_on_either_side_of_the_tag(case: tuple[str, list[str]], opened: bool) -> None:
     text, pieces = case
@@ -61,6 +65,7 @@ def test_thoughts_and_answer_are_what_stands_on_either_side_of_the_tag(case: tup
     assert closed or not answer
 
 
+@settings(deadline=None)
 @given(cut(), st.sampled_from([NANO2, HERMES]))
 @example((f"a\n{HERMES.open}{GOOD}{HERMES.close}", []), HERMES)
 def test_cuts_do_not_change_calls(case: tuple[str, list[str]], syntax: ToolSyntax) -> None:
@@ -68,6 +73,7 @@ def test_cuts_do_not_change_calls(case: tuple[str, list[str]], syntax: ToolSynta
     assert take_calls(pieces or [text], syntax) == take_calls([text], syntax)
 
 
+@settings(deadline=None)
 @given(cut(), st.sampled_from([NANO2, HERMES]))
 def test_without_calls_the_text_is_untouched(case: tuple[str, list[str]], syntax: ToolSyntax) -> None:
     text, pieces = case
@@ -77,6 +83,7 @@ def test_without_calls_the_text_is_untouched(case: tuple[str, list[str]], syntax
     assert take_calls(pieces, syntax, names=()) == (text, [])
 
 
+@settings(deadline=None)
 @given(st.text("<think/>ab", max_size=20), st.sampled_from(TAGS))
 def test_partial_suffix_by_brute_force(text: str, tag: str) -> None:
     lengths = [n for n in range(len(tag)) if text.endswith(tag[:n])]
@@ -94,6 +101,7 @@ call_lists = st.lists(
 plain = st.text().filter(lambda t: not any(tag in t for tag in TAGS)).map(str.strip)
 
 
+@settings(deadline=None)
 @given(calls=call_lists, content=plain, reasoning=plain, data=st.data())
 def test_what_nano2_writes_is_read_back(
     calls: list[tuple[str, dict[str, object]]], content: str, reasoning: str, data: st.DataObject
@@ -108,6 +116,7 @@ def test_what_nano2_writes_is_read_back(
     assert [(call.name, json.loads(call.arguments)) for call in read] == calls
 
 
+@settings(deadline=None)
 @given(calls=call_lists, data=st.data())
 def test_calls_in_tags_of_their_own_are_read_back(calls: list[tuple[str, dict[str, object]]], data: st.DataObject) -> None:
     written = [f"{HERMES.open}\n{json.dumps({'name': n, 'arguments': a})}\n{HERMES.close}" for n, a in calls]
