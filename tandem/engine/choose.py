@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 Row = NDArray[np.float32]
 
-_NEAR_NATS = 12.0
-"""Alternatives are looked for so far below the likeliest token, and everywhere only if these are too few."""
+_NEAR_NATS, _NEAR_TOKENS = 6.0, 2048
+"""Alternatives are looked for so far below the likeliest token, and everywhere if these are too few or too many to sort."""
 
 
 class Choice(NamedTuple):
@@ -184,7 +184,7 @@ def log_probabilities(row: Row, token: int, count: int) -> Logprobs:
     top: tuple[tuple[int, float], ...] = ()
     if count:
         ids = np.flatnonzero(row >= highest - _NEAR_NATS)
-        if len(ids) < count:
+        if not count <= len(ids) <= _NEAR_TOKENS:
             rest = max(0, len(row) - count)
             ids = np.flatnonzero(row >= np.partition(row, rest)[rest])
         ids = ids[np.argsort(-row[ids], kind="stable")][:count]
