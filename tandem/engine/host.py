@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
+from torch import Tensor, nn
 
 from tandem.engine.config import free_memory_bytes
 from tandem.model import native
 from tandem.model.linear import Linear
+from tandem.model.native.int8 import Int8Linear
 from tandem.model.precision import compute_dtype
 from tandem.perf.efficiency import find_fit
 from tandem.spec.design import Precision
 from tandem.spec.hardware import HardwareSpec
 
-_FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
 _ROWS, _COLS = 4096, 2048
 _SHARE_S = 0.25
 """Seconds that each of the measurements may take."""
@@ -42,19 +43,26 @@ def measure_host(weights: torch.dtype = torch.float32) -> HardwareSpec:
     dtype = compute_dtype(weights, torch.device("cpu"))
     one, many = torch.randn(1, _COLS), torch.randn(256, _COLS, dtype=dtype)
     with torch.no_grad():
-        read = native.linear if native.available() else functional.linear
-        read_s = _best_s(lambda: [read(one, layer.weight) for layer in copies]) / len(copies)
+        read_s = _best_s(lambda: [_row(layer, one) for layer in copies]) / len(copies)
         compute_s = _best_s(lambda: copies[0](many))
     nbytes, flops = _ROWS * _COLS * weights.itemsize, 2 * 256 * _ROWS * _COLS
     efficiency = find_fit(_spec(1.0, 1.0), "gemm", "bf16")[0].compute_efficiency
     return _spec(nbytes / read_s, flops / compute_s / efficiency)
 
 
-def _product(weights: torch.dtype) -> Linear:
+def _product(weights: torch.dtype) -> nn.Module:
     layer = Linear(_COLS, _ROWS, bias=False)
     with torch.no_grad():
         layer.weight.normal_()
-    return layer.to(weights)
+    return Int8Linear(layer) if weights == torch.int8 else layer.to(weights)
+
+
+def _row(layer: nn.Module, one: Tensor) -> Tensor:
+    """A product as the decode step in C does it, where there is one."""
+    if isinstance(layer, Linear) and native.available():
+        return native.linear(one, layer.weight)
+    product: Tensor = layer(one)
+    return product
 
 
 def _best_s(run: Callable[[], object]) -> float:

@@ -1,0 +1,79 @@
+"""`tandem serve`: an OpenAI-compatible endpoint over prefill and decode workers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tandem.spec.errors import SpecError
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file or the name of an installed model.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all, and then give --api-keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any that is free.")] = 8000,
+    prefill: Annotated[int, typer.Option(help="Prefill workers; 0 lets the decode workers prefill too.")] = 1,
+    decode: Annotated[int, typer.Option(help="Decode workers.")] = 1,
+    workers: Annotated[str, typer.Option(help="embedded (threads of this process) or processes.")] = "embedded",
+    cluster: Annotated[str | None, typer.Option(help="ray, or ray://HOST:PORT: workers are actors (extra `[ray]`).")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Deployment of `tandem plan --json`: says workers and batch.")] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="File of name:sha256 lines; without it everybody may ask.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients; default: as given.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the fastest 16 bits here), float32, float16, bfloat16 or int8.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of each worker; default: cores / workers.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Requests that a worker holds at once; default 32.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and output; default: the model's.")] = None,
+    cache_bytes: Annotated[int | None, typer.Option(help="Of each worker's cache; default: a quarter of free memory.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that run or wait; more are told to come back (429).")] = 1024,
+    drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
+    json_out: Annotated[bool, typer.Option("--json", help="Log in JSON lines on stderr.")] = False,
+) -> None:
+    """Serve a model through OpenAI's HTTP API (extra `[serve]`). One JSON line with the url says that it is ready."""
+    from tandem.spec.catalog import find_weights, load_spec
+
+    if find_weights(model).is_dir():
+        load_spec(model)  # names what is wrong with a folder that is no checkpoint
+    launch = _launch()
+    options = launch.ServeOptions(
+        model=model,
+        name=name or model,
+        host=host,
+        port=port,
+        prefill=prefill,
+        decode=decode,
+        workers=workers,
+        cluster=cluster,
+        api_keys=api_keys,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        max_batch=max_batch,
+        max_context=max_context,
+        cache_bytes=cache_bytes,
+        max_waiting=max_waiting,
+        drain_s=drain,
+    )
+    if plan is not None:
+        options = launch.as_planned(options, plan)
+    launch.log_to_stderr(as_json=json_out)
+    launch.run(options, on_ready=_print_ready)
+
+
+def _print_ready(data: dict[str, Any]) -> None:
+    from tandem.cli.app import emit
+
+    emit(data)
+    sys.stdout.flush()
+
+
+def _launch() -> Any:
+    """The module that needs the extra; one line that says what to install where a package is missing."""
+    try:
+        from tandem.serve import launch
+    except ModuleNotFoundError as missing:
+        raise SpecError(f"{missing.name} is not installed, and serving needs it; `pip install 'tandem-lm[serve]'`") from None
+    return launch
