@@ -32,7 +32,7 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Give a running request away as `HandedOff`, so that this worker is empty sooner. Nothing happens if it is not running."""
+    """Give a request away as `HandedOff` as soon as it decodes, so that this worker is empty sooner."""
 
     request_id: str
 

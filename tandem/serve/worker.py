@@ -152,6 +152,7 @@ class Worker:
         self._unsent: deque[Handoff] = deque()  # likewise
         self._held: dict[str, Any] = {}  # receipts of states that peers may still read
         self._arriving: dict[str, _Arriving] = {}
+        self._wanted: set[str] = set()  # to be exported as soon as they decode
         self._handled = 0
         self._taken, self._taken_bytes, self._taken_s = 0, 0, 0.0
         self._told: WorkerStats | None = None
@@ -172,8 +173,7 @@ class Worker:
                 self._handled += 1
                 self._accept(handoff)
             case Export(request_id):
-                with suppress(SpecError):  # it is not running, or not any more
-                    self._give(self._engine.export_state(request_id))
+                self._wanted.add(request_id)
             case Cancel(request_id):
                 self._cancel(request_id)
             case Release(request_id):
@@ -192,13 +192,16 @@ class Worker:
         while self._unsent and self._sent(self._unsent[0]):
             self._unsent.popleft()
         self._submit()
+        self._export()
         if self._engine.has_work:
             result = self._engine.step()
             self._events.extend(Finished(life) for life in result.finished)
+            self._wanted.difference_update(life.id for life in result.finished)
             if result.outputs:
                 self._events.append(Outputs(tuple(result.outputs)))
             for handoff in result.handoffs:
                 self._give(handoff)
+        self._export()
         now = self._clock()
         stats = self._news(now)
         if stats is not None:
@@ -236,9 +239,19 @@ class Worker:
                 self._events.append(Outputs((failed,)))
         self._deferred = waiting
 
+    def _export(self) -> None:
+        """Give away what is to leave: at once what decodes, later what will."""
+        for name in list(self._wanted):
+            with suppress(SpecError):
+                self._give(self._engine.export_state(name))
+                self._wanted.discard(name)
+        if not self._engine.has_work and not self._deferred:
+            self._wanted.clear()  # they are not here
+
     def _cancel(self, name: str) -> None:
         self._deferred = deque(pair for pair in self._deferred if pair[0].request.id != name)
         self._unsent = deque(handoff for handoff in self._unsent if handoff.request.id != name)
+        self._wanted.discard(name)
         self._engine.cancel(name)
 
     def _accept(self, handoff: Handoff) -> None:

@@ -160,6 +160,21 @@ def test_a_running_request_can_be_given_away_and_others_cannot() -> None:
     assert tokens(events) == expected(request(osl=9))
 
 
+def test_a_request_to_be_given_away_before_it_decodes_goes_as_soon_as_it_does() -> None:
+    prefill, _ = made()
+    here, _ = made()
+    there, _ = made()
+    events = after(prefill, Submit(request(osl=9), hand_off=True))
+    (handoff,) = [e.handoff for e in events if isinstance(e, HandedOff)]
+    moved = after(here, Accept(handoff), Submit(request("b", osl=9)), Export("a"), Export("b"))
+    handoffs = [e.handoff for e in moved if isinstance(e, HandedOff)]
+    assert sorted(h.request.id for h in handoffs) == ["a", "b"]
+    rest = after(there, *map(Accept, handoffs))
+    assert tokens(events + moved + rest) == expected(request(osl=9))
+    assert tokens(moved + rest, "b") == expected(request("b", osl=9))
+    assert tokens(after(here, Submit(request(osl=9)))) == expected(request(osl=9))  # it may come back, and stays
+
+
 def test_numbers_say_which_commands_they_include() -> None:
     clock = Clock()
     worker, _ = made(clock=clock)
@@ -214,7 +229,7 @@ def test_a_handoff_without_a_sink_is_copied_once_there_is_room() -> None:
         def sink(self, asked: EngineRequest) -> object:
             found = super().sink(asked)
             if found:
-                found.state = FakeState(0, len(asked.prompt_ids) + len(asked.output_ids))
+                found.state = FakeState(0, len(asked.prompt_ids) + max(0, len(asked.output_ids) - 1))
             return found
 
     link = Layers(room=1)
