@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 from typing import Any
 
 import ray
@@ -20,6 +21,9 @@ from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
 
 log = logging.getLogger("tandem.serve")
+
+CONNECT_S = 10.0
+"""A head node that does not take a connection within this time is not there."""
 
 
 class RayCluster:
@@ -78,7 +82,10 @@ def _join(address: str, object_store_bytes: int | None) -> None:
     else:
         options["address"] = address
     try:
+        if address not in ("ray", "auto"):  # Ray itself gives up only after minutes
+            host, port = address.removeprefix("ray://").split(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
         ray.init(**options)
-    except (RayError, ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as wrong:
+    except (RayError, ConnectionError, RuntimeError, ValueError, OverflowError, OSError) as wrong:
         reason = " ".join(str(wrong).split())[:200]
         raise SpecError(f"cluster={address!r}: cannot be joined ({type(wrong).__name__}: {reason})") from None

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -26,6 +27,9 @@ from tandem.serve.worker import Worker
 
 START_S = 300.0
 """An actor that has no place in the cluster within this time, or has not built its engine, does not come up."""
+
+_GONE = (RayError, ConnectionError)
+"""What a call raises whose actor is dead, or whose cluster."""
 
 
 class RayHost:
@@ -82,7 +86,7 @@ class RayHost:
             raise WorkerDied(
                 f"was not up within {self._start_s:g} s: the cluster has no place for it, or it loads too long"
             ) from None
-        except RayError as wrong:
+        except _GONE as wrong:
             run.end()
             raise WorkerDied(_ending(wrong)) from None
         except BaseException:
@@ -141,8 +145,9 @@ class _RayRun:
         self._commands.append(command)
 
     def kill(self) -> None:
-        """End the actor at once."""
-        ray.kill(self.actor)
+        """End the actor at once; without a connection to the cluster there is none any more."""
+        with suppress(*_GONE, ValueError):
+            ray.kill(self.actor)
 
     def end(self) -> None:
         """Nobody wants it any more."""
@@ -168,7 +173,7 @@ class _RayRun:
                     if self.listener is not None:
                         self.listener.on_events(batch)
             self._died("its loop ended")
-        except RayError as wrong:
+        except _GONE as wrong:
             self._died(_ending(wrong))
 
     def _died(self, reason: str) -> None:
@@ -259,7 +264,7 @@ class _Actor:
 _ACTOR: Any = ray.remote(concurrency_groups={"commands": 1, "events": 1})(_Actor)  # type: ignore[call-overload]
 
 
-def _ending(wrong: RayError) -> str:
+def _ending(wrong: Exception) -> str:
     """Why an actor died, in one line."""
     lines = [line.strip() for line in str(wrong).splitlines() if line.strip()]
     return f"its actor is gone ({type(wrong).__name__}: {lines[-1][:200] if lines else 'no reason given'})"

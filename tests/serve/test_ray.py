@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,11 +13,13 @@ from fake_engine import POISON, builder, expected
 from pool_cases import request, until
 from ray_cases import actor
 from test_processes import DEADLINE_S, Heard, broken
+from test_ray_states import SMALL, random_state, send
 
 from tandem.engine.types import EngineRequest
 from tandem.serve.hosts import WorkerDied
 from tandem.serve.messages import Capacity, Ping, Pong, Submit
 from tandem.serve.ray_cluster import RayCluster
+from tandem.serve.ray_states import RayObjectStates
 from tandem.spec.errors import SpecError
 
 pytestmark = [pytest.mark.slow]
@@ -110,3 +113,26 @@ def test_addresses_that_cannot_be_are_refused() -> None:
     for address in ("", "raw", "ray:/x:1", "host", "host:port"):
         with pytest.raises(SpecError, match=r"must be ray, auto, host:port or ray://host:port"):
             RayCluster(address)
+
+
+def test_a_cluster_that_is_not_there_is_one_line(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        for scheme in ("", "ray://"):
+            address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+            with pytest.raises(SpecError, match=r"^cluster='.*': cannot be joined \(ConnectionRefusedError: .*\)$"):
+                RayCluster(address)
+    with pytest.raises(SpecError, match="cannot be joined"):
+        RayCluster("127.0.0.1:99999")
+
+
+def test_states_go_through_the_real_object_store(cluster: RayCluster) -> None:
+    states = RayObjectStates(1 << 30)
+    for tokens in (7, 20_000):
+        state = random_state(SMALL, tokens)
+        receipt = send(states, SMALL, state)
+        opened = states.open(receipt, SMALL)  # without torch's warning of memory that must not be written to
+        assert opened.state.to_bytes() == state.to_bytes()
+        states.release(receipt)
+    states.close()
