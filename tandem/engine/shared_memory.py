@@ -130,6 +130,9 @@ class SharedMemoryPool:
         refused = self._ensure(min(nbytes, self._max_bytes))
         if refused is not None:
             raise SpecError(f"warm_bytes={nbytes:,}: {refused.reason}")
+        assert self._own is not None
+        with contextlib.suppress(OSError):  # an older kernel maps page by page, when they are touched
+            self._own.memory.madvise(_MADV_POPULATE_WRITE, 0, self._warm)
 
     def sink(self, layout: StateLayout) -> SharedMemorySink | Infeasible:
         """Where to put a state while it is computed, see `StateTransport.sink`."""
@@ -208,7 +211,8 @@ class SharedMemoryPool:
 
     def _ensure(self, nbytes: int) -> Infeasible | None:
         """Real pages behind the first `nbytes`: writing to pages that the system cannot give would kill the process."""
-        own = self._own or self._create()
+        if self._own is None:
+            self._create()
         if nbytes <= self._warm:
             return None
         until = min(self._max_bytes, -(-nbytes // _GROW_BYTES) * _GROW_BYTES)
@@ -217,12 +221,10 @@ class SharedMemoryPool:
                 os.posix_fallocate(self._fd, self._warm, until - self._warm)
         except OSError as full:
             return Infeasible(f"no shared memory for {until:,} bytes ({full.strerror})")
-        with contextlib.suppress(OSError):  # an older kernel maps page by page, when they are touched
-            own.memory.madvise(_MADV_POPULATE_WRITE, self._warm, until - self._warm)
         self._warm = until
         return None
 
-    def _create(self) -> _Arena:
+    def _create(self) -> None:
         directory = self._directory
         if directory is None and hasattr(os, "memfd_create"):
             self._fd = os.memfd_create(self._prefix)
@@ -234,7 +236,6 @@ class SharedMemoryPool:
         self._remove = weakref.finalize(self, _remove, self._fd, named, os.getpid())
         os.ftruncate(self._fd, self._max_bytes)
         self._own = _Arena(path, self._fd, secrets.randbits(63), self._max_bytes)
-        return self._own
 
     def _arena_of(self, receipt: SharedMemoryReceipt) -> _Arena:
         if self._own is not None and receipt.token == self._own.token:
