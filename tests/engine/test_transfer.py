@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,6 +180,48 @@ def test_what_is_put_first_may_grow_before_the_copies_end() -> None:
             writer.put(number, layer, 4, 6, final=True)
         writer.finish()
     assert layout.state(buffer.data).to_bytes() == state.slice([0]).to_bytes()
+
+
+class Later(Executor):
+    """Does what it is given only when the result is asked for."""
+
+    def submit(self, fn, /, *args, **kwargs):  # type: ignore[no-untyped-def, override]
+        return SimpleNamespace(result=lambda: fn(*args, **kwargs))
+
+
+def test_copies_that_are_waited_for_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.engine.transfer._INLINE_BYTES", 0)
+    layout = StateLayout(spec=SMALL, tokens=6)
+    clock = itertools.count().__next__
+    writer = StateWriter(layout, np.zeros(layout.nbytes, np.uint8), clock=clock, executor=Later())
+    put_all(writer, random_state(SMALL, 6), [0, 3, 6])
+    result = writer.finish()
+    assert result.seconds >= 4
+    assert result.hidden_s == 0
+
+
+def test_stopping_waits_for_the_copy_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.engine.transfer._INLINE_BYTES", 0)
+    layout = StateLayout(spec=SMALL, tokens=6)
+    runs, may_end = threading.Event(), threading.Event()
+
+    def clock() -> float:  # the copy that runs asks for the time
+        runs.set()
+        assert may_end.wait(60)
+        return 0.0
+
+    with ThreadPoolExecutor(1) as executor:
+        writer = StateWriter(layout, np.zeros(layout.nbytes, np.uint8), clock=clock, executor=executor)
+        put_all(writer, random_state(SMALL, 6), [0, 6])
+        assert runs.wait(60)
+        stopping = threading.Thread(target=writer.stop)
+        stopping.start()
+        stopping.join(0.2)
+        assert stopping.is_alive()
+        may_end.set()
+        stopping.join(60)
+        assert not stopping.is_alive()
+    assert [copy.cancelled() for copy in writer._copies] == [False, True, True]
 
 
 def test_tensors_of_inference_mode_and_with_strides_are_written() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -85,10 +87,11 @@ def test_what_is_opened_is_what_was_put(
         assert opened.state.to_bytes() == state.to_bytes()
         assert opened.nbytes == receipt.nbytes == state.nbytes
         opened.release()
-    for wrong in (reader, sender):
+    send(reader, spec, state)
+    for end in (reader, sender):
         for _, receipt in sent:
-            wrong.release(receipt)
-        assert sender.pending == (3 if wrong is reader else 0)
+            end.release(receipt)
+        assert (reader.pending, sender.pending) == (1, 3 if end is reader else 0)
     sender.close()
     reader.close()
 
@@ -167,3 +170,23 @@ def test_memory_that_was_used_is_used_again() -> None:
         sink.abort()
         sink.abort()
     assert [len(buffer) for buffer in states._free] == [1 << 16, 1 << 16]
+
+
+def test_what_ray_gave_stays_as_long_as_the_state_and_no_longer() -> None:
+    store = Store()
+    states = objects(store)
+    receipt = send(states, SMALL, random_state(SMALL, 9))
+    given: list[weakref.ref[np.ndarray]] = []
+
+    def get(ref: int) -> np.ndarray:
+        array = store.get(ref)
+        given.append(weakref.ref(array))
+        return array
+
+    states._get = get
+    opened = states.open(receipt, SMALL)
+    gc.collect()
+    assert given[0]() is not None
+    del opened
+    gc.collect()
+    assert given[0]() is None
