@@ -315,7 +315,7 @@ class Traffic:
     def _let_go(self, key: str) -> None:
         """Nobody will read the state of this try again."""
         held = self._held.pop(key, None)
-        if held is not None and held.remote and held.life == held.source.lives:
+        if held is not None and held.remote:
             held.source.send(Release(key))
 
     def _lost_with(self, record: Record, member: Member) -> bool:

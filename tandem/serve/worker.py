@@ -281,7 +281,7 @@ class Worker:
         self._events.append(Taken(name))
 
     def _give(self, handoff: Handoff) -> None:
-        if self._unsent or not self._sent(handoff):
+        if not self._sent(handoff):
             self._unsent.append(handoff)
 
     def _sent(self, handoff: Handoff) -> bool:

@@ -208,6 +208,7 @@ class FakeEngine:
         if life.osl >= life.max_tokens:
             reason, life.done_s = "length", self.clock()
             life.finish_reason = reason
+            self.release(going)
             result.finished.append(self.running.pop(life.id).life)
         result.outputs.append(TokenOutput(life.id, index, (token,), f" {token}", finish_reason=reason))
 

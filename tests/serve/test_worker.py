@@ -235,8 +235,10 @@ def test_a_handoff_without_a_sink_is_copied_once_there_is_room() -> None:
     link = Layers(room=1)
     worker, _ = made(link)
     after(worker, Submit(request("a"), hand_off=True))
-    worker.handle(Submit(request("b", osl=9)))
-    worker.step()
+    for name in "bx":
+        worker.handle(Submit(request(name, osl=30)))
+    for _ in range(3):
+        worker.step()
 
     class State:
         layers = ()
@@ -245,8 +247,9 @@ def test_a_handoff_without_a_sink_is_copied_once_there_is_room() -> None:
 
     exported = worker._engine.export_state
     worker._engine.export_state = lambda name: replace(exported(name), state=State())  # type: ignore[method-assign, arg-type, return-value]
-    events = after(worker, Export("b"))
+    events = after(worker, Export("x"), Export("b"), Cancel("x"))
     assert not any(isinstance(e, HandedOff) for e in events)
+    worker.handle(Cancel("x"))
     events = after(worker, Release("a"))
     (handoff,) = [e.handoff for e in events if isinstance(e, HandedOff)]
-    assert handoff.receipt == FakeState(0, 10)  # all but the newest token
+    assert handoff.receipt == FakeState(0, 9 + len(handoff.request.output_ids))  # all but the newest token
