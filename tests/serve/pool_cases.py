@@ -69,11 +69,12 @@ async def running(
     *,
     observer: Log | None = None,
     supervision: Supervision = QUICK,
+    deadline_s: float = DEADLINE_S,
     **limits: Any,
 ) -> AsyncIterator[Pools]:
     limits.setdefault("routing", PREFILL_ELSEWHERE)
     pools = Pools(workers, times=times(), limits=PoolLimits(**limits), supervision=supervision, observer=observer)
-    async with asyncio.timeout(DEADLINE_S):
+    async with asyncio.timeout(deadline_s):
         await pools.start()
         try:
             yield pools
