@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import cast
 
 from tandem.serve.frames import Unpacker, packed
 from tandem.serve.hosts import Listener, WorkerDied
@@ -128,8 +129,7 @@ class _ProcessRun(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Asyncio's: the socket is ours."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast("asyncio.WriteTransport", transport)  # uvloop's is one, and no subclass
 
     def data_received(self, data: bytes) -> None:
         """Asyncio's: some bytes have come."""

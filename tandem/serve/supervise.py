@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tandem.serve.hosts import WorkerDied
+from tandem.serve.hosts import WorkerDied, describe
 from tandem.serve.members import Member
 from tandem.serve.messages import Batch, Capacity, Ping, Pong
 from tandem.spec.units import require_int, require_number
@@ -126,6 +126,7 @@ class Supervised:
         await asyncio.sleep(self._rules.delay_s(self._failures))
         try:
             self._began(await self.member.handle.start(self))
-        except WorkerDied as wrong:
-            log.warning("worker %s does not come up: %s", self.member.id, wrong)
-            self._failed(str(wrong))
+        except Exception as wrong:  # whatever it is, the next try may do: a worker that is not tried again is lost
+            reason = str(wrong) if isinstance(wrong, WorkerDied) else describe(wrong)
+            log.warning("worker %s does not come up: %s", self.member.id, reason)
+            self._failed(reason)

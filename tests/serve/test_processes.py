@@ -98,6 +98,26 @@ def test_a_worker_serves_wherever_it_lives_and_can_be_started_again(place: int) 
     asyncio.run(main())
 
 
+def test_uvloop_carries_processes_too() -> None:
+    """It is the server's event loop, and its transports are of classes of their own."""
+    import uvloop
+
+    async def main() -> None:
+        heard = Heard()
+        handle = ProcessHost("p", builder(), threads=1)
+        await handle.start(heard)
+        handle.send(Submit(request()))
+        await heard.until(lambda: heard.tokens("a") == expected(request()))
+        assert handle.pid is not None
+        os.kill(handle.pid, signal.SIGKILL)
+        await heard.until(lambda: heard.deaths)
+        await handle.start(Heard())
+        await handle.stop(DEADLINE_S)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
 @pytest.mark.parametrize("place", [0, 1], ids=["thread", "process"])
 def test_what_cannot_be_built_is_told_in_one_line(place: int) -> None:
     async def main() -> None:

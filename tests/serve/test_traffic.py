@@ -16,7 +16,7 @@ from tandem.engine.types import EngineRequest, TokenOutput
 from tandem.sched.route import Role
 from tandem.serve.hosts import Listener
 from tandem.serve.members import Member
-from tandem.serve.messages import Batch, Capacity, Command
+from tandem.serve.messages import Accept, Batch, Capacity, Command
 from tandem.serve.pool_limits import PoolLimits
 from tandem.serve.records import Record
 from tandem.serve.traffic import Traffic
@@ -285,3 +285,55 @@ def test_retried_requests_go_before_those_that_came_later() -> None:
     world.check()
     order = [life.id for life in world.log.lives]
     assert order == [f"r{i}" for i in range(20)]
+
+
+def test_a_state_that_comes_for_nobody_is_released() -> None:
+    world = World("pd", by_reference=False, skewed=False)
+    world.submit(10, 9)
+    world.step(0, 100)
+    world.cancel(0)  # while it is on its way here
+    world.settle()
+    world.check()
+
+
+def test_a_state_that_waits_here_is_released_when_its_client_goes() -> None:
+    world = World("pd", by_reference=False, skewed=False)
+    assert world.hands[0].link is not None
+    world.hands[0].link.room = 8
+    for _ in range(4):
+        world.submit(10, 9)
+    for _ in range(4):
+        world.step(0, 100)
+        world.deliver(0)
+    assert world.traffic.held_states == 4  # two of them at the decode worker
+    world.cancel(3)
+    world.cancel(2)
+    world.settle()
+    world.check()
+
+
+def test_a_state_whose_owner_died_before_it_was_opened_is_made_again() -> None:
+    world = World("pd", by_reference=False, skewed=False)
+    world.submit(10, 9)
+    world.step(0, 100)
+    world.deliver(0)
+    assert world.hands[1].commands  # the receipt is on its way
+    world.kill(0)
+    world.settle()
+    assert world.traffic.retries == 1
+    world.check()
+
+
+def test_a_state_that_its_receiver_refuses_is_released_and_made_again() -> None:
+    world = World("pd", by_reference=False, skewed=False)
+    world.submit(10, 9)
+    world.step(0, 100)
+    world.deliver(0)
+    accept = world.hands[1].commands.pop()
+    assert isinstance(accept, Accept)
+    receipt = accept.handoff.receipt
+    accept.handoff.receipt = MortalReceipt(FakeState(0, 10), receipt.link)  # other bytes than were sent
+    world.hands[1].commands.append(accept)
+    world.settle()
+    assert world.traffic.retries == 1
+    world.check()
