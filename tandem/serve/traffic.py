@@ -102,11 +102,18 @@ class Traffic:
     # What clients do.
 
     def admit(self, request: EngineRequest) -> Record:
-        """Take on a request. Raises SpecError for an id that is served already, and where too many wait."""
+        """Take on a request. Raises SpecError for an id that is served already, for a prompt that is none, and where too many
+        wait."""
         if request.id in self._records:
             raise SpecError(f"request id={request.id!r}: is being served already")
         if len(self._queue) >= self._limits.max_waiting:
             raise SpecError(f"{len(self._queue):,} requests wait already; ask again later")
+        if not request.prompt_ids:
+            raise SpecError("prompt: has no tokens; give some text")
+        try:
+            hashes = prefix_hashes(request.prompt_ids, self._limits.prefix_tokens)
+        except (OverflowError, TypeError):
+            raise SpecError("prompt: holds what is no token id; give whole numbers below the vocabulary's size") from None
         life = Request(
             id=request.id,
             isl=len(request.prompt_ids),
@@ -115,7 +122,6 @@ class Traffic:
             client=request.client,
             osl=len(request.output_ids),
         )
-        hashes = prefix_hashes(request.prompt_ids, self._limits.prefix_tokens)
         record = Record(request, life, list(request.output_ids), hashes)
         self._records[request.id] = record
         self._share.arrive(life.client)

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from fake_engine import FakeEngine, FakeLink, FakeSink, FakeState, expected
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -336,4 +337,14 @@ def test_a_state_that_its_receiver_refuses_is_released_and_made_again() -> None:
     world.hands[1].commands.append(accept)
     world.settle()
     assert world.traffic.retries == 1
+    world.check()
+
+
+@pytest.mark.parametrize(("prompt", "why"), [((), "no tokens"), ((1, 2**70), "no token id"), ((1, 1.5), "no token id")])
+def test_a_prompt_that_is_none_is_refused_before_it_can_stand_in_the_way(prompt: tuple[int, ...], why: str) -> None:
+    world = World("pd", by_reference=True, skewed=False)
+    with pytest.raises(SpecError, match=why):
+        world.traffic.admit(EngineRequest(id="bad", prompt_ids=prompt))
+    world.submit(10, 9)
+    world.settle()
     world.check()
