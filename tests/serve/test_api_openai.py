@@ -112,6 +112,12 @@ def test_every_parameter_reaches_the_engine(server: Live, stream: bool) -> None:
     assert request.client == "me"
 
 
+@pytest.mark.parametrize("off", [0, -1, None])
+def test_top_k_can_be_switched_off_in_every_way(server: Live, off: int | None) -> None:
+    chat(server, extra_body={"top_k": off})
+    assert server.frontend.asked[0].sampling.top_k is None
+
+
 def test_choices_differ_in_their_seed_alone(server: Live) -> None:
     server.frontend.script = lambda request: list(f"seed {request.sampling.seed}")
     answer = chat(server, n=3, seed=2**63 - 2)

@@ -257,7 +257,7 @@ def test_a_client_that_goes_frees_all_that_it_held(fields: dict[str, Any], befor
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_after_the_last_byte_has_been_served(stream: bool) -> None:
+def test_after_the_last_byte_neither_clients_that_go_nor_a_closing_server_matter(stream: bool) -> None:
     app = make_app(FakeFrontend())
     body = json.dumps({**BODY, "stream": stream}).encode()
     headers = [(b"content-type", b"application/json")]
@@ -279,6 +279,7 @@ def test_a_client_that_goes_after_the_last_byte_has_been_served(stream: bool) ->
             sent.append(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 done.set()
+                app.state.serving.close()
                 for _ in range(5):
                     await asyncio.sleep(0)
 
