@@ -43,6 +43,9 @@ log = logging.getLogger("tandem.serve")
 SUSPECT_TRIES = 2
 """A request whose worker has died so often may be why: until its next token it is the only such one at any worker."""
 
+_PREFIXES = 100_000
+"""Pairs of prefix and worker that the router remembers: some 50 MB."""
+
 
 @dataclass(slots=True)
 class _Held:
@@ -71,7 +74,7 @@ class Traffic:
         self._observer, self._changed = observer, changed
         self._share = FairShare()
         self._queue = PromptQueue(self._share)
-        self._prefixes = PrefixIndex()
+        self._prefixes = PrefixIndex(max_entries=_PREFIXES)
         self._records: dict[str, Record] = {}
         self._tries: dict[str, Record] = {}
         self._ready: deque[Record] = deque()
