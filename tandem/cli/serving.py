@@ -22,7 +22,7 @@ def serve(
     plan: Annotated[Path | None, typer.Option(help="Deployment of `tandem plan --json`: says workers and batch.")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="File of name:sha256 lines; without it everybody may ask.")] = None,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; default: as given.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the fastest 16 bits here), float32, float16, bfloat16 or int8.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (float16, on GPUs bfloat16), float32, float16, bfloat16 or int8.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads of each worker; default: cores / workers.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Requests that a worker holds at once; default 32.")] = None,

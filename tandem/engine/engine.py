@@ -375,7 +375,9 @@ class Engine:
             piece = sequence.text.push(token)
             text, stopped = piece.text, piece.stopped
         reason: FinishReason | None = None
-        if ended or stopped or sequence.chooser.finished_by_grammar:
+        if sequence.chooser.error is not None:
+            reason = "error"
+        elif ended or stopped or sequence.chooser.finished_by_grammar:
             reason = "stop"
         elif life.osl >= sampling.max_tokens or life.context >= self.max_context:
             reason = "length"
@@ -388,7 +390,9 @@ class Engine:
             result.finished.append(life)
         logprobs = None if choice.logprobs is None else (choice.logprobs,)
         result.outputs.append(
-            TokenOutput(life.id, index, (token,), text, logprobs, reason, cached_tokens=life.cached if first else None)
+            TokenOutput(
+                life.id, index, (token,), text, logprobs, reason, sequence.chooser.error, life.cached if first else None
+            )
         )
 
 

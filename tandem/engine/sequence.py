@@ -47,9 +47,8 @@ class LiveSequence:
         sink: StateSink | None = None,
     ) -> LiveSequence:
         """A request as it stands after its `output_ids`."""
-        text, sampling = None, request.sampling
-        if vocabulary.tokenizer is not None:
-            text = TextStream(vocabulary.tokenizer, sampling.stop, sampling.skip_special_tokens)
+        text = vocabulary.text_stream(request.sampling)
+        if text is not None:
             for token in request.output_ids:
                 text.push(token)
         return cls(
@@ -87,7 +86,7 @@ def check_request(request: EngineRequest, *, vocabulary: Vocabulary, max_context
         raise SpecError(f"output_ids has {len(request.output_ids)} tokens: max_tokens={sampling.max_tokens} are done")
     if sampling.stop and vocabulary.tokenizer is None:
         raise SpecError(f"stop={list(sampling.stop)!r}: this engine has no tokenizer; use stop_token_ids")
-    vocabulary.check(sampling, len(prompt))
+    vocabulary.check(sampling)
 
 
 def ids_of(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ class Vocabulary:
         self.tokenizer, self.vocab_size, self.eos = tokenizer, vocab_size, eos
         self._grammars: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
-    def check(self, sampling: SamplingParams, prompt_tokens: int = 0) -> None:
+    def check(self, sampling: SamplingParams) -> None:
         """Raise SpecError for sampling that this vocabulary cannot do: it is the moment to compile what will be needed."""
         for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             for token in ids:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,21 +15,22 @@ from tandem.engine.transfer import OpenedState, StateLayout, StateTransport
 from tandem.engine.types import EngineRequest
 from tandem.model.hybrid import Decoder
 from tandem.model.load import load_model
-from tandem.model.precision import cpu_has_fast_bf16
 from tandem.model.tokenizer import Tokenizer, load_tokenizer
 from tandem.serve.messages import Capacity
 from tandem.serve.worker import StateLink, Worker
 from tandem.spec.errors import Infeasible
-from tandem.spec.model import ModelSpec
 
+WARM_BYTES = 64 << 20
+"""Shared memory whose pages a worker takes when it starts: fresh ones would make its first hand-off slow."""
 Transport = Literal["shared-memory", "ray", "ray-tensors"]
 
 
 class ModelStates:
     """A worker's `StateLink`: states of one model over any transport."""
 
-    def __init__(self, transport: StateTransport, spec: ModelSpec, dtype: torch.dtype) -> None:
-        self._transport, self._spec, self._dtype = transport, spec, dtype
+    def __init__(self, transport: StateTransport, decoder: Decoder) -> None:
+        self._transport, self._spec, self._dtype = transport, decoder.spec, decoder.state_dtype
+        self._device = decoder.device
 
     def sink(self, request: EngineRequest) -> StateSink | Infeasible:
         """Takes the state of one request: of its prompt and of all tokens it has had but the newest."""
@@ -37,8 +38,11 @@ class ModelStates:
         return self._transport.sink(StateLayout(spec=self._spec, tokens=tokens, dtype=self._dtype))
 
     def open(self, receipt: Any) -> OpenedState:
-        """The state behind a receipt."""
-        return self._transport.open(receipt, self._spec)
+        """The state behind a receipt, on the worker's own device."""
+        opened = self._transport.open(receipt, self._spec)
+        if self._device.type != "cpu":
+            return replace(opened, state=opened.state.to(self._device))
+        return opened
 
     def release(self, receipt: Any) -> None:
         """Free a state."""
@@ -66,14 +70,16 @@ class EngineBuilder:
         if self.engine.threads is not None:
             torch.set_num_threads(self.engine.threads)
         decoder = load_model(self.model, dtype=resolve_dtype(self.dtype, self.device), device=self.device)
-        link = ModelStates(self._open_transport(decoder), decoder.spec, decoder.state_dtype)
+        link = ModelStates(self._open_transport(decoder), decoder)
         return worker_of(decoder, load_tokenizer(self.model), self.engine, link=link)
 
     def _open_transport(self, decoder: Decoder) -> StateTransport:
         if self.transport == "shared-memory":
             from tandem.engine.shared_memory import SharedMemoryPool
 
-            return SharedMemoryPool("tandem", self.transport_bytes)
+            pool = SharedMemoryPool("tandem", self.transport_bytes)
+            pool.warm(min(WARM_BYTES, self.transport_bytes))
+            return pool
         from tandem.serve.ray_states import RayObjectStates, RayTensorStates
 
         if self.transport == "ray":
@@ -106,7 +112,9 @@ def worker_of(decoder: Decoder, tokenizer: Tokenizer | None, config: EngineConfi
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
-    """`auto` as the 16 bits that are fastest there: bfloat16 on a GPU and on CPUs that multiply it, else float16."""
+    """`auto` as the 16 bits that suit a device: bfloat16 on a GPU; on a CPU float16, where activations stay fp32. (bfloat16
+    activations are faster on some CPUs, and turn close calls of small models: SmolLM2 then misses the capital of France.)
+    """
     if dtype != "auto":
         return dtype
-    return "bfloat16" if device != "cpu" or cpu_has_fast_bf16() else "float16"
+    return "float16" if device == "cpu" else "bfloat16"

@@ -30,7 +30,9 @@ def main(fd: int) -> None:
     channel = socket.socket(fileno=fd)
     channel.set_inheritable(False)
     messages = received(channel)
-    build = cast("Callable[[], Worker]", next(messages))
+    build = cast("Callable[[], Worker] | None", next(messages, None))
+    if build is None:  # the server was gone before it said what to build
+        return
     inbox = Inbox()
     threading.Thread(target=_read, args=(messages, inbox), daemon=True).start()
     worker: Worker | None = None
