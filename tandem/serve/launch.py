@@ -22,7 +22,7 @@ from tandem.model.load import load_model
 from tandem.model.tokenizer import Tokenizer, load_tokenizer
 from tandem.perf.costs import Layout
 from tandem.perf.phases import PerfModel
-from tandem.sched.route import Role, StepTimes
+from tandem.sched.route import Role, RoutingLimits, StepTimes
 from tandem.sched.times import MeasuredTimes, PredictedTimes
 from tandem.serve.app import create_app
 from tandem.serve.auth import ApiKeys
@@ -30,6 +30,7 @@ from tandem.serve.build import EmbeddedBuilder, EngineBuilder, Transport, resolv
 from tandem.serve.config import ServeConfig
 from tandem.serve.hosts import ThreadHost, WorkerHandle
 from tandem.serve.metrics import Metrics
+from tandem.serve.pool_limits import PoolLimits
 from tandem.serve.pool_metrics import PoolMetrics
 from tandem.serve.pools import Pools
 from tandem.serve.process_host import ProcessHost
@@ -41,6 +42,9 @@ from tandem.spec.model import ModelSpec
 from tandem.spec.units import require_int, require_number
 
 log = logging.getLogger("tandem.serve")
+LOCAL_TOKENS = 128
+"""Longest uncached prompt that a decode worker prefills itself where there are prefill workers: half a pass. A longer one would
+hold up whoever comes to decode meanwhile, whom no prediction knows yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +141,11 @@ class Launched:
         torch.set_num_threads(options.worker_threads)
         spec, hosts = self._workers(tokenizer)
         self.times = step_times(spec, options)
-        self.pools = Pools(hosts, times=self.times, observer=PoolMetrics(metrics))
+        limits = PoolLimits(
+            max_waiting=max(options.max_waiting, 1),
+            routing=RoutingLimits(max_local_tokens=LOCAL_TOKENS),
+        )
+        self.pools = Pools(hosts, times=self.times, limits=limits, observer=PoolMetrics(metrics))
         self.app = create_app(
             self.pools,
             model_name=options.name,
