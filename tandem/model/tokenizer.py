@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -21,6 +22,9 @@ from tandem.spec.catalog import find_weights, read_json
 from tandem.spec.errors import SpecError
 from tandem.spec.files import write_whole
 from tandem.spec.gguf import GgufHeader, read_header
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _FILES = (TOKENIZER, SETTINGS, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -63,20 +67,28 @@ class Tokenizer:
     def chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """A conversation as the text that the model was trained on. Raises SpecError without a template, or if it refuses."""
         from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if self.template is None:
             raise SpecError("chat_template: this model has none; give the text itself")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _refuse
         try:
-            return environment.from_string(self.template).render(
+            text: str = _compiled(self.template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self.special, **variables
             )
+            return text
         except (TemplateError, TypeError) as wrong:
             raise SpecError(f"chat_template: {' '.join(str(wrong).split())}") from None
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Template:
+    """A chat template ready to render: compiling takes far longer than rendering. It holds no state between renderings."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _refuse
+    return environment.from_string(template)
 
 
 def _refuse(message: str) -> None:
