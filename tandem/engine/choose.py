@@ -62,6 +62,7 @@ class Chooser:
             self._grammar = GrammarState(start, vocab_size=vocabulary.vocab_size, ends=ends)
         self._greedy = sampling.temperature == 0 and sampling.logprobs is None
         self._stateless = self._greedy and self._penalties is None and self._grammar is None and self._thinking is None
+        self._failure: str | None = None
         for token in request.output_ids:
             self.accept(token)
 
@@ -72,8 +73,8 @@ class Chooser:
 
     @property
     def error(self) -> str | None:
-        """Why the output cannot follow its grammar any longer: one line, for the client."""
-        return None if self._grammar is None else self._grammar.error
+        """Why the output cannot go on: one line, for the client. Its grammar cannot be followed, or logits are no numbers."""
+        return self._failure or (None if self._grammar is None else self._grammar.error)
 
     @property
     def thinking_tokens(self) -> int:
@@ -107,6 +108,8 @@ class Chooser:
 
     def pick(self, row: Row) -> Choice:
         """The next token of a row of logits, which is left as it is, and of which this takes note."""
+        if not np.isfinite(row.max()):
+            return self.fail()
         token = None if self._thinking is None else self._thinking.forced
         if token is None:
             token = self._draw(self._allowed(row))
@@ -114,6 +117,11 @@ class Chooser:
         choice = Choice(token, None if count is None else log_probabilities(row, token, count))
         self.accept(token)
         return choice
+
+    def fail(self) -> Choice:
+        """What is chosen where the highest logit is not a number: anything, beside an `error`. It must not stop the others."""
+        self._failure = "the model's numbers overflow after these tokens"
+        return Choice(0, None)
 
     def _draw(self, row: Row) -> int:
         sampling = self._sampling
@@ -161,7 +169,11 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
     logits = logits.detach()
     if any(likeliest):
         for i, token in enumerate(_argmax(logits)):
-            if likeliest[i]:
+            if not likeliest[i]:
+                continue
+            if token is None:
+                choices[i] = choosers[i].fail()
+            else:
                 choices[i] = Choice(token, None)
                 choosers[i].accept(token)
     for i, chooser in enumerate(choosers):
@@ -170,11 +182,12 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
     return [choice for choice in choices if choice is not None]
 
 
-def _argmax(logits: Tensor) -> list[int]:
-    """The highest logit of each row, the lowest id of equals. On CPUs numpy takes an eighth of torch's time."""
+def _argmax(logits: Tensor) -> list[int | None]:
+    """The highest logit of each row, the lowest id of equals; None where it is not a number. On CPUs numpy takes an eighth of
+    torch's time."""
     found = logits.argmax(-1) if logits.device.type != "cpu" else torch.from_numpy(logits.float().numpy().argmax(-1))
-    ids: list[int] = found.tolist()
-    return ids
+    sound = logits.gather(-1, found[:, None])[:, 0].isfinite()
+    return [token if good else None for token, good in zip(found.tolist(), sound.tolist(), strict=True)]
 
 
 def log_probabilities(row: Row, token: int, count: int) -> Logprobs:

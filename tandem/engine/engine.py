@@ -149,10 +149,8 @@ class Engine:
             self._admit(self._arrived.pop(life.id))
         if plan.decode:
             self._decode([self._running[life.id] for life in plan.decode], result)
-        for chunk in plan.prefill:
-            self._prefill(self._waiting[chunk.request.id], chunk, result)
+        tokens = sum(self._prefill(self._waiting[chunk.request.id], chunk, result) for chunk in plan.prefill)
         self._counts["steps"] += 1
-        tokens = sum(chunk.tokens for chunk in plan.prefill)
         self._last_step = (self._clock() - started, len(plan.decode), tokens)
         return result
 
@@ -286,7 +284,8 @@ class Engine:
         self._counts["prompt_tokens"] += total
         self._counts["prefix_tokens"] += life.computed
 
-    def _prefill(self, sequence: LiveSequence, chunk: Chunk, result: StepResult) -> None:
+    def _prefill(self, sequence: LiveSequence, chunk: Chunk, result: StepResult) -> int:
+        """The passes of a chunk; tokens computed, which are fewer where a kept prefix had some."""
         life, cell = sequence.life, self.config.pass_tokens
         if sequence.state is None:
             self._begin(sequence)
@@ -296,7 +295,7 @@ class Engine:
         until = min(life.computed + chunk.tokens, total)
         if until < total:  # a kept prefix may have moved the beginning; passes end on the grid all the same
             until -= until % cell
-        logits = None
+        logits, started = None, life.computed
         while life.computed < until:
             begin = life.computed
             end = min(begin - begin % cell + cell, total)
@@ -311,6 +310,7 @@ class Engine:
                 self._keep(sequence, end // cell, (total - 1) // cell)
         if life.computed == total:
             self._finish_prefill(sequence, logits, result)
+        return until - started
 
     def _keep(self, sequence: LiveSequence, number: int, last: int) -> None:
         assert sequence.slot is not None

@@ -79,6 +79,9 @@ def check_request(request: EngineRequest, *, vocabulary: Vocabulary, max_context
         raise SpecError("prompt: has no tokens; give some text")
     if len(prompt) >= max_context:
         raise SpecError(f"prompt: has {len(prompt):,} tokens; this server reads fewer than {max_context:,}")
+    if len(prompt) + len(request.output_ids) >= max_context:  # it came from an engine with more room
+        tokens = len(prompt) + len(request.output_ids)
+        raise SpecError(f"prompt and output have {tokens:,} tokens; this server goes on from fewer than {max_context:,}")
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= vocabulary.vocab_size:
         raise SpecError(f"prompt holds token {low if low < 0 else high}: must be from 0 to {vocabulary.vocab_size - 1}")

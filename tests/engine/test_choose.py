@@ -184,3 +184,17 @@ def test_sampling_that_a_vocabulary_cannot_do_is_refused() -> None:
 def test_rows_and_choosers_must_be_as_many() -> None:
     with pytest.raises(ValueError, match="2 rows of logits for 1 choosers"):
         choose(torch.zeros(2, SIZE), [chooser({})])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_end_their_request_and_no_other(kind: dict[str, Any], wrong: float) -> None:
+    (logits,) = steps(1, 3)
+    expected = choose(logits.clone(), [chooser(kind) for _ in range(3)])
+    logits[1, slice(None) if wrong < 0 else SIZE - 1] = wrong
+    choosers = [chooser(kind) for _ in range(3)]
+    found = choose(logits, choosers)
+    assert (found[0], found[2]) == (expected[0], expected[2])
+    assert [one.error is not None for one in choosers] == [False, True, False]
+    assert "\n" not in str(choosers[1].error)
+    assert 0 <= found[1].token_id < SIZE

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -253,3 +254,84 @@ def test_what_can_never_be_served_is_refused() -> None:
         Engine(small_model("hybrid"), config=replace(CONFIG, cache_bytes=100))
     with pytest.raises(SpecError, match="multiple of block_size"):
         EngineConfig(pass_tokens=100, block_size=16)
+
+
+def test_what_outgrew_this_engine_is_refused_as_it_comes() -> None:
+    model = small_model("transformer")
+    large, small = Engine(model, config=CONFIG), Engine(model, config=replace(CONFIG, max_context=40))
+    sampling = SamplingParams(max_tokens=100, ignore_eos=True)
+    large.add(EngineRequest(id="a", prompt_ids=(5,) * 30, sampling=sampling))
+    while large.stats.context_tokens < 39:
+        large.step()
+    fits = large.export_state("a")
+    small.import_state(fits)
+    (last,) = small.step().outputs
+    assert (last.index, last.finish_reason) == (9, "length")
+    all_free(small)
+    large.add(EngineRequest(id="b", prompt_ids=(5,) * 30, sampling=sampling))
+    while large.stats.context_tokens < 40:
+        large.step()
+    handoff = large.export_state("b")
+    with pytest.raises(SpecError, match="40 tokens; this server goes on from fewer than 40"):
+        small.import_state(handoff)
+    with pytest.raises(SpecError, match="fewer than 40"):
+        small.add(handoff.request)
+    assert not small.has_work
+    all_free(small)
+
+
+def test_a_step_counts_what_it_computed_and_not_what_was_kept() -> None:
+    engine = Engine(small_model("transformer"), config=replace(CONFIG, prefix_cache_bytes=1 << 20))
+    computed = []
+    for name in "ab":
+        engine.add(EngineRequest(id=name, prompt_ids=(5,) * 30, sampling=SamplingParams(max_tokens=1)))
+        engine.step()
+        computed.append(engine.stats.last_step_tokens)
+    assert computed == [30, 14]
+
+
+def test_numbers_that_overflow_end_their_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(small_model("hybrid"), config=CONFIG)
+    requests = [EngineRequest(id=str(i), prompt_ids=p, sampling=SamplingParams(max_tokens=6)) for i, p in enumerate(prompts(3))]
+    expected = run(Engine(engine.model, config=CONFIG), requests)
+    decode = engine._runner.decode
+
+    def overflowing(ids: list[int], lengths: list[int], slots: list[int], blocks: object) -> torch.Tensor:
+        logits = decode(ids, lengths, slots, blocks)  # type: ignore[arg-type]
+        for row, length in enumerate(lengths):
+            if length == len(requests[1].prompt_ids) + 2:
+                logits[row] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine._runner, "decode", overflowing)
+    assert len({len(r.prompt_ids) + 2 for r in requests}) == 3
+    found = run(engine, requests)
+    assert (found["0"], found["2"]) == (expected["0"], expected["2"])
+    assert (found["1"].finish_reason, found["1"].token_ids[:3]) == ("error", expected["1"].token_ids[:3])
+    all_free(engine)
+
+
+def test_a_state_that_left_is_held_by_nobody(model: Decoder) -> None:
+    first, second = Engine(model, config=CONFIG), Engine(model, config=CONFIG)
+    first.add(
+        EngineRequest(id="a", prompt_ids=(5,) * 40, sampling=SamplingParams(max_tokens=30, ignore_eos=True)), hand_off=True
+    )
+    handoffs = []
+    while first.has_work:
+        handoffs += first.step().handoffs
+    (handoff,) = handoffs
+    assert handoff.state is not None
+    tensors = [weakref.ref(t) for layer in handoff.state.layers if layer is not None for t in layer.tensors]
+    assert all(tensor() is not None for tensor in tensors)
+    second.import_state(handoff)
+    second.step()
+    assert second.stats.running == 1
+    assert all(tensor() is None for tensor in tensors)
+    second.add(EngineRequest(id="b", prompt_ids=(5,) * 40, sampling=SamplingParams(max_tokens=2, ignore_eos=True)))
+    second.step()
+    state = second._waiting["b"].state
+    assert state is not None
+    tensors = [weakref.ref(t) for layer in state.layers if layer is not None for t in layer.tensors]
+    del state
+    second.cancel("b")
+    assert all(tensor() is None for tensor in tensors)
