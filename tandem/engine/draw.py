@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 _BITS = 35
 _SCALE = np.float32(2**_BITS)
-_HEAD_NATS, _HEAD_TOKENS = 8.0, 2048
+_HEAD_NATS, _HEAD_TOKENS = 8.0, 8192
+_ID_BITS, _ID_MASK = np.uint64(32), np.uint64(2**32 - 1)
 _BINS_PER_NAT = 40.0
 _BINS = math.ceil((_BITS + 1) * math.log(2) * _BINS_PER_NAT) + 1
 
@@ -102,15 +103,21 @@ class _Ranking:
         return self._order(np.flatnonzero(self._bins == index), self._bin_masses[index - 1] if index else 0.0)
 
     def _order(self, ids: Ids, before: float) -> tuple[Ids, Masses]:
-        below = self._below[ids]
-        order = np.argsort(-below, kind="stable")
-        return ids[order], before + np.cumsum(_weights(below[order]), dtype=np.float64)
+        # Whole numbers are sorted several times faster than floats: the bits of what a token lies below, then its id.
+        keys = np.abs(self._below[ids]).view(np.uint32).astype(np.uint64)
+        keys <<= _ID_BITS
+        keys |= ids.astype(np.uint64)
+        keys.sort()
+        below = -(keys >> _ID_BITS).astype(np.uint32).view(np.float32)
+        return (keys & _ID_MASK).astype(np.intp), before + np.cumsum(_weights(below), dtype=np.float64)
 
 
 def draw(row: Row, *, number: int, temperature: float, top_k: int | None = None, top_p: float = 1.0, min_p: float = 0.0) -> int:
     """The token that `number` (0 to 2^64 - 1) draws from a row of logits. Temperature is above 0; -inf is never drawn."""
+    below = row - row.max()
     with np.errstate(over="ignore"):
-        ranking = _Ranking((row - row.max()) * np.float32(min(1.0 / temperature, 1e30)))
+        below *= np.float32(min(1.0 / temperature, 1e30))
+    ranking = _Ranking(below)
     kept = ranking.total if top_k is None or top_k >= len(row) else ranking.mass_of_first(top_k)
     if top_p < 1.0:
         above, parts = top_p.as_integer_ratio()
