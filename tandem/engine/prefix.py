@@ -19,6 +19,9 @@ from tandem.engine.cache import BlockPool
 from tandem.engine.config import CacheSize
 from tandem.model.state import MambaState, SequenceState
 
+_ENTRY_BYTES = 512
+"""What a cell without blocks counts, as of models without attention: most have no snapshot either, and cost something."""
+
 
 @dataclass(slots=True)
 class Cell:
@@ -89,7 +92,7 @@ class PrefixCache:
             own = tuple(blocks[(cell - 1) * self._per_cell : cell * self._per_cell])
             self._pool.keep(own)
             known = self._cells[hashes[cell - 1]] = Cell(own, snapshot, 0)
-            self._grow(known, len(own) * self._block_bytes + _nbytes(snapshot))
+            self._grow(known, (len(own) * self._block_bytes or _ENTRY_BYTES) + _nbytes(snapshot))
         self._touch(hashes[:cell])
         while self.nbytes > self._max_bytes and self._cells:
             self._evict(next(iter(self._cells)))
@@ -98,12 +101,15 @@ class PrefixCache:
         """Free blocks that nobody but this cache holds, least recently used first, until `wanted` are free."""
         if self._pool.free >= wanted:
             return
-        for key in list(self._cells):
-            before = self._pool.free
-            if self._cells[key].blocks and self._alone(key):
-                self._evict(key)
-            if self._pool.free >= wanted and self._pool.free > before:
-                return
+        missing, given = wanted - self._pool.free, []
+        for key, cell in self._cells.items():
+            if missing <= 0:
+                break
+            if cell.blocks and self._alone(key):
+                given.append(key)
+                missing -= len(cell.blocks)
+        for key in given:
+            self._evict(key)
 
     def blocks(self) -> list[tuple[int, ...]]:
         """Blocks of each cell."""

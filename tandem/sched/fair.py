@@ -52,9 +52,10 @@ class FairShare:
         if self._requests[client] <= 0:
             del self._requests[client]
             self._last_left = self._served.get(client, 0.0)
-        while len(self._served) > max(self._max_clients, len(self._requests)):
-            idle = (name for name in self._served if name not in self._requests)
-            del self._served[min(idle, key=self._served.__getitem__)]  # the one that a return would lift furthest
+        if len(self._served) > max(self._max_clients, 2 * len(self._requests)):
+            idle = sorted((name for name in self._served if name not in self._requests), key=self._served.__getitem__)
+            for name in idle[: len(idle) // 2 + 1]:  # those that a return would lift furthest; many, for each look costs
+                del self._served[name]
 
 
 class FairQueue:

@@ -153,3 +153,29 @@ def test_snapshots_are_where_prompts_end_or_part() -> None:
     assert PrefixCache(BlockPool(40), small, blocks_per_cell=2).wants_snapshot(5, 7, 3)
     attention_only = replace(big, slot_bytes=0)
     assert not PrefixCache(BlockPool(40), attention_only, blocks_per_cell=2).wants_snapshot(7, 7, 3)
+
+
+def test_cells_that_hold_nothing_are_not_without_number() -> None:
+    size = CacheSize(num_blocks=0, num_slots=2, block_bytes=0, slot_bytes=10**6, prefix_bytes=10_000)
+    cache = PrefixCache(BlockPool(0), size, blocks_per_cell=2)
+    for prompt in range(100):  # each is cancelled before its snapshot
+        cache.put((prompt,), 1, (), None)
+    assert 0 < len(cache) <= 20
+    cache.clear()
+    assert cache.nbytes == 0
+
+
+def test_no_more_is_given_back_than_is_wanted() -> None:
+    size = CacheSize(num_blocks=40, num_slots=2, block_bytes=100, slot_bytes=0, prefix_bytes=10**6)
+    pool = BlockPool(40)
+    cache = PrefixCache(pool, size, blocks_per_cell=2)
+    for prompt in range(20):
+        blocks = pool.take(2)
+        cache.put((prompt,), 1, blocks, None)
+        if prompt:  # the oldest is in use
+            pool.drop(blocks)
+    for wanted, left in ((1, 19), (2, 19), (3, 18), (8, 16), (100, 1)):
+        cache.give_back(wanted)
+        assert len(cache) == left
+        assert pool.free == 40 - 2 * left
+    assert cache.match((0,)).usable == 1
