@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 README = Path(__file__).resolve().parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+ADDRESS = "http://127.0.0.1:8000"
 NEEDS_EXTRA = re.compile(r"^tandem (validate|calibrate)\b")
 
 
@@ -22,7 +26,8 @@ def commands() -> list[str]:
     """Lines that start with `$ tandem`, those that a backslash continues joined."""
     blocks = [body for kind, body in BLOCK.findall(TEXT) if kind == "console"]
     lines = [line for body in blocks for line in body.replace("\\\n", " ").splitlines()]
-    return [line.removeprefix("$ ").strip() for line in lines if line.startswith("$ tandem")]
+    found = [line.removeprefix("$ ").strip() for line in lines if line.startswith("$ tandem")]
+    return [line for line in found if not line.startswith("tandem serve")]  # runs until it is stopped: see `served`
 
 
 def shown() -> list[tuple[str, str]]:
@@ -65,10 +70,28 @@ def test_the_readme_shows_what_the_command_prints(line: str, output: str, tmp_pa
         assert row in printed, row
 
 
+@contextmanager
+def served() -> Iterator[str]:
+    """The server that the README starts, on a free port."""
+    (line,) = re.findall(r"^\$ tandem (serve .*)$", TEXT, flags=re.MULTILINE)
+    words = [sys.executable, "-m", "tandem.cli", *shlex.split(line)]
+    assert words[-2:] == ["--port", "8000"]
+    with subprocess.Popen([*words[:-1], "0"], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield json.loads(process.stdout.readline())["url"]
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize("number", range(len(programs())))
 def test_a_program_of_the_readme_runs(number: int, tmp_path: Path) -> None:
-    done = run([sys.executable, "-W", "error", "-c", programs()[number]], tmp_path)
+    program = programs()[number]
+    with served() if ADDRESS in program else nullcontext(ADDRESS) as url:
+        done = run([sys.executable, "-W", "error", "-c", program.replace(ADDRESS, url)], tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_no_placeholder_is_left() -> None:

@@ -100,6 +100,8 @@ class ThreadHost:
             await asyncio.wait_for(asyncio.shield(run.ended), deadline_s)
         except TimeoutError:
             run.inbox.close()
+        else:  # what the thread still frees must be gone before the interpreter is: torch would abort it
+            await asyncio.to_thread(run.thread.join, deadline_s)
 
     def kill(self, reason: str) -> None:
         """Forget it: its thread ends after the step that runs, and what that step gives is dropped."""
@@ -119,7 +121,8 @@ class _ThreadRun:
         self.up = False
         self.capacity: asyncio.Future[Capacity] = self.loop.create_future()
         self.ended: asyncio.Future[None] = self.loop.create_future()
-        threading.Thread(target=self._main, args=(build,), name=f"tandem-{worker_id}", daemon=True).start()
+        self.thread = threading.Thread(target=self._main, args=(build,), name=f"tandem-{worker_id}", daemon=True)
+        self.thread.start()
 
     def over(self, reason: str) -> None:
         """On the event loop: this life has ended."""
