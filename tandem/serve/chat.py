@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tandem.model.tokenizer import Tokenizer
 from tandem.serve import nano2
 from tandem.serve.config import ChatFormat
+from tandem.serve.encoding import MOST_TOKENS, encode_within
 from tandem.serve.reasoning import CLOSE, OPEN
 from tandem.serve.schemas import AssistantMessage, Content, Message, Tool
 from tandem.serve.tools import NANO2, ToolSyntax, syntax_of
@@ -43,9 +44,15 @@ class ChatTemplate:
         self.close_id = next((i for i, token in added.items() if token.content == CLOSE), None)
 
     def prompt(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        variables: Mapping[str, Any] | None = None,
+        most: int = MOST_TOKENS,
     ) -> Prompt:
-        """The prompt of a conversation. Raises SpecError where the template refuses it."""
+        """The prompt of a conversation, not encoded to its end if that is far beyond `most` tokens. Raises SpecError where the
+        template refuses it, ApiError where it is that long."""
         variables = dict(variables or {})
         text = self.render(
             [as_mapping(message, i) for i, message in enumerate(messages)],
@@ -53,7 +60,7 @@ class ChatTemplate:
             variables=variables,
         )
         thinking = text.rstrip().endswith(OPEN)
-        return Prompt(tuple(self.tokenizer.encode(text, add_special_tokens=False)), thinking)
+        return Prompt(tuple(encode_within(self.tokenizer, text, most, add_special_tokens=False)), thinking)
 
     def render(self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         """The text of a conversation, up to where the answer begins."""

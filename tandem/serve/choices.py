@@ -232,6 +232,7 @@ def _failure(output: TokenOutput) -> ApiError:
     reason = output.error or f"the request was {output.finish_reason}"
     if output.finish_reason == "cancelled":
         return ApiError(503, "the request was cancelled by the server; try again", code="cancelled")
-    if output.index == 0 and not output.token_ids:  # Engines refuse before the first token what they cannot serve.
+    # Engines refuse before the first token what they cannot serve; that a grammar cannot be followed shows later.
+    if reason.startswith("grammar.") or (output.index == 0 and not output.token_ids):
         return refused(reason)
     return ApiError(500, reason, code="failed")

@@ -71,7 +71,8 @@ def refused(message: str) -> ApiError:
 
 def from_validation(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     """Status 400 for pydantic's errors: the one that lies deepest, its place written as in `messages[0].content`."""
-    error = max(errors, key=lambda e: len(e["loc"]))
+    # Of what else may stand in a place, the kind of value that was given says most.
+    error = max(errors, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     kind, shown = error["type"], _shown(error.get("input"))
     param = _place(error["loc"], body, missing=kind == "missing")
     if kind == "missing":

@@ -11,6 +11,7 @@ from tandem.model.tokenizer import Tokenizer
 from tandem.serve.chat import ChatTemplate, Prompt
 from tandem.serve.choices import ChatChoice, Choice, TextChoice
 from tandem.serve.config import ServeConfig
+from tandem.serve.encoding import encode_within
 from tandem.serve.errors import ApiError, bad_request
 from tandem.serve.params import SEEDS, chosen_tools, grammar_of, sampling_of
 from tandem.serve.schemas import ChatRequest, CompletionRequest, Sampling
@@ -65,7 +66,7 @@ class Preparer:
         if asked is not None and body.max_tokens not in (None, asked):
             raise bad_request(f"max_tokens={body.max_tokens}: differs from max_completion_tokens={asked}; give one of them")
         template, tools = self.template, chosen_tools(body)
-        prompt = template.prompt(body.messages, tools=tools, variables=body.chat_template_kwargs)
+        prompt = template.prompt(body.messages, tools=tools, variables=body.chat_template_kwargs, most=self._most())
         sampling = sampling_of(
             body,
             max_tokens=self._max_tokens(prompt.ids, asked or body.max_tokens, self._config.default_max_tokens),
@@ -93,10 +94,10 @@ class Preparer:
     def completion(self, body: CompletionRequest, client: str) -> Work:
         """Work of POST /v1/completions. Raises ApiError and SpecError."""
         self._check(body)
+        n, count = body.n or 1, _count(body.prompt)
+        if not count or count * n > self._config.max_choices:
+            raise self._too_many(count, n)
         prompts = [Prompt(ids) for ids in self._prompts(body)]
-        n = body.n or 1
-        if not prompts or len(prompts) * n > self._config.max_choices:
-            raise self._too_many(len(prompts), n)
         seed, grammar = self._seed(body), grammar_of(body)
         samplings = [
             sampling_of(
@@ -124,7 +125,10 @@ class Preparer:
 
     def _too_many(self, prompts: int, n: int) -> ApiError:
         most = self._config.max_choices
-        return bad_request(f"n={n}: with {prompts} prompts, their product must be from 1 to {most}", param="n")
+        if n > most:
+            return bad_request(f"n={n}: must be from 1 to {most}", param="n")
+        message = f"prompt: holds {prompts} prompts; times n={n} that must be from 1 to {most}"
+        return bad_request(message, param="prompt")
 
     def _seed(self, body: Sampling) -> int:
         return self._draw_seed() if body.seed is None else body.seed
@@ -132,11 +136,11 @@ class Preparer:
     def _prompts(self, body: CompletionRequest) -> list[tuple[int, ...]]:
         prompt = body.prompt
         if isinstance(prompt, str):
-            return [tuple(self._tokenizer.encode(prompt))]
+            return [tuple(encode_within(self._tokenizer, prompt, self._most()))]
         found = []
         for item in [prompt] if prompt and isinstance(prompt[0], int) else prompt:
             if isinstance(item, str):
-                found.append(tuple(self._tokenizer.encode(item)))
+                found.append(tuple(encode_within(self._tokenizer, item, self._most())))
                 continue
             assert isinstance(item, list)
             ids = tuple(token for token in item if isinstance(token, int))
@@ -144,6 +148,11 @@ class Preparer:
                 raise bad_request(f"prompt: holds token {max(ids)}; ids go from 0 to {self._vocabulary - 1}", param="prompt")
             found.append(ids)
         return found
+
+    def _most(self) -> int:
+        """Tokens that a prompt may have."""
+        most = self._max_context()
+        return most if self._config.max_prompt_tokens is None else min(most, self._config.max_prompt_tokens)
 
     def _max_tokens(self, ids: Sequence[int], asked: int | None, default: int | None) -> int:
         most, config, isl = self._max_context(), self._config, len(ids)
@@ -194,3 +203,8 @@ class Preparer:
             stream=bool(body.stream),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
+
+
+def _count(prompt: str | Sequence[object]) -> int:
+    """How many prompts a completion asks for: token ids side by side are one."""
+    return 1 if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else len(prompt)

@@ -9,12 +9,17 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tandem.serve.generation import Serving
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
 
 _POLL_S = 0.05
+HEAD_S = 30.0
+"""For the head of a request to arrive, from the connection or the head's first byte on."""
+HEAD_BYTES = 64 << 10
+"""Of a head that is not complete: uvicorn itself takes any number."""
 _BACKLOG = 2048
 
 
@@ -34,6 +39,53 @@ def url_of(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+class BoundedHeads(HttpToolsProtocol):
+    """HTTP of a connection whose requests' heads arrive in time and are short, or it is closed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first head."""
+        super().connection_made(transport)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, and count what is not a whole head yet."""
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self._close()
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """A head is there."""
+        self._end_head()
+        super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._end_head()
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_S, self._close)
+
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _close(self) -> None:
+        self._end_head()
+        self.transport.close()
+
+
 class Server(uvicorn.Server):
     """Serves until the first signal, then turns new requests away, finishes what runs within `drain_s`, and closes.
 
@@ -48,6 +100,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 lifespan="on",
+                http=BoundedHeads,
+                ws="none",
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=2,
                 backlog=_BACKLOG,

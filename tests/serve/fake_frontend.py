@@ -52,6 +52,7 @@ class FakeFrontend:
         self.held = asyncio.Event()
         self.fail: BaseException | None = None
         self.fail_at = 0
+        self.error = "the engine broke"
         self.refusal: str | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -96,7 +97,7 @@ class FakeFrontend:
                     text=text,
                     logprobs=None if request.sampling.logprobs is None else (entry,),
                     finish_reason=("length" if cut else self.reason) if last else None,  # type: ignore[arg-type]
-                    error="the engine broke" if last and self.reason == "error" else None,
+                    error=self.error if last and self.reason == "error" else None,
                     cached_tokens=min(4, len(request.prompt_ids)) if i == 0 else None,
                 )
             )

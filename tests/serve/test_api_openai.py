@@ -350,6 +350,8 @@ def refusal(server: Live, path: str = "/v1/chat/completions", **fields: Any) -> 
         ({"messages": USER, "temperature": 2.1}, "temperature"),
         ({"messages": USER, "stop": ["a"] * 5}, "stop"),
         ({"messages": USER, "stop": ""}, "stop"),
+        ({"messages": USER, "stop": "a" * 10_001}, "stop"),
+        ({"messages": USER, "repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"messages": USER, "max_tokens": 0}, "max_tokens"),
         ({"messages": USER, "max_tokens": 10**9}, "max_tokens"),
         ({"messages": USER, "max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
@@ -383,13 +385,21 @@ def test_what_will_not_do_is_named(server: Live, fields: dict[str, Any], param: 
         ({"prompt": ""}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [10**6]}, "prompt"),
-        ({"prompt": ["a"] * 65}, "n"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": ["a"] * 33, "n": 2}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "a", "n": 65}, "n"),
         ({"prompt": [1, "a"]}, "prompt[0]"),
     ],
 )
 def test_what_completions_will_not_do_is_named(server: Live, fields: dict[str, Any], param: str) -> None:
     status, message, named = refusal(server, "/v1/completions", **fields)
     assert (status, named) == (400, param), message
+
+
+def test_a_list_that_is_too_long_is_not_called_a_wrong_text(server: Live) -> None:
+    _, message, _ = refusal(server, messages=USER, stop=list("abcde"))
+    assert "at most 4" in message
 
 
 def test_fields_that_change_nothing_are_taken(server: Live) -> None:
@@ -427,6 +437,9 @@ def test_failures_of_the_engine(server: Live, stream: bool) -> None:
     assert "[DONE]" not in text
     frontend.script = ""
     assert status()[0] == 500
+    frontend.script, frontend.error = "abc", "grammar.text: is too large to be followed"
+    assert status()[0] == (200 if stream else 400)
+    frontend.script, frontend.error = "", "the engine broke"
     frontend.reason = "cancelled"
     assert status()[0] == 503
     frontend.reason = "stop"

@@ -6,21 +6,28 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fake_frontend import FakeFrontend
+from fake_frontend import FakeFrontend, byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from live_server import DEADLINE_S, MODEL, Live, live, make_app
 
+from tandem.model.tokenizer import Tokenizer
 from tandem.serve.auth import ApiKeys, hash_key
 from tandem.serve.config import ServeConfig
+from tandem.serve.encoding import encode_within
+from tandem.serve.errors import ApiError
 from tandem.serve.server import open_socket, url_of
 from tandem.spec.errors import SpecError
 
@@ -210,6 +217,37 @@ def test_limits_that_cannot_be(wrong: dict[str, Any]) -> None:
         ServeConfig(**wrong)
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_texts_far_beyond_the_context_are_not_encoded_to_their_end(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = Tokenizer.encode
+
+    def encode(self: Tokenizer, text: str, **options: bool) -> list[int]:
+        seen.append(len(text))
+        return plain(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    frontend = FakeFrontend(max_context=1000)
+    with live(frontend) as server:
+        for text in ("x" * 4_000_000, "x" * 1500):
+            prompt = {"prompt": text} if path != CHAT else {"messages": [{"role": "user", "content": text}]}
+            response = server.http.post(path, json={"model": MODEL, **prompt})
+            error = response.json()["error"]
+            assert (response.status_code, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
+    assert max(seen) <= 8000
+    assert frontend.asked == []
+
+
+@given(st.text(alphabet="ab c", max_size=60), st.integers(1, 4))
+def test_texts_are_refused_early_only_if_they_are_too_long(text: str, most: int) -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(text)
+    found: list[int] | None = None
+    with suppress(ApiError):
+        found = encode_within(tokenizer, text, most)
+    assert found == ids if len(text) <= 8 * most or len(ids) <= 2 * most else found is None
+
+
 def test_prompts_have_a_limit_of_their_own() -> None:
     response = ask(make_app(FakeFrontend(), max_prompt_tokens=10), json=BODY)
     assert response.json()["error"]["code"] == "context_length_exceeded"
@@ -292,6 +330,56 @@ def test_after_the_last_byte_neither_clients_that_go_nor_a_closing_server_matter
     assert "cancelled" not in text
 
 
+def closed(connection: socket.socket) -> bool:
+    """Whether the server has closed it; its last words are read."""
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionResetError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /he"])
+def test_heads_that_never_end_are_given_up(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.serve.server.HEAD_S", 0.2)
+    with live(FakeFrontend()) as server, server.raw(sent) as connection:
+        assert closed(connection)
+
+
+def test_a_request_may_take_longer_than_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.serve.server.HEAD_S", 0.2)
+    frontend = FakeFrontend()
+    frontend.hold_after = 1
+    with live(frontend) as server, server.raw(raw_request(json.dumps({**BODY, "stream": True}).encode())) as connection:
+        connection.recv(1)
+        connection.settimeout(0.5)
+        with suppress(TimeoutError):
+            while connection.recv(65536):
+                pass
+            raise AssertionError("the server has closed it")
+        assert frontend.loop is not None
+        frontend.loop.call_soon_threadsafe(frontend.go.set)
+        connection.settimeout(DEADLINE_S)
+        text = b""
+        while b"[DONE]" not in text:
+            text += connection.recv(65536)
+
+
+def test_heads_have_a_limit() -> None:
+    with live(FakeFrontend()) as server:
+        long = server.http.get("/health", headers={"x": "y" * 30_000})
+        assert long.status_code == 200
+        with server.raw(b"GET /health HTTP/1.1\r\n") as connection:
+            with suppress(OSError):
+                for _ in range(1000):
+                    connection.sendall(b"x: " + b"y" * 10_000 + b"\r\n")
+            assert closed(connection)
+        assert server.http.get("/health").status_code == 200
+
+
 def test_one_connection_serves_many_requests() -> None:
     with live(FakeFrontend()) as server:
         for i in range(20):
@@ -372,7 +460,9 @@ def test_ports_that_cannot_be_had() -> None:
 PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
-from fake_frontend import FakeFrontend
+from fake_frontend import FakeFrontend, byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 from live_server import make_app
 from tandem.serve.server import run_server
 frontend = FakeFrontend()
