@@ -22,13 +22,14 @@ from tandem.spec.errors import Infeasible, SpecError, TandemError
 MODEL = "smollm2-135m-instruct"
 DTYPE = "float16"
 TEXT = (
-    "The Loire rises in the Massif Central, turns west near Orleans and reaches the Atlantic at Saint-Nazaire; with 1,006 "
-    "kilometres it is the longest river of France. The Seine, 775 kilometres long, flows through Paris and Rouen to the "
-    "English Channel at Le Havre. The Rhone comes from a glacier in Switzerland, passes Lake Geneva and Lyon, and ends in the "
-    "Mediterranean west of Marseille; 545 of its 813 kilometres are French. The Garonne begins in the Spanish Pyrenees and "
-    "joins the Dordogne below Bordeaux, where both become the Gironde. "
+    "France lies in Western Europe, between the Atlantic and the Alps. Its longest river is the Loire, its highest mountain is "
+    "Mont Blanc with 4,806 metres, its largest lake is Lake Geneva, which it shares with Switzerland. Its capital is Paris, on "
+    "the Seine, with the Louvre, the Eiffel Tower and some two million people. Marseille is its oldest city and its largest "
+    "port; Lyon lies where the Saone meets the Rhone; Bordeaux is known for its wine, Toulouse for its aircraft, Lille for its "
+    "textiles. The country has some sixty-eight million people and shares borders with Belgium, Luxembourg, Germany, "
+    "Switzerland, Italy, Monaco, Spain and Andorra. "
 )
-QUESTION = "Which is the longest river of France, and where does it reach the sea? Answer in one sentence."
+QUESTION = "What is the capital of France?"
 ASKED = 3
 """Times, after one that warms up; of TTFT and TPOT the medians count."""
 OUTPUT_TOKENS = 32
@@ -88,7 +89,7 @@ def serve_and_ask() -> Served | Infeasible:
     return Served(
         model="a random hybrid of 1 M parameters" if random else "SmolLM2-135M-Instruct",
         random=random,
-        question=QUESTION,
+        question=f"(some 180 tokens about France) {QUESTION}",
         answer=seen[0].answer,
         isl=seen[0].isl,
         osl=seen[0].osl,

