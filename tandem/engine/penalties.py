@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 from tandem.engine.types import SamplingParams
 
 
+_LEAST = 1e-20
+"""Of repetition penalties: a logit divided by less would overflow, and what was said before wins by far all the same."""
+
+
 class Penalties:
     """Counts one request's tokens and lowers their logits.
 
@@ -19,7 +23,7 @@ class Penalties:
     """
 
     def __init__(self, sampling: SamplingParams, prompt: Iterable[int]) -> None:
-        self._repetition = np.float32(sampling.repetition_penalty)
+        self._repetition = np.float32(max(sampling.repetition_penalty, _LEAST))
         self._presence = np.float32(sampling.presence_penalty)
         self._frequency = np.float32(sampling.frequency_penalty)
         self._slots: dict[int, int] = {}
