@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from tandem.engine.types import SamplingParams
 
-
 _LEAST = 1e-20
 """Of repetition penalties: a logit divided by less would overflow, and what was said before wins by far all the same."""
 

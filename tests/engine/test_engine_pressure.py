@@ -203,7 +203,7 @@ ACTIONS = st.sampled_from(["step"] * 4 + ["deliver", "cancel", "move"])
     script=st.lists(st.one_of(requests(), requests(), ACTIONS), min_size=8, max_size=50),
     choices=st.randoms(use_true_random=False),
 )
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=15)
 @pytest.mark.slow
 def test_whatever_is_short_nothing_is_wrong(
     kind: str, blocks: tuple[int, int], batch: int, prefix_bytes: int, script: list[Any], choices: Any
