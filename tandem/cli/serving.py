@@ -40,7 +40,7 @@ def serve(
     launch = _launch()
     options = launch.ServeOptions(
         model=model,
-        name=name or model,
+        name=model if name is None else name,
         host=host,
         port=port,
         prefill=prefill,

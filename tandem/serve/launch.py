@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from tandem.engine.config import EngineConfig, with_share
 from tandem.engine.host import host_precision, measure_host
+from tandem.model.inputs import known_device
 from tandem.model.load import load_model
 from tandem.model.tokenizer import Tokenizer, load_tokenizer
 from tandem.perf.costs import Layout
@@ -34,14 +35,22 @@ from tandem.serve.pool_limits import PoolLimits
 from tandem.serve.pool_metrics import PoolMetrics
 from tandem.serve.pools import Pools
 from tandem.serve.process_host import ProcessHost
-from tandem.serve.server import run_server
+from tandem.serve.server import open_socket, run_server
 from tandem.spec.catalog import find_weights, load_spec
 from tandem.spec.design import Deployment
-from tandem.spec.errors import SpecError
+from tandem.spec.errors import SpecError, TandemError
 from tandem.spec.model import ModelSpec
-from tandem.spec.units import require_int, require_number
+from tandem.spec.units import require_int
 
+DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 log = logging.getLogger("tandem.serve")
+_LOGGERS = {
+    "tandem": logging.INFO,
+    "uvicorn.error": logging.WARNING,
+    "asyncio": logging.WARNING,
+    "py.warnings": logging.WARNING,
+}
+"""Whose lines are shown, from which level on."""
 LOCAL_TOKENS = 128
 """Longest uncached prompt that a decode worker prefills itself where there are prefill workers: half a pass. A longer one would
 hold up whoever comes to decode meanwhile, whom no prediction knows yet."""
@@ -74,9 +83,18 @@ class ServeOptions:
         require_int("prefill", self.prefill, low=0, high=1024)
         require_int("decode", self.decode, high=1024)
         require_int("max_waiting", self.max_waiting, high=1 << 20)
-        require_number("drain", self.drain_s, low=-1e-9, high=86400.0)
+        if not 0.0 <= self.drain_s <= 86400.0:
+            raise SpecError(f"drain={self.drain_s!r}: must be from 0 to 86,400 seconds")
+        if not self.name or not self.name.isprintable():
+            raise SpecError(f"name={self.name!r}: must be a text of one line")
         if self.threads is not None:
             require_int("threads", self.threads, high=os.cpu_count() or 1)
+        if self.dtype not in DTYPES:
+            raise SpecError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise SpecError(f"device={self.device!r}: must be cpu or cuda")
+        if self.cluster is None:  # whose nodes may have what this machine has not
+            known_device(self.device)
         if self.workers not in ("embedded", "processes"):
             raise SpecError(f"workers={self.workers!r}: must be embedded or processes")
         if self.cluster is not None and self.workers == "processes":
@@ -99,7 +117,10 @@ def as_planned(options: ServeOptions, file: Path) -> ServeOptions:
         data = data["recommended"]
     if not isinstance(data, dict):
         raise SpecError(f"plan={str(file)!r}: must be the recommended deployment of `tandem plan --json`")
-    deployment = Deployment.from_json(data)
+    try:
+        deployment = Deployment.from_json(data)
+    except SpecError as wrong:
+        raise SpecError(f"plan={str(file)!r}: {wrong}") from None
     pools = {role: pool for role in ("colocated", "prefill", "decode") if (pool := getattr(deployment, role)) is not None}
     for role, pool in pools.items():
         if pool.parallelism.gpus > 1:
@@ -116,9 +137,12 @@ def log_to_stderr(*, as_json: bool) -> None:
     """Log lines of the server on stderr, as text or as one JSON object each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    logging.captureWarnings(True)
+    for name, level in _LOGGERS.items():
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
 
 
 class _JsonLines(logging.Formatter):
@@ -136,10 +160,14 @@ class Launched:
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
         self._cluster: Any = None
+        self.failure: Exception | None = None
+        """Why the workers do not start."""
         tokenizer, metrics = load_tokenizer(options.model), Metrics()
         keys = None if options.api_keys is None else ApiKeys.from_file(options.api_keys)
         torch.set_num_threads(options.worker_threads)
         spec, hosts = self._workers(tokenizer)
+        if options.max_context is not None and options.max_context > (spec.max_context or options.max_context):
+            raise SpecError(f"max_context={options.max_context}: the model's context holds {spec.max_context:,} tokens")
         self.times = step_times(spec, options)
         limits = PoolLimits(
             max_waiting=max(options.max_waiting, 1),
@@ -163,8 +191,12 @@ class Launched:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        await self.pools.start()
         try:
+            try:
+                await self.pools.start()
+            except TandemError as wrong:
+                self.failure = wrong
+                raise
             yield
         finally:
             await self.pools.close()
@@ -221,11 +253,28 @@ def step_times(spec: ModelSpec, options: ServeOptions) -> StepTimes:
 
 def run(options: ServeOptions, *, on_ready: Callable[[dict[str, Any]], None]) -> None:
     """Serve until SIGTERM or SIGINT, and return once all is drained."""
+    open_socket(options.host, options.port).close()  # To say so before a model is loaded, if it cannot be had.
     launched = Launched(options)
-    run_server(
-        launched.app,
-        host=options.host,
-        port=options.port,
-        drain_s=options.drain_s,
-        on_listening=lambda url: on_ready(launched.ready_line(url)),
-    )
+
+    def starts(_: logging.LogRecord) -> bool:
+        return launched.failure is None
+
+    uvicorn_log = logging.getLogger("uvicorn.error")
+    uvicorn_log.addFilter(starts)
+    try:
+        run_server(
+            launched.app,
+            host=options.host,
+            port=options.port,
+            drain_s=options.drain_s,
+            on_listening=lambda url: on_ready(launched.ready_line(url)),
+        )
+    except SystemExit:
+        if launched.failure is None:
+            raise
+    finally:
+        uvicorn_log.removeFilter(starts)
+    if launched.failure is not None:
+        text = " ".join(str(launched.failure).split())
+        named = text.removeprefix("SpecError: ")
+        raise SpecError(named if named != text else f"workers={options.workers!r}: do not start ({text})")

@@ -18,6 +18,7 @@ from tandem.serve.hosts import describe
 from tandem.serve.inbox import Inbox, run_worker
 from tandem.serve.messages import Command
 from tandem.serve.worker import Worker
+from tandem.spec.errors import SpecError
 
 LAST_STEP_S = 30.0
 """A worker whose server is gone may finish its step within this time, and then ends whatever it does."""
@@ -43,7 +44,8 @@ def main(fd: int) -> None:
     except ConnectionError:
         pass
     except Exception as wrong:
-        traceback.print_exc(file=sys.stderr)
+        if not isinstance(wrong, SpecError):  # which says all in its one line
+            traceback.print_exc(file=sys.stderr)
         channel.sendall(packed(describe(wrong)))
     finally:
         if worker is not None:
