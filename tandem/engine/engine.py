@@ -276,11 +276,10 @@ class Engine:
         slot = sequence.slot = self._memory.take_slot()
         state = sequence.state = self.model.new_state(1, capacity=total)
         life.prefill_start_s = self._clock() if life.prefill_start_s is None else life.prefill_start_s
-        if match.usable:
-            life.computed = life.cached = self._memory.reuse(slot, state, match)
-            if sequence.sink is not None:
-                for i, layer in enumerate(state.layers):
-                    sequence.sink.put(i, layer, 0, life.computed, final=False)
+        life.computed = life.cached = self._memory.reuse(slot, state, match) if match.usable else 0
+        if match.usable and sequence.sink is not None:
+            for i, layer in enumerate(state.layers):
+                sequence.sink.put(i, layer, 0, life.computed, final=False)
         self._counts["prompt_tokens"] += total
         self._counts["prefix_tokens"] += life.computed
 

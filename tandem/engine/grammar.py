@@ -95,5 +95,6 @@ class GrammarState:
             self.finished = True
             return
         if not self._matcher.consume_token(token):
-            self.error = " ".join(self._matcher.get_error().split())[:200] or f"token {token} does not follow the grammar"
+            told = " ".join(self._matcher.get_error().partition("<state>")[0].split())[:200]
+            self.error = f"grammar.text: {told or f'token {token} does not follow it'}"
         self.finished = self._matcher.is_stopped()

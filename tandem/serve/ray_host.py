@@ -24,6 +24,7 @@ from tandem.serve.inbox import Inbox, run_worker
 from tandem.serve.messages import Batch, Capacity, Command, Stop
 from tandem.serve.ray_cluster import placement
 from tandem.serve.worker import Worker
+from tandem.spec.errors import SpecError
 
 START_S = 300.0
 """An actor that has no place in the cluster within this time, or has not built its engine, does not come up."""
@@ -251,7 +252,8 @@ class _Actor:
             self._up.set_result(replace(worker.capacity, pid=os.getpid()))
             run_worker(worker, self._inbox, self._outbox.put)
         except Exception as wrong:
-            traceback.print_exc()
+            if not isinstance(wrong, SpecError):  # which says all in its one line
+                traceback.print_exc()
             reason = describe(wrong)
         finally:
             if worker is not None:

@@ -186,7 +186,7 @@ class Sampling(Ignored):
     stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     thinking_budget: Annotated[int, Field(ge=0, le=10**9)] | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
     response_format: Format | None = None
 
 

@@ -160,8 +160,8 @@ class Worker:
 
     @property
     def idle(self) -> bool:
-        """Whether a step would do nothing and there is nothing to tell."""
-        return not self._engine.has_work and not self._events
+        """Whether a step would do nothing and there is nothing to tell; a new worker has to tell that it is there."""
+        return not self._engine.has_work and not self._events and self._told is not None
 
     def handle(self, command: Command) -> None:
         """Do, or begin, what a command says. What it brings comes with the next step."""
