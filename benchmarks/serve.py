@@ -29,7 +29,8 @@ if __name__ == "__main__" and not ALLOCATOR.keys() <= os.environ.keys():
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
 
 import torch  # noqa: E402
-from serve_parts import PARTS, Figure, Setting, aiperf_program, model_folders  # noqa: E402
+from serve_parts import PARTS, Figure, Setting, model_folders  # noqa: E402
+from serve_servers import aiperf_program  # noqa: E402
 
 
 def show(figure: Figure) -> None:

@@ -44,7 +44,6 @@ transformers.logging.disable_progress_bar()
 CONCURRENCY = 32
 ISL, OSL = 64, 96
 NAME = "smollm2"
-AIPERF = "aiperf==0.13.0"
 STREAMS = 1000
 IDLE_CACHE_BYTES = 512 << 20
 """Touched when the server starts, so it is added to what the streams cost."""
@@ -96,25 +95,6 @@ def model_folders(scratch: Path) -> tuple[Path, Path]:
         fields.pop("eos_token_id", None)
         (peer / name).write_text(json.dumps(fields))
     return folder, peer
-
-
-def aiperf_program(given: Path | None) -> Path | None:
-    """AIPerf where it is given, else installed once into a virtual environment of its own; None where that fails."""
-    if given is not None:
-        return None if str(given) == "none" else given
-    folder = HERE.parent / ".bench-venv"
-    program = folder / "bin" / "aiperf"
-    if program.exists():
-        return program
-    print(f"installing {AIPERF} into {folder.name} (some minutes, once)", flush=True)
-    try:
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(folder / "bin" / "python"), "-m", "pip", "install", "-q", AIPERF], check=True)
-    except subprocess.CalledProcessError as wrong:
-        print(f"no AIPerf: {wrong}")
-        return None
-    (folder / ".gitignore").write_text("*\n")
-    return program
 
 
 def _bodies(prompts: Sequence[Any], osl: int, **more: Any) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 from serve_client import Answer
 
 HERE = Path(__file__).parent
+AIPERF = "aiperf==0.13.0"
 _START_S = 120.0
 _ASK_S = 240.0
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -141,6 +142,25 @@ def transformers_server(folder: Path, scratch: Path, *options: str, threads: int
 def plain_environment() -> dict[str, str]:
     """This process's environment without the allocator's settings."""
     return {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+
+
+def aiperf_program(given: Path | None) -> Path | None:
+    """AIPerf where it is given, else installed once into a virtual environment of its own; None where that fails."""
+    if given is not None:
+        return None if str(given) == "none" else given
+    folder = HERE.parent / ".bench-venv"
+    program = folder / "bin" / "aiperf"
+    if program.exists():
+        return program
+    print(f"installing {AIPERF} into {folder.name} (some minutes, once)", flush=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(folder / "bin" / "python"), "-m", "pip", "install", "-q", AIPERF], check=True)
+    except subprocess.CalledProcessError as wrong:
+        print(f"no AIPerf: {wrong}")
+        return None
+    (folder / ".gitignore").write_text("*\n")
+    return program
 
 
 def aiperf(program: Path, server: ServerProcess, *options: str) -> dict[str, Any]:
