@@ -173,6 +173,16 @@ def overhead(setting: Setting, figures: list[Figure], details: dict[str, Any]) -
             + ", ".join(f"{100 - 100 * r['server_share']['mean']:.1f}" for r in rounds),
         )
     )  # fmt: skip
+    figures.append(Figure("of it outside the decode step, as the server's own clock has it", 100 * inside, "%", 10))
+    apart = statistics.median(float(theirs.decode_s.mean()) for theirs in served) / statistics.median(
+        float(pair.decode_s.mean()) for pair in rows["pairs"]
+    )
+    figures.append(
+        Figure(
+            "decode step inside the server, of the one alone", 100 * apart, "%",
+            note="" if 0.95 <= apart <= 1.1 else "the machine was NOT QUIET: repeat before believing the first two figures",
+        )
+    )  # fmt: skip
     if summary is None:
         return
     under = periods([n for n in noted if n[1] >= after_s], CONCURRENCY)
