@@ -242,8 +242,8 @@ def _texts(count: int, seed: int) -> list[str]:
 
 def beside_transformers(setting: Setting, figures: list[Figure], details: dict[str, Any]) -> None:
     """Tokens/s of the whole server beside `transformers serve`, in the faster of its two modes, on the same requests."""
-    osl = 8 if setting.quick else 32
-    counts = {1: 1, 8: 8} if setting.quick else {1: 2, 8: 8, 32: 32}
+    osl = 8 if setting.quick else OSL
+    counts = {1: 1, 8: 8} if setting.quick else {1: 1, 8: 8, 32: 32}
     bodies = {c: _texts(n, c) for c, n in counts.items()}
     options = ("--name", NAME, "--dtype", "float16")
     speeds: dict[str, dict[int, float]] = {}
