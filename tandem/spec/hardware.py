@@ -105,9 +105,11 @@ class HardwareSpec:
 
         Raises SpecError for a format that tensor cores do not multiply.
         """
-        if dtype not in _FALLBACK:
-            raise SpecError(f"dtype={dtype!r}: has no peak; use one of {', '.join(_FALLBACK)}")
-        return next(float(self.peak_flops[d]) for d in _FALLBACK[dtype] if d in self.peak_flops)
+        for known in _FALLBACK.get(dtype, ()):
+            if known in self.peak_flops:
+                return float(self.peak_flops[known])
+        formats = ", ".join(name for name in _FALLBACK if name != "fp32" or name in self.peak_flops)
+        raise SpecError(f"dtype={dtype!r}: has no peak; use one of {formats}")
 
     def link_bytes_per_s(self, gpus: int) -> float:
         """Bytes/s that each of `gpus` GPUs can send: scale-up where all of them fit its domain, else scale-out."""

@@ -120,7 +120,9 @@ def transformers(draw: st.DrawFn, architecture: str) -> ModelSpec:
         out_bias=bias,
     )
     mlp = MLP(ffn_size=draw(st.integers(1, 17)), gated=True, bias=architecture == "llama" and draw(st.booleans()))
-    return _spec(draw, (attention, mlp) * draw(st.integers(1, 3)), hidden=heads * draw(st.integers(1, 5)))
+    # A norm over one number is its sign, which has no condition: at least four.
+    hidden = heads * draw(st.integers(-(-4 // heads), 5))
+    return _spec(draw, (attention, mlp) * draw(st.integers(1, 3)), hidden=hidden)
 
 
 @st.composite

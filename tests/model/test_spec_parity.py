@@ -183,7 +183,8 @@ def one_line(call: Any, text: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 2e-1)], ids=["fp16", "bf16"])
 @torch.no_grad()
 def test_16_bit_weights_cost_their_rounding_only(dtype: torch.dtype, tolerance: float) -> None:
-    """Activations are fp32 on CPUs, so logits are those of the rounded weights to fp32's digits.
+    """Activations are fp32 on CPUs, so logits are those of the rounded weights to fp32's digits; but for CPUs that multiply bf16
+    in hardware, where activations are rounded as well and only the weights' own tolerance can be asked.
 
     Against the unrounded ones they move by what rounding every weight does to this model, whose logits are of order one:
     0.005 (fp16) and 0.1 (bf16, a third of it by A_log, D and dt_bias), measured; twice that is allowed.
@@ -195,10 +196,11 @@ def test_16_bit_weights_cost_their_rounding_only(dtype: torch.dtype, tolerance: 
     short.load_state_dict(exact.state_dict())
     rounded = build(spec)
     rounded.load_state_dict(short.state_dict())
+    of_rounded = 1e-5 if short.state_dtype == torch.float32 else tolerance
     for logits in (short(ids), prefilled_and_decoded(short, ids)):
         assert logits.dtype == torch.float32
         assert (logits - exact(ids)).abs().max().item() <= tolerance
-        assert (logits - rounded(ids)).abs().max().item() <= 1e-5
+        assert (logits - rounded(ids)).abs().max().item() <= of_rounded
 
 
 def prefilled_and_decoded(model: Decoder, ids: Tensor) -> Tensor:
