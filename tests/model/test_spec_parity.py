@@ -183,8 +183,8 @@ def one_line(call: Any, text: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 2e-1)], ids=["fp16", "bf16"])
 @torch.no_grad()
 def test_16_bit_weights_cost_their_rounding_only(dtype: torch.dtype, tolerance: float) -> None:
-    """Activations are fp32 on CPUs, so logits are those of the rounded weights to fp32's digits; but for CPUs that multiply bf16
-    in hardware, where activations are rounded as well and only the weights' own tolerance can be asked.
+    """Activations are fp32 on CPUs, so logits are those of the rounded weights to fp32's digits. CPUs that multiply bf16 in
+    hardware round activations as well: there only the weights' own tolerance can be asked.
 
     Against the unrounded ones they move by what rounding every weight does to this model, whose logits are of order one:
     0.005 (fp16) and 0.1 (bf16, a third of it by A_log, D and dt_bias), measured; twice that is allowed.
