@@ -54,7 +54,6 @@ class PrefixCache:
         self._cheap = size.slot_bytes <= self._per_cell * size.block_bytes
         self._cells: OrderedDict[int, Cell] = OrderedDict()
         self.nbytes = 0
-        self.evicted = 0
 
     def __len__(self) -> int:
         return len(self._cells)
@@ -136,7 +135,6 @@ class PrefixCache:
         cell = self._cells.pop(key)
         self._pool.forget(cell.blocks)
         self.nbytes -= cell.nbytes
-        self.evicted += 1
 
 
 def restore_snapshot(state: SequenceState, snapshot: Sequence[Tensor]) -> None:

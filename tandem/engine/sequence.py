@@ -81,12 +81,14 @@ def check_request(request: EngineRequest, *, vocabulary: Vocabulary, max_context
         raise SpecError(f"prompt: has {len(prompt):,} tokens; this server reads fewer than {max_context:,}")
     if len(prompt) + len(request.output_ids) >= max_context:  # it came from an engine with more room
         tokens = len(prompt) + len(request.output_ids)
-        raise SpecError(f"prompt and output have {tokens:,} tokens; this server goes on from fewer than {max_context:,}")
+        raise SpecError(
+            f"prompt: with its output it has {tokens:,} tokens; this server goes on from fewer than {max_context:,}"
+        )
     low, high = min(prompt), max(prompt)
     if low < 0 or high >= vocabulary.vocab_size:
-        raise SpecError(f"prompt holds token {low if low < 0 else high}: must be from 0 to {vocabulary.vocab_size - 1}")
+        raise SpecError(f"prompt: holds token {low if low < 0 else high}; must be from 0 to {vocabulary.vocab_size - 1}")
     if len(request.output_ids) >= sampling.max_tokens:
-        raise SpecError(f"output_ids has {len(request.output_ids)} tokens: max_tokens={sampling.max_tokens} are done")
+        raise SpecError(f"output_ids: has {len(request.output_ids)} tokens; max_tokens={sampling.max_tokens} are done")
     if sampling.stop and vocabulary.tokenizer is None:
         raise SpecError(f"stop={list(sampling.stop)!r}: this engine has no tokenizer; use stop_token_ids")
     vocabulary.check(sampling)

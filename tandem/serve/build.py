@@ -22,6 +22,7 @@ from tandem.spec.errors import Infeasible
 
 WARM_BYTES = 64 << 20
 """Shared memory whose pages a worker takes when it starts: fresh ones would make its first hand-off slow."""
+_PREFIX = "tandem"
 Transport = Literal["shared-memory", "ray", "ray-tensors"]
 
 
@@ -77,7 +78,7 @@ class EngineBuilder:
         if self.transport == "shared-memory":
             from tandem.engine.shared_memory import SharedMemoryPool
 
-            pool = SharedMemoryPool("tandem", self.transport_bytes)
+            pool = SharedMemoryPool(_PREFIX, self.transport_bytes)
             pool.warm(min(WARM_BYTES, self.transport_bytes))
             return pool
         from tandem.serve.ray_states import RayObjectStates, RayTensorStates
@@ -111,10 +112,17 @@ def worker_of(decoder: Decoder, tokenizer: Tokenizer | None, config: EngineConfi
     return Worker(engine, capacity, clock=time.monotonic, link=link)
 
 
+def sweep_states() -> None:
+    """Remove what processes that were killed left of their shared memory: nothing on Linux, where it has no name."""
+    from tandem.engine.shared_memory import sweep
+
+    sweep(_PREFIX)
+
+
 def resolve_dtype(dtype: str, device: str) -> str:
     """`auto` as the 16 bits that suit a device: bfloat16 on a GPU; on a CPU float16, where activations stay fp32. (bfloat16
     activations are faster on some CPUs, and turn close calls of small models: SmolLM2 then misses the capital of France.)
     """
     if dtype != "auto":
         return dtype
-    return "float16" if device == "cpu" else "bfloat16"
+    return "bfloat16" if device.startswith("cuda") else "float16"

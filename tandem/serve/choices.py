@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from typing import Any
 
 import orjson
@@ -16,7 +17,7 @@ from tandem.serve.tools import ToolCall, ToolParser
 _NULL = b"null"
 
 
-class Choice:
+class Choice(ABC):
     """What chats and completions have in common: counts, the end, and the order in which to use it.
 
     `chunk` for a stream or `collect` for a whole answer is called with every output; after either, `finish_reason` is None
@@ -45,21 +46,21 @@ class Choice:
             self.cached_tokens = output.cached_tokens
         self.finish_reason = reason
 
+    @abstractmethod
     def start(self, head: bytes, foot: bytes) -> None:
         """What stands before and after each choice in the chunks of this stream."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk(self, output: TokenOutput) -> bytes:
         """What to send for an output; nothing if no text has become certain."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collect(self, output: TokenOutput) -> None:
         """Keep an output for `result`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self) -> dict[str, Any]:
         """The whole choice."""
-        raise NotImplementedError
 
 
 class ChatChoice(Choice):

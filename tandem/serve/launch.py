@@ -27,7 +27,7 @@ from tandem.sched.route import Role, RoutingLimits, StepTimes
 from tandem.sched.times import MeasuredTimes, PredictedTimes
 from tandem.serve.app import create_app
 from tandem.serve.auth import ApiKeys
-from tandem.serve.build import EmbeddedBuilder, EngineBuilder, Transport, resolve_dtype
+from tandem.serve.build import EmbeddedBuilder, EngineBuilder, Transport, resolve_dtype, sweep_states
 from tandem.serve.config import ServeConfig
 from tandem.serve.hosts import ThreadHost, WorkerHandle
 from tandem.serve.metrics import Metrics
@@ -101,6 +101,11 @@ class ServeOptions:
             raise SpecError("workers='processes': leave it out with cluster, whose workers are Ray's actors")
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether workers compute on a GPU."""
+        return self.device.partition(":")[0] == "cuda"
+
+    @property
     def worker_threads(self) -> int:
         """Threads of each worker: together no more than there are cores."""
         return self.threads or max(1, (os.cpu_count() or 1) // (self.prefill + self.decode))
@@ -155,7 +160,7 @@ class _JsonLines(logging.Formatter):
 
 
 class Launched:
-    """Workers and application of one server, made from its options; nothing runs before `start`."""
+    """Workers and application of one server, made from its options. They start and end with the application."""
 
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
@@ -166,13 +171,10 @@ class Launched:
         keys = None if options.api_keys is None else ApiKeys.from_file(options.api_keys)
         torch.set_num_threads(options.worker_threads)
         spec, hosts = self._workers(tokenizer)
-        if options.max_context is not None and options.max_context > (spec.max_context or options.max_context):
+        if options.max_context is not None and options.max_context > spec.max_context:
             raise SpecError(f"max_context={options.max_context}: the model's context holds {spec.max_context:,} tokens")
         self.times = step_times(spec, options)
-        limits = PoolLimits(
-            max_waiting=max(options.max_waiting, 1),
-            routing=RoutingLimits(max_local_tokens=LOCAL_TOKENS),
-        )
+        limits = PoolLimits(max_waiting=options.max_waiting, routing=RoutingLimits(max_local_tokens=LOCAL_TOKENS))
         self.pools = Pools(hosts, times=self.times, limits=limits, observer=PoolMetrics(metrics))
         self.app = create_app(
             self.pools,
@@ -215,7 +217,7 @@ class Launched:
             return decoder.spec, [(ThreadHost(name, build), role) for name, role in zip(names, roles, strict=True)]
         transport: Transport = "shared-memory"
         if o.cluster is not None:
-            transport = "ray-tensors" if o.device != "cpu" else "ray"
+            transport = "ray-tensors" if o.on_gpu else "ray"
         apart = EngineBuilder(model=o.model, dtype=o.dtype, device=o.device, engine=self._engine(), transport=transport)
         hosts = [self._host(name, i, apart) for i, name in enumerate(names)]
         return load_spec(find_weights(o.model)), list(zip(hosts, roles, strict=True))
@@ -223,13 +225,13 @@ class Launched:
     def _host(self, name: str, number: int, build: EngineBuilder) -> WorkerHandle:
         o = self.options
         if o.cluster is None:
-            return ProcessHost(name, build, threads=o.worker_threads)
+            return ProcessHost(name, build, threads=o.worker_threads, sweep=sweep_states)
         from tandem.serve.ray_cluster import RayCluster
         from tandem.serve.ray_host import RayHost
 
         if self._cluster is None:
             self._cluster = RayCluster(o.cluster)
-        nodes, gpu = self._cluster.nodes, o.device != "cpu"
+        nodes, gpu = self._cluster.nodes, o.on_gpu
         node = nodes[number % len(nodes)] if nodes else None
         return RayHost(name, build, threads=o.worker_threads, num_gpus=int(gpu), node=node, tensor_transport=gpu)
 
@@ -243,7 +245,7 @@ class Launched:
 
 def step_times(spec: ModelSpec, options: ServeOptions) -> StepTimes:
     """What steps take on this machine, for routing: predicted from a quick measure of it; on a GPU from round numbers."""
-    if options.device != "cpu":
+    if options.on_gpu:
         return MeasuredTimes(prefill_s_per_token=1e-4, decode_s_per_step=2e-2)
     dtype = resolve_dtype(options.dtype, options.device)
     weights = torch.int8 if dtype == "int8" else getattr(torch, dtype)
