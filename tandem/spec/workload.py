@@ -116,6 +116,18 @@ class Trace:
     arrival_s: NDArray[np.float64]
     isl: NDArray[np.int64]
     osl: NDArray[np.int64]
+    client: NDArray[np.int32] | None = None
+    """Who asks, as a number for each request; None where it is not known."""
+    prefix_hash: NDArray[np.int64] | None = None
+    """Hashes of the prompts' blocks of `prefix_block` tokens, all requests' one after another; equal hashes, equal prefixes."""
+    prefix_end: NDArray[np.int64] | None = None
+    """Where each request's hashes end in `prefix_hash`."""
+    prefix_block: int = 512
+    note: str = ""
+    """What a reader of results should know of how it was read or made, such as stamps that were spread."""
+
+    def __len__(self) -> int:
+        return len(self.isl)
 
     def workload(self) -> Workload:
         """Its lengths and its mean request rate."""
