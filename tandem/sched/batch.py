@@ -6,8 +6,9 @@ ceil(computed / block_size) blocks and one slot from its first prefilled token u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from tandem.sched.fair import FairQueue, by_age
 from tandem.sched.request import Request
@@ -97,106 +98,132 @@ def plan_step(
     Prefill takes what decode leaves of step_tokens, in whole passes, and at least one pass, whatever decodes: it cannot starve.
     """
     begun = sorted((request for request in waiting if request.computed > 0), key=by_age)
-    step = _Step(limits, room, running, begun, frees)
-    preempt = step.preempt()
+    decode = list(running)
+    slots = min(room.slots, limits.max_batch - len(running) - len(begun))
+    blocks, preempt = _make_room(decode, begun, limits, room.blocks, frees)
+    account = StepAccount(limits, blocks=blocks, slots=slots, decoding=len(decode), begun=begun)
     others = [request for request in waiting if request.computed == 0]
     resumed = sorted((request for request in others if request.preemptions > 0), key=by_age)
+    new = FairQueue((request for request in others if request.preemptions == 0), served)
+    admit, chunks = fill_step(account, begun=begun, resumed=resumed, arrived=arrived, new=new, enter=not preempt)
+    return StepPlan((*decode, *admit), tuple(admit), tuple(chunks), tuple(preempt))
+
+
+class NewPrompts(Protocol):
+    """New prompts in the order in which they enter; `FairQueue` is one, over all that wait."""
+
+    def pop(self) -> Request | None:
+        """The next one; None when there is none."""
+        ...
+
+    def charge(self, client: str, tokens: float) -> None:
+        """The one popped last, of `client`, got its first chunk."""
+        ...
+
+
+def fill_step(
+    account: StepAccount,
+    *,
+    begun: Sequence[Request],
+    resumed: Sequence[Request],
+    arrived: Collection[Request],
+    new: NewPrompts,
+    enter: bool = True,
+) -> tuple[list[Request], list[Chunk]]:
+    """Points 2 and 3 of `plan_step`, for those who keep count themselves of what is free and who decodes: who of the arrived
+    is admitted, and which chunks are prefilled. `begun` and `resumed` come oldest first; nobody enters unless `enter`."""
     admit: list[Request] = []
-    if not preempt and not resumed:
+    all_admitted = not arrived or not resumed
+    if enter and not resumed:
         for request in arrived:
-            if not step.admit(request):
+            if not account.admit(request):
+                all_admitted = False
                 break
             admit.append(request)
     chunks: list[Chunk] = []
-    stalled = False
-    for request in step.begun:
-        tokens = step.go_on(request, first=not chunks)
+    for request in begun:
+        tokens = account.go_on(request, first=not chunks)
         if not tokens:
-            stalled = True
-            break
+            return admit, chunks
         chunks.append(Chunk(request, tokens))
-    if not preempt and not stalled and step.open:
-        new = [request for request in others if request.preemptions == 0] if len(admit) == len(arrived) else []
-        for request in _in_order(resumed, new, served, chunks):
-            tokens = step.begin(request, first=not chunks)
-            if not tokens:
-                break
-            chunks.append(Chunk(request, tokens))
-    return StepPlan(tuple(step.decode), tuple(admit), tuple(chunks), tuple(preempt))
+    if not enter or not account.open:
+        return admit, chunks
+    for request in resumed:
+        tokens = account.begin(request, first=not chunks)
+        if not tokens:
+            return admit, chunks
+        chunks.append(Chunk(request, tokens))
+    while all_admitted and account.open and (head := new.pop()) is not None:
+        tokens = account.begin(head, first=not chunks)
+        if not tokens:
+            break
+        chunks.append(Chunk(head, tokens))
+        new.charge(head.client, tokens)
+    return admit, chunks
 
 
-def _in_order(
-    resumed: list[Request], new: list[Request], served: Mapping[str, float], chunks: list[Chunk]
-) -> Iterator[Request]:
-    """Who enters next; each answer must have become the newest chunk before the next is asked for."""
-    yield from resumed
-    queue = FairQueue(new, served)
-    while (request := queue.pop()) is not None:
-        yield request
-        queue.charge(request.client, chunks[-1].tokens)
+def _held(tokens: int, limits: BatchLimits) -> int:
+    return -(-tokens // limits.block_size)
 
 
-class _Step:
-    """The account of one step: what is free, what is promised, and who uses it."""
+def _one_pass(request: Request, limits: BatchLimits) -> int:
+    size = limits.pass_tokens
+    return min(request.to_prefill, size - request.computed % size)
 
-    def __init__(
-        self,
-        limits: BatchLimits,
-        room: Room,
-        running: Sequence[Request],
-        begun: list[Request],
-        frees: Callable[[Request], int] | None,
-    ) -> None:
-        self._limits = limits
-        self._blocks = room.blocks
-        self._frees = frees or (lambda request: self._held(request.computed))
-        self._slots = min(room.slots, limits.max_batch - len(running) - len(begun))
+
+def _decode_demand(decode: Iterable[Request], limits: BatchLimits) -> int:
+    return sum(request.computed % limits.block_size == 0 for request in decode)
+
+
+def _demand(decode: list[Request], begun: list[Request], limits: BatchLimits) -> int:
+    if decode or not begun:
+        return _decode_demand(decode, limits)
+    head = begun[0]
+    return _held(head.computed + _one_pass(head, limits), limits) - _held(head.computed, limits)
+
+
+def _make_room(
+    decode: list[Request],
+    begun: list[Request],
+    limits: BatchLimits,
+    blocks: int,
+    frees: Callable[[Request], int] | None,
+) -> tuple[int, list[Request]]:
+    """Let the youngest go, out of both lists, until the rest can take its step; what is free after the decodes of that step,
+    and who went."""
+    gone: list[Request] = []
+    if _demand(decode, begun, limits) > blocks:
+        by_youth = sorted([*decode, *begun], key=by_age)
+        while len(by_youth) > 1 and _demand(decode, begun, limits) > blocks:
+            youngest = by_youth.pop()
+            blocks += _held(youngest.computed, limits) if frees is None else frees(youngest)
+            (begun if youngest in begun else decode).remove(youngest)
+            gone.append(youngest)
+    return blocks - _decode_demand(decode, limits), gone
+
+
+class StepAccount:
+    """The account of one step: what is free once all who decode have their blocks of it, and what is promised."""
+
+    __slots__ = ("_blocks", "_decoding", "_limits", "_prefilled", "_promised", "_slots")
+
+    def __init__(self, limits: BatchLimits, *, blocks: int, slots: int, decoding: int, begun: Sequence[Request]) -> None:
+        self._limits, self._blocks, self._slots, self._decoding = limits, blocks, slots, decoding
         self._prefilled = 0
-        self._promised = 0
+        self._promised = sum(self._grown(request) - _held(request.computed, limits) for request in begun) if begun else 0
         """Blocks that the partly prefilled still need."""
-        self.decode = list(running)
-        self.begun = begun
 
     @property
     def open(self) -> bool:
         """Whether there is a slot for one more."""
         return self._slots > 0
 
-    def _held(self, tokens: int) -> int:
-        return -(-tokens // self._limits.block_size)
-
     def _grown(self, request: Request) -> int:
         """Blocks that a request needs for all its tokens and one more."""
-        return self._held(request.computed + request.to_prefill + 1)
-
-    def preempt(self) -> list[Request]:
-        """Let the youngest go until the rest can take its step; then take the blocks of that step."""
-        by_youth = sorted([*self.decode, *self.begun], key=by_age)
-        gone: list[Request] = []
-        while len(by_youth) > 1 and self._demand() > self._blocks:
-            youngest = by_youth.pop()
-            self._blocks += self._frees(youngest)
-            (self.begun if youngest in self.begun else self.decode).remove(youngest)
-            gone.append(youngest)
-        self._blocks -= self._decode_demand()
-        self._promised = sum(self._grown(request) - self._held(request.computed) for request in self.begun)
-        return gone
-
-    def _decode_demand(self) -> int:
-        return sum(request.computed % self._limits.block_size == 0 for request in self.decode)
-
-    def _demand(self) -> int:
-        if self.decode or not self.begun:
-            return self._decode_demand()
-        head = self.begun[0]
-        return self._held(head.computed + self._one_pass(head)) - self._held(head.computed)
-
-    def _one_pass(self, request: Request) -> int:
-        size = self._limits.pass_tokens
-        return min(request.to_prefill, size - request.computed % size)
+        return _held(request.computed + request.to_prefill + 1, self._limits)
 
     def _fits(self, blocks: int) -> bool:
-        return self._slots > 0 and blocks + self._promised + len(self.decode) <= self._blocks
+        return self._slots > 0 and blocks + self._promised + self._decoding <= self._blocks
 
     def admit(self, request: Request) -> bool:
         """Take an arrived request in, if it fits; it decodes at once."""
@@ -205,7 +232,7 @@ class _Step:
             return False
         self._blocks -= need
         self._slots -= 1
-        self.decode.append(request)
+        self._decoding += 1
         return True
 
     def begin(self, request: Request, *, first: bool) -> int:
@@ -223,18 +250,17 @@ class _Step:
 
     def go_on(self, request: Request, *, first: bool) -> int:
         """Tokens of the next chunk of a prefill: as many passes as budget and blocks allow, a first one whatever the budget."""
-        held, size = self._held(request.computed), self._limits.pass_tokens
-        budget = self._limits.step_tokens - len(self.decode) - self._prefilled
+        computed, to_prefill = request.computed, request.to_prefill
+        held, size = _held(computed, self._limits), self._limits.pass_tokens
+        budget = self._limits.step_tokens - self._decoding - self._prefilled
         if first:
-            budget = max(budget, self._one_pass(request))
-        end = request.computed + min(
-            budget, request.to_prefill, (held + self._blocks) * self._limits.block_size - request.computed
-        )
-        if end < request.computed + request.to_prefill:
+            budget = max(budget, _one_pass(request, self._limits))
+        end = computed + min(budget, to_prefill, (held + self._blocks) * self._limits.block_size - computed)
+        if end < computed + to_prefill:
             end = end // size * size
-        tokens = max(0, end - request.computed)
+        tokens = max(0, end - computed)
         if tokens:
-            used = self._held(end) - held
+            used = _held(end, self._limits) - held
             self._blocks -= used
             self._promised -= used
             self._prefilled += tokens
