@@ -57,8 +57,8 @@ def kind_of(
     `context` is the length of a sequence around which chords are laid: the mean of the traffic in mid-output. `max_batch`
     defaults to the pool's batch, as planned, and in a prefill pool to what memory holds of that length; `step_tokens`, of the
     whole instance, to the pool's chunks, or whole prompts up to 16,384 tokens in each group that prefills (2,048 beside those
-    that decode in a decode pool); `blocks` to what memory leaves; `start_up_s` to the time of loading the weights and 30 s. Raises SpecError where the pool's
-    parallelism does not divide the model, or its batch does not fit.
+    that decode in a decode pool); `blocks` to what memory leaves; `start_up_s` to the time of loading the weights and 30 s.
+    Raises SpecError where the pool's parallelism does not divide the model, or its batch does not fit.
     """
     check_fits(perf, pool.parallelism)
     require_number("context", context)
