@@ -1,0 +1,532 @@
+"""One simulated worker: the step loop of an engine, with runs of equal steps taken at once.
+
+While a batch only decodes, its step time is affine in its context, which grows by the batch each step: step j of b sequences
+with C tokens takes a + s*b*j seconds, a = base + s*C, so m steps take m*a + s*b*m*(m-1)/2, and what happens next, a finish or
+a batch that outgrows the blocks, is known in closed form. An arrival cuts the run at the next boundary between two steps. A
+step with prompt chunks is planned by `tandem.sched.batch`, as the engine plans it, and taken by itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heapify, heappop, heappush
+from math import inf, sqrt
+from typing import Any, Literal, cast
+
+from tandem.sched.batch import Chunk, Room, StepAccount, fill_step, plan_step
+from tandem.sched.fair import FairQueue, FairShare, by_age
+from tandem.sched.request import Request
+from tandem.sched.route import Role
+from tandem.sim.config import WorkerKind
+from tandem.sim.result import Columns
+
+Status = Literal["starting", "up", "draining", "flipping", "gone"]
+UNBOUNDED = 1 << 40
+"""What policies are told of an answer's length: nothing."""
+
+
+class SimRequest(Request):
+    """A request with what only the simulator knows."""
+
+    __slots__ = ("last_step", "prefix", "row", "target", "worker")
+
+    row: int
+    """Its place in the trace."""
+    prefix: int
+    """Prompt tokens that its worker is taken to have cached."""
+    target: int
+    """Output tokens that it will have."""
+    last_step: int
+    """Count of its worker's decode steps after which it is done."""
+    worker: SimWorker | None
+    """Where it is, or will be once its state is there."""
+
+
+class _Fifo:
+    """New prompts of one client, or of nobody known: in order of arrival."""
+
+    __slots__ = ("_at", "_queue")
+
+    def __init__(self, queue: deque[SimRequest]) -> None:
+        self._queue, self._at = queue, 0
+
+    def pop(self) -> SimRequest | None:
+        if self._at >= len(self._queue):
+            return None
+        self._at += 1
+        return self._queue[self._at - 1]
+
+    def charge(self, client: str, tokens: float) -> None:
+        """Nobody to compare with."""
+
+
+class SimWorker:
+    """State of one worker between two boundaries of steps. Also what `tandem.sched.route` asks of a WorkerView."""
+
+    __slots__ = (
+        "_base_s",
+        "_chunks",
+        "_columns",
+        "_context",
+        "_hist",
+        "_share",
+        "_slope_s",
+        "_steps",
+        "arrived",
+        "begun",
+        "busy_s",
+        "end_s",
+        "epoch",
+        "finishes",
+        "flip_to",
+        "free_blocks",
+        "id",
+        "incoming",
+        "incoming_tokens",
+        "kind",
+        "limits",
+        "max_batch",
+        "number",
+        "on_done",
+        "on_prefilled",
+        "pending_tokens",
+        "pushed",
+        "queued_tokens",
+        "resumed",
+        "role",
+        "running",
+        "serial",
+        "span",
+        "start_s",
+        "status",
+        "times",
+        "waiting",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        kind: WorkerKind,
+        role: Role,
+        columns: Columns,
+        *,
+        fair: bool,
+        on_prefilled: Callable[[SimWorker, SimRequest, float], None],
+        on_done: Callable[[SimRequest, float], None],
+    ) -> None:
+        self.number, self.id, self.kind, self.role = number, f"w{number:06d}", kind, role
+        self.times, self.limits, self.max_batch = kind.times, kind.limits, kind.limits.max_batch
+        self.status: Status = "up"
+        self.flip_to: Role | None = None
+        self.on_prefilled, self.on_done = on_prefilled, on_done
+        self._columns = columns
+        self._share = FairShare() if fair else None
+        self._base_s, self._slope_s = kind.times.base_s, kind.times.per_token_s
+        self.waiting: deque[SimRequest] = deque()
+        self.resumed: list[SimRequest] = []
+        self.begun: list[SimRequest] = []
+        self.arrived: deque[SimRequest] = deque()
+        self.running = 0
+        self._context = 0
+        self._steps = 0
+        self.finishes: list[tuple[int, int, SimRequest]] = []
+        self._hist = [0] * kind.limits.block_size
+        self.free_blocks = kind.blocks
+        self.incoming = 0
+        """Sequences whose state is here or on its way, and that do not decode yet."""
+        self.incoming_tokens = 0
+        self.pending_tokens = 0
+        """Tokens of theirs and of the prompts that have not begun."""
+        self.queued_tokens = 0
+        self._chunks: list[Chunk] = []
+        self.start_s, self.end_s = 0.0, inf
+        self.span = 0
+        """Decode steps of the present run; 0 for a step with chunks and no decode, which also is one."""
+        self.epoch = 0
+        self.pushed = 0
+        """The epoch of which the loop knows the end."""
+        self.serial = 0
+        self.busy_s = 0.0
+
+    # What the router asks.
+
+    @property
+    def accepting(self) -> bool:
+        """Whether it takes new requests."""
+        return self.status == "up"
+
+    @property
+    def settled_tokens(self) -> int:
+        """Tokens of all sequences here or on their way, when the present run began."""
+        return self._context + self.incoming_tokens
+
+    def context_at(self, now_s: float) -> int:
+        """The same at the last boundary before `now_s`."""
+        return self._context + self.running * self._steps_done(now_s) + self.incoming_tokens
+
+    def free_tokens_at(self, now_s: float) -> int:
+        """Tokens for which there was room then, less what waits for it."""
+        used = self._blocks_of(self._steps_done(now_s)) if self.span > 1 else 0
+        return max(0, (self.free_blocks - used) * self.limits.block_size - self.pending_tokens)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left here, or on its way here."""
+        return not (self.running or self.incoming or self.waiting or self.begun or self.resumed)
+
+    # Requests come.
+
+    def submit(self, request: SimRequest, now_s: float) -> None:
+        """A prompt, to be prefilled from its first token on."""
+        request.worker = self
+        if self._share is not None:
+            self._share.arrive(request.client)
+        self.waiting.append(request)
+        self.queued_tokens += request.to_prefill
+        self.pending_tokens += request.to_prefill
+        self._disturb(now_s)
+
+    def expect(self, request: SimRequest) -> None:
+        """Its state is on its way here."""
+        request.worker = self
+        self.incoming += 1
+        self.incoming_tokens += request.context
+        self.pending_tokens += request.context
+
+    def accept(self, request: SimRequest, now_s: float) -> None:
+        """Its state is here."""
+        if self._share is not None:
+            self._share.arrive(request.client)
+        self.arrived.append(request)
+        self._disturb(now_s)
+
+    def _disturb(self, now_s: float) -> None:
+        """Something came: plan at the next boundary, which is now if nothing runs."""
+        if self.end_s == inf:
+            self._plan(now_s)
+        elif self.span > 1:
+            self._cut(now_s)
+
+    def _cut(self, now_s: float) -> None:
+        """End a run of decode steps with the one that is under way."""
+        a = self._base_s[self.running] + self._slope_s[self.running] * self._context
+        growth = self._slope_s[self.running] * self.running
+        steps = max(1, _steps_for(now_s - self.start_s, a, growth))
+        if steps < self.span:
+            self.span = steps
+            self.end_s = self.start_s + steps * a + growth * steps * (steps - 1) / 2
+            self.epoch += 1
+
+    def _steps_done(self, now_s: float) -> int:
+        """Decode steps of the present run that had ended by then."""
+        if not self.span or self._chunks or now_s <= self.start_s:
+            return 0
+        a = self._base_s[self.running] + self._slope_s[self.running] * self._context
+        growth = self._slope_s[self.running] * self.running
+        dt = now_s - self.start_s
+        steps = _steps_for(dt, a, growth)
+        if steps * a + growth * steps * (steps - 1) / 2 > dt:
+            steps -= 1
+        return min(steps, self.span)
+
+    # Steps.
+
+    def wake(self) -> None:
+        """The present run, or step, is over."""
+        now_s = self.end_s
+        self.busy_s += now_s - self.start_s
+        if self.span:
+            self._decode(self.span, now_s)
+        if self._chunks:
+            self._prefill(now_s)
+        self._plan(now_s)
+
+    def _decode(self, steps: int, now_s: float) -> None:
+        running = self.running
+        self.free_blocks -= self._blocks_of(steps)
+        self._steps += steps
+        self._context += running * steps
+        if self._share is not None:
+            for client, count in Counter(request.client for _, _, request in self.finishes).items():
+                self._share.charge(client, count * steps)
+        finishes = self.finishes
+        while finishes and finishes[0][0] <= self._steps:
+            request = heappop(finishes)[2]
+            request.osl = request.target
+            request.computed = request.isl + request.osl - 1
+            self._leave_batch(request)
+            self._finish(request, now_s)
+
+    def _blocks_of(self, steps: int) -> int:
+        """Blocks that so many more decode steps take."""
+        size, hist, first = self.limits.block_size, self._hist, self._steps
+        whole, rest = divmod(steps, size)
+        return whole * self.running + sum(hist[-(first + j) % size] for j in range(rest))
+
+    def _steps_within(self, steps: int, blocks: int) -> int:
+        """How many of so many decode steps the free blocks allow."""
+        if self.running * (steps // self.limits.block_size + 1) <= blocks:
+            return steps
+        size, hist, first = self.limits.block_size, self._hist, self._steps
+        done = min(blocks // self.running, steps // size) * size
+        blocks -= done // size * self.running
+        while done < steps:
+            blocks -= hist[-(first + done) % size]
+            if blocks < 0:
+                break
+            done += 1
+        return done
+
+    def _join_batch(self, request: SimRequest) -> None:
+        """It decodes from the next step on; its newest token is not yet computed."""
+        request.last_step = self._steps + request.target - request.osl
+        self.serial += 1
+        heappush(self.finishes, (request.last_step, self.serial, request))
+        self.running += 1
+        self._context += request.context
+        self._hist[(request.computed - self._steps) % self.limits.block_size] += 1
+
+    def _leave_batch(self, request: SimRequest) -> None:
+        self.running -= 1
+        self._context -= request.context
+        self._hist[(request.computed - self._steps) % self.limits.block_size] -= 1
+        self.free_blocks += -(-request.computed // self.limits.block_size)
+
+    def _finish(self, request: SimRequest, now_s: float) -> None:
+        if self._share is not None:
+            self._share.leave(request.client)
+        self.on_done(request, now_s)
+
+    def _settle(self) -> None:
+        """Write into every running request what the closed form knows of it."""
+        for last, _, request in self.finishes:
+            request.osl = request.target - (last - self._steps)
+            request.computed = request.isl + request.osl - 1
+
+    def _plan(self, now_s: float) -> None:
+        """What runs from this boundary on."""
+        self.start_s = now_s
+        self.epoch += 1
+        self._chunks = []
+        running, prompts = self.running, self.waiting or self.begun or self.resumed
+        if not (running or prompts or self.arrived):
+            self.span, self.end_s = 0, inf
+            return
+        if prompts or self.arrived:
+            size = self.limits.block_size
+            demand = self._hist[-self._steps % size]
+            if demand > self.free_blocks or (not running and self.begun and self.free_blocks * size < self.limits.step_tokens):
+                self._plan_short(now_s)
+            else:
+                self._plan_ample(now_s, demand)
+            running = self.running
+        if self._chunks:
+            self.span = 1 if running else 0
+            self.end_s = now_s + self._chunked_s()
+            return
+        if not running:
+            self.span, self.end_s = 0, inf
+            return
+        steps = self.finishes[0][0] - self._steps
+        steps = self._steps_within(steps, self.free_blocks)
+        if not steps:
+            self._plan_short(now_s)
+            if self._chunks:  # room came back, but those who gave it up wait a step
+                raise RuntimeError(f"worker {self.id}: a step that preempts must not prefill new prompts")
+            running = self.running
+            steps = self._steps_within(self.finishes[0][0] - self._steps, self.free_blocks)
+        # Whoever found no room finds none before a finish either: free blocks only shrink until then.
+        a = self._base_s[running] + self._slope_s[running] * self._context
+        self.span = steps
+        self.end_s = now_s + steps * a + self._slope_s[running] * running * steps * (steps - 1) / 2
+
+    def _plan_ample(self, now_s: float, demand: int) -> None:
+        """There are blocks for all that decode: fill the step by the policy's own account, without a list of who decodes."""
+        slots = self.max_batch - self.running - len(self.begun)
+        account = StepAccount(
+            self.limits, blocks=self.free_blocks - demand, slots=slots, decoding=self.running, begun=self.begun
+        )
+        new = _Fifo(self.waiting) if self._share is None else FairQueue(self.waiting, self._share.served)
+        admit, chunks = fill_step(account, begun=self.begun, resumed=self.resumed, arrived=self.arrived, new=new)
+        self._carry_out(admit, chunks, now_s)
+
+    def _plan_short(self, now_s: float) -> None:
+        """Somebody may have to give room back: the whole policy decides."""
+        self._settle()
+        decoding = [request for _, _, request in self.finishes]
+        plan = plan_step(
+            running=decoding,
+            waiting=[*self.begun, *self.resumed, *self.waiting],
+            arrived=list(self.arrived),
+            limits=self.limits,
+            room=Room(blocks=self.free_blocks, slots=self.max_batch - self.running - len(self.begun)),
+            served={} if self._share is None else self._share.served,
+        )
+        for request in plan.preempt:
+            self._preempt(cast(SimRequest, request))
+        self._carry_out(plan.admit, plan.prefill, now_s)
+
+    def _preempt(self, request: SimRequest) -> None:
+        if request in self.begun:
+            self.begun.remove(request)
+            self.free_blocks += -(-request.computed // self.limits.block_size)
+            self.queued_tokens -= request.to_prefill
+        else:
+            self.finishes = [entry for entry in self.finishes if entry[2] is not request]
+            heapify(self.finishes)
+            self._leave_batch(request)
+        request.computed = 0
+        request.preemptions += 1
+        self._columns.preemptions[request.row] += 1
+        self.queued_tokens += request.to_prefill
+        self.pending_tokens += request.to_prefill
+        self.resumed.append(request)
+        self.resumed.sort(key=by_age)
+
+    def _carry_out(self, admit: Iterable[Any], chunks: Sequence[Chunk], now_s: float) -> None:
+        """Admit and begin: room is taken as the step begins."""
+        size = self.limits.block_size
+        for request in admit:
+            self.arrived.remove(request)
+            self.incoming -= 1
+            self.incoming_tokens -= request.context
+            self.pending_tokens -= request.context
+            self.free_blocks -= -(-request.computed // size)
+            self._columns.decode_start_s[request.row] = now_s
+            self._join_batch(request)
+        self._chunks = list(chunks)
+        for chunk in self._chunks:
+            request = cast(SimRequest, chunk.request)
+            if request.computed == 0:
+                self.pending_tokens -= request.to_prefill
+                if request.preemptions and request in self.resumed:
+                    self.resumed.remove(request)
+                elif self.waiting[0] is request:
+                    self.waiting.popleft()
+                else:
+                    self.waiting.remove(request)
+                self.begun.append(request)
+                self._begin(request, now_s)
+            self.free_blocks -= -(-(request.computed + chunk.tokens) // size) - -(-request.computed // size)
+
+    def _begin(self, request: SimRequest, now_s: float) -> None:
+        columns, row = self._columns, request.row
+        if columns.prefill_start_s[row] != columns.prefill_start_s[row]:  # not yet: NaN
+            columns.prefill_start_s[row] = now_s
+
+    def _chunked_s(self) -> float:
+        """Seconds of a step with chunks: as long as the attention group with the most to do."""
+        total = longest = 0
+        all_pairs = most_pairs = 0.0
+        for chunk in self._chunks:
+            tokens = chunk.tokens
+            pairs = tokens * (chunk.request.computed + (tokens + 1) / 2)
+            total += tokens
+            all_pairs += pairs
+            longest, most_pairs = max(longest, tokens), max(most_pairs, pairs)
+        groups = self.times.groups
+        tokens_, pairs_ = max(total / groups, longest), max(all_pairs / groups, most_pairs)
+        if self.running:
+            return self.times.mixed_step_s(self.running, self._context, tokens_, pairs_)
+        return self.times.prefill_step_s(tokens_, pairs_)
+
+    def _prefill(self, now_s: float) -> None:
+        for chunk in self._chunks:
+            request = cast(SimRequest, chunk.request)
+            request.computed += chunk.tokens
+            self.queued_tokens -= chunk.tokens
+            if self._share is not None:
+                self._share.charge(request.client, chunk.tokens)
+            if request.to_prefill:
+                continue
+            self.begun.remove(request)
+            if request.osl:
+                self._join_batch(request)
+                continue
+            self._first_token(request, now_s)
+
+    def _first_token(self, request: SimRequest, now_s: float) -> None:
+        columns, row = self._columns, request.row
+        request.osl = 1
+        columns.prefill_end_s[row] = now_s
+        columns.first_token_s[row] = now_s + self.times.first_token_s
+        if self._share is not None:
+            self._share.charge(request.client, 1)
+        if request.target == 1 or self.role == "prefill":
+            self.free_blocks += -(-request.computed // self.limits.block_size)
+            if request.target == 1:
+                self._finish(request, now_s)
+            else:
+                if self._share is not None:
+                    self._share.leave(request.client)
+                self.on_prefilled(self, request, now_s)
+        else:
+            columns.decode_start_s[row] = now_s
+            self._join_batch(request)
+
+    def steps_at(self, now_s: float) -> int:
+        """Decode steps that it had taken by then; a sequence that is done after `last` of them has so many still to come."""
+        return self._steps + self._steps_done(now_s)
+
+    # The end.
+
+    def check(self) -> None:
+        """Raise RuntimeError unless blocks held and free are all blocks, and counts are those of its requests."""
+        self._settle()
+        size = self.limits.block_size
+        held = sum(-(-request.computed // size) for _, _, request in self.finishes)
+        held += sum(-(-(request.computed + self._chunk_of(request)) // size) for request in self.begun)
+        queued = sum(request.to_prefill for request in (*self.waiting, *self.begun, *self.resumed))
+        context = sum(request.context for _, _, request in self.finishes)
+        for what, counted, true in (
+            ("blocks", held + self.free_blocks, self.kind.blocks),
+            ("queued tokens", self.queued_tokens, queued),
+            ("running", self.running, len(self.finishes)),
+            ("context", self._context, context),
+            ("arrived", min(self.incoming, len(self.arrived)), len(self.arrived)),
+        ):
+            if counted != true:
+                raise RuntimeError(f"worker {self.id}: {what} {counted}, should be {true}")
+        if self.free_blocks < 0:
+            raise RuntimeError(f"worker {self.id}: {-self.free_blocks} blocks too many are held")
+
+    def _chunk_of(self, request: SimRequest) -> int:
+        return sum(chunk.tokens for chunk in self._chunks if chunk.request is request)
+
+    def write_unfinished(self) -> None:
+        """Note how many tokens those have that are not done."""
+        self._settle()
+        for request in (*self.resumed, *self.arrived, *(entry[2] for entry in self.finishes)):
+            self._columns.osl[request.row] = request.osl
+
+    def take_all(self) -> list[SimRequest]:
+        """Everything that was here or on its way, oldest first, as it was at the last boundary; the worker is empty then."""
+        self._settle()
+        everyone = [*self.waiting, *self.begun, *self.resumed, *self.arrived, *(request for _, _, request in self.finishes)]
+        self.waiting.clear()
+        self.arrived.clear()
+        self.begun, self.resumed, self.finishes, self._chunks = [], [], [], []
+        self.running = self._context = self.incoming = self.incoming_tokens = self.pending_tokens = self.queued_tokens = 0
+        self._hist = [0] * self.limits.block_size
+        self.free_blocks = self.kind.blocks
+        self.span, self.end_s = 0, inf
+        self.epoch += 1
+        if self._share is not None:
+            self._share = FairShare()
+        return sorted(everyone, key=by_age)
+
+
+def _steps_for(dt: float, a: float, growth: float) -> int:
+    """The least whole m with m*a + growth*m*(m-1)/2 >= dt."""
+    if dt <= 0.0:
+        return 0
+    half = growth / 2
+    linear = a - half
+    root = dt / a if half == 0.0 else (sqrt(linear * linear + 4.0 * half * dt) - linear) / (2.0 * half)
+    steps = int(root)
+    while steps * a + half * steps * (steps - 1) < dt:
+        steps += 1
+    while steps > 0 and (steps - 1) * a + half * (steps - 1) * (steps - 2) >= dt:
+        steps -= 1
+    return steps
