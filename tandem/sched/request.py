@@ -52,4 +52,6 @@ class Request:
     @property
     def to_prefill(self) -> int:
         """Tokens that a prefill has still to read before the next token can be chosen by a decode step; 0 while decoding."""
-        return max(0, self.isl + max(0, self.osl - 1) - self.computed)
+        osl = self.osl
+        tokens = self.isl - self.computed + (osl - 1 if osl > 1 else 0)
+        return tokens if tokens > 0 else 0

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from tandem.sched.observation import Lengths, Observation, PoolCount
 from tandem.sched.route import ROLES
 from tandem.sim.config import SimConfig
+from tandem.sim.decoding import SimRequest
 from tandem.sim.fleet import Fleet
 from tandem.sim.result import Columns
-from tandem.sim.worker import SimRequest, SimWorker
+from tandem.sim.worker import SimWorker
 from tandem.spec.workload import Slo
 
 SERIES = (

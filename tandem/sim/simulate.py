@@ -18,11 +18,13 @@ from tandem.sched.prefix import PrefixIndex
 from tandem.sched.route import Role
 from tandem.sim.board import Board
 from tandem.sim.config import SimConfig, WorkerKind
+from tandem.sim.decoding import UNBOUNDED, SimRequest
 from tandem.sim.fleet import Fleet
 from tandem.sim.links import Links
 from tandem.sim.observe import Watch
+from tandem.sim.queues import PrefixCache
 from tandem.sim.result import ERROR, LENGTH, TIMES, Columns, RequestTable, SimResult
-from tandem.sim.worker import UNBOUNDED, SimRequest, SimWorker
+from tandem.sim.worker import SimWorker
 from tandem.spec.errors import SpecError
 from tandem.spec.workload import Slo, Trace
 
@@ -66,7 +68,11 @@ class Simulation:
     def new_worker(self, number: int, kind: WorkerKind, role: Role) -> SimWorker:
         """A worker of this run."""
         fair = self._clients is not None
-        return SimWorker(number, kind, role, self._columns, fair=fair, on_prefilled=self._prefilled, on_done=self._done)
+        tokens = self.config.prefix_cache_tokens
+        cache = None if self._prefixes is None else PrefixCache(tokens, self.trace.prefix_block)
+        return SimWorker(
+            number, kind, role, self._columns, fair=fair, cache=cache, on_prefilled=self._prefilled, on_done=self._done
+        )
 
     def changed(self) -> None:
         """Workers came, went or changed their roles: those who waited for one are placed."""
@@ -107,7 +113,8 @@ class Simulation:
         isl, at_s = self._isl[row], self._arrival_s[row]
         client = "" if self._clients is None else self._clients[row]
         request = SimRequest(id=f"{row:09d}", isl=isl, max_tokens=UNBOUNDED, arrival_s=at_s, client=client)
-        request.row, request.target, request.worker, request.prefix = row, self._osl[row], None, 0
+        request.row, request.target, request.worker = row, self._osl[row], None
+        request.prefix, request.hashes = 0, self._hashes(row)
         self.watch.arrived(isl)
         if isl + request.target > self.fleet.longest:
             request.finish_reason = "error"
@@ -118,17 +125,17 @@ class Simulation:
         self._place(request)
 
     def _place(self, request: SimRequest) -> None:
-        hashes = self._hashes(request.row)
-        cells = self._prefixes.matched(hashes) if self._prefixes is not None and hashes else {}
-        cached = {name: min(n * self.trace.prefix_block, request.isl - 1) for name, n in cells.items()}
+        cached: dict[str, int] = {}
+        if self._prefixes is not None and request.hashes:
+            cells = self._prefixes.matched(request.hashes)
+            cached = {name: min(n * self.trace.prefix_block, request.isl - 1) for name, n in cells.items()}
         worker = self.board.prompt(request.to_prefill, cached, self.now_s)
         if worker is None:
             request.worker = None
             self._unrouted.append(request)
             return
-        if self._prefixes is not None and hashes:
-            request.prefix = cached.get(worker.id, 0)
-            self._prefixes.note(worker.id, hashes)
+        if self._prefixes is not None:
+            self._prefixes.note(worker.id, request.hashes)
         worker.submit(request, self.now_s)
         self.schedule(worker)
 
@@ -247,7 +254,7 @@ class Simulation:
             preemptions=np.frombuffer(c.preemptions, dtype=np.int32),
             retries=np.frombuffer(c.retries, dtype=np.int32),
             finish=np.frombuffer(c.finish, dtype=np.int8),
-            **{name: np.frombuffer(getattr(c, name)) for name in TIMES},  # type: ignore[arg-type]
+            **{name: np.frombuffer(getattr(c, name)) for name in TIMES},
         )
         unfinished = int(np.sum(table.osl[table.finish == 0]))
         return SimResult(

@@ -1,86 +1,42 @@
-"""One simulated worker: the step loop of an engine, with runs of equal steps taken at once.
+"""One simulated worker: the step loop of an engine.
 
-While a batch only decodes, its step time is affine in its context, which grows by the batch each step: step j of b sequences
-with C tokens takes a + s*b*j seconds, a = base + s*C, so m steps take m*a + s*b*m*(m-1)/2, and what happens next, a finish or
-a batch that outgrows the blocks, is known in closed form. An arrival cuts the run at the next boundary between two steps. A
-step with prompt chunks is planned by `tandem.sched.batch`, as the engine plans it, and taken by itself.
+Decode steps run in closed form (decoding.py) until something leaves; an arrival cuts a run at the next boundary between two
+steps. A step with prompt chunks is planned by `tandem.sched.batch`, as the engine plans it, and taken by itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from heapq import heapify, heappop, heappush
-from math import inf, sqrt
+from heapq import heapify, heappop
+from math import inf, isnan
 from typing import Any, Literal, cast
 
 from tandem.sched.batch import Chunk, Room, StepAccount, fill_step, plan_step
 from tandem.sched.fair import FairQueue, FairShare, by_age
-from tandem.sched.request import Request
 from tandem.sched.route import Role
 from tandem.sim.config import WorkerKind
+from tandem.sim.decoding import DecodeBatch, SimRequest, steps_for
+from tandem.sim.queues import Fifo, PrefixCache
 from tandem.sim.result import Columns
 
 Status = Literal["starting", "up", "draining", "flipping", "gone"]
-UNBOUNDED = 1 << 40
-"""What policies are told of an answer's length: nothing."""
 
 
-class SimRequest(Request):
-    """A request with what only the simulator knows."""
-
-    __slots__ = ("last_step", "prefix", "row", "target", "worker")
-
-    row: int
-    """Its place in the trace."""
-    prefix: int
-    """Prompt tokens that its worker is taken to have cached."""
-    target: int
-    """Output tokens that it will have."""
-    last_step: int
-    """Count of its worker's decode steps after which it is done."""
-    worker: SimWorker | None
-    """Where it is, or will be once its state is there."""
-
-
-class _Fifo:
-    """New prompts of one client, or of nobody known: in order of arrival."""
-
-    __slots__ = ("_at", "_queue")
-
-    def __init__(self, queue: deque[SimRequest]) -> None:
-        self._queue, self._at = queue, 0
-
-    def pop(self) -> SimRequest | None:
-        if self._at >= len(self._queue):
-            return None
-        self._at += 1
-        return self._queue[self._at - 1]
-
-    def charge(self, client: str, tokens: float) -> None:
-        """Nobody to compare with."""
-
-
-class SimWorker:
+class SimWorker(DecodeBatch):
     """State of one worker between two boundaries of steps. Also what `tandem.sched.route` asks of a WorkerView."""
 
     __slots__ = (
-        "_base_s",
+        "_cache",
         "_chunks",
         "_columns",
-        "_context",
-        "_hist",
         "_share",
-        "_slope_s",
-        "_steps",
         "arrived",
         "begun",
         "busy_s",
         "end_s",
         "epoch",
-        "finishes",
         "flip_to",
-        "free_blocks",
         "id",
         "incoming",
         "incoming_tokens",
@@ -95,10 +51,6 @@ class SimWorker:
         "queued_tokens",
         "resumed",
         "role",
-        "running",
-        "serial",
-        "span",
-        "start_s",
         "status",
         "times",
         "waiting",
@@ -112,27 +64,22 @@ class SimWorker:
         columns: Columns,
         *,
         fair: bool,
+        cache: PrefixCache | None,
         on_prefilled: Callable[[SimWorker, SimRequest, float], None],
         on_done: Callable[[SimRequest, float], None],
     ) -> None:
+        super().__init__(kind)
         self.number, self.id, self.kind, self.role = number, f"w{number:06d}", kind, role
         self.times, self.limits, self.max_batch = kind.times, kind.limits, kind.limits.max_batch
         self.status: Status = "up"
         self.flip_to: Role | None = None
         self.on_prefilled, self.on_done = on_prefilled, on_done
-        self._columns = columns
+        self._columns, self._cache = columns, cache
         self._share = FairShare() if fair else None
-        self._base_s, self._slope_s = kind.times.base_s, kind.times.per_token_s
         self.waiting: deque[SimRequest] = deque()
         self.resumed: list[SimRequest] = []
         self.begun: list[SimRequest] = []
         self.arrived: deque[SimRequest] = deque()
-        self.running = 0
-        self._context = 0
-        self._steps = 0
-        self.finishes: list[tuple[int, int, SimRequest]] = []
-        self._hist = [0] * kind.limits.block_size
-        self.free_blocks = kind.blocks
         self.incoming = 0
         """Sequences whose state is here or on its way, and that do not decode yet."""
         self.incoming_tokens = 0
@@ -140,13 +87,10 @@ class SimWorker:
         """Tokens of theirs and of the prompts that have not begun."""
         self.queued_tokens = 0
         self._chunks: list[Chunk] = []
-        self.start_s, self.end_s = 0.0, inf
-        self.span = 0
-        """Decode steps of the present run; 0 for a step with chunks and no decode, which also is one."""
+        self.end_s = inf
         self.epoch = 0
         self.pushed = 0
         """The epoch of which the loop knows the end."""
-        self.serial = 0
         self.busy_s = 0.0
 
     # What the router asks.
@@ -163,11 +107,11 @@ class SimWorker:
 
     def context_at(self, now_s: float) -> int:
         """The same at the last boundary before `now_s`."""
-        return self._context + self.running * self._steps_done(now_s) + self.incoming_tokens
+        return self._context + self.running * self.steps_done(now_s) + self.incoming_tokens
 
     def free_tokens_at(self, now_s: float) -> int:
         """Tokens for which there was room then, less what waits for it."""
-        used = self._blocks_of(self._steps_done(now_s)) if self.span > 1 else 0
+        used = self.blocks_of(self.steps_done(now_s)) if self.span > 1 else 0
         return max(0, (self.free_blocks - used) * self.limits.block_size - self.pending_tokens)
 
     @property
@@ -210,25 +154,12 @@ class SimWorker:
 
     def _cut(self, now_s: float) -> None:
         """End a run of decode steps with the one that is under way."""
-        a = self._base_s[self.running] + self._slope_s[self.running] * self._context
         growth = self._slope_s[self.running] * self.running
-        steps = max(1, _steps_for(now_s - self.start_s, a, growth))
+        steps = max(1, steps_for(now_s - self.start_s, self.run_s(1), growth))
         if steps < self.span:
             self.span = steps
-            self.end_s = self.start_s + steps * a + growth * steps * (steps - 1) / 2
+            self.end_s = self.start_s + self.run_s(steps)
             self.epoch += 1
-
-    def _steps_done(self, now_s: float) -> int:
-        """Decode steps of the present run that had ended by then."""
-        if not self.span or self._chunks or now_s <= self.start_s:
-            return 0
-        a = self._base_s[self.running] + self._slope_s[self.running] * self._context
-        growth = self._slope_s[self.running] * self.running
-        dt = now_s - self.start_s
-        steps = _steps_for(dt, a, growth)
-        if steps * a + growth * steps * (steps - 1) / 2 > dt:
-            steps -= 1
-        return min(steps, self.span)
 
     # Steps.
 
@@ -244,7 +175,7 @@ class SimWorker:
 
     def _decode(self, steps: int, now_s: float) -> None:
         running = self.running
-        self.free_blocks -= self._blocks_of(steps)
+        self.free_blocks -= self.blocks_of(steps)
         self._steps += steps
         self._context += running * steps
         if self._share is not None:
@@ -255,59 +186,19 @@ class SimWorker:
             request = heappop(finishes)[2]
             request.osl = request.target
             request.computed = request.isl + request.osl - 1
-            self._leave_batch(request)
+            self.leave(request)
             self._finish(request, now_s)
-
-    def _blocks_of(self, steps: int) -> int:
-        """Blocks that so many more decode steps take."""
-        size, hist, first = self.limits.block_size, self._hist, self._steps
-        whole, rest = divmod(steps, size)
-        return whole * self.running + sum(hist[-(first + j) % size] for j in range(rest))
-
-    def _steps_within(self, steps: int, blocks: int) -> int:
-        """How many of so many decode steps the free blocks allow."""
-        if self.running * (steps // self.limits.block_size + 1) <= blocks:
-            return steps
-        size, hist, first = self.limits.block_size, self._hist, self._steps
-        done = min(blocks // self.running, steps // size) * size
-        blocks -= done // size * self.running
-        while done < steps:
-            blocks -= hist[-(first + done) % size]
-            if blocks < 0:
-                break
-            done += 1
-        return done
-
-    def _join_batch(self, request: SimRequest) -> None:
-        """It decodes from the next step on; its newest token is not yet computed."""
-        request.last_step = self._steps + request.target - request.osl
-        self.serial += 1
-        heappush(self.finishes, (request.last_step, self.serial, request))
-        self.running += 1
-        self._context += request.context
-        self._hist[(request.computed - self._steps) % self.limits.block_size] += 1
-
-    def _leave_batch(self, request: SimRequest) -> None:
-        self.running -= 1
-        self._context -= request.context
-        self._hist[(request.computed - self._steps) % self.limits.block_size] -= 1
-        self.free_blocks += -(-request.computed // self.limits.block_size)
 
     def _finish(self, request: SimRequest, now_s: float) -> None:
         if self._share is not None:
             self._share.leave(request.client)
         self.on_done(request, now_s)
 
-    def _settle(self) -> None:
-        """Write into every running request what the closed form knows of it."""
-        for last, _, request in self.finishes:
-            request.osl = request.target - (last - self._steps)
-            request.computed = request.isl + request.osl - 1
-
     def _plan(self, now_s: float) -> None:
         """What runs from this boundary on."""
         self.start_s = now_s
         self.epoch += 1
+        self.decode_only = True
         self._chunks = []
         running, prompts = self.running, self.waiting or self.begun or self.resumed
         if not (running or prompts or self.arrived):
@@ -322,6 +213,7 @@ class SimWorker:
                 self._plan_ample(now_s, demand)
             running = self.running
         if self._chunks:
+            self.decode_only = False
             self.span = 1 if running else 0
             self.end_s = now_s + self._chunked_s()
             return
@@ -329,17 +221,16 @@ class SimWorker:
             self.span, self.end_s = 0, inf
             return
         steps = self.finishes[0][0] - self._steps
-        steps = self._steps_within(steps, self.free_blocks)
+        steps = self.steps_within(steps, self.free_blocks)
         if not steps:
             self._plan_short(now_s)
             if self._chunks:  # room came back, but those who gave it up wait a step
                 raise RuntimeError(f"worker {self.id}: a step that preempts must not prefill new prompts")
             running = self.running
-            steps = self._steps_within(self.finishes[0][0] - self._steps, self.free_blocks)
+            steps = self.steps_within(self.finishes[0][0] - self._steps, self.free_blocks)
         # Whoever found no room finds none before a finish either: free blocks only shrink until then.
-        a = self._base_s[running] + self._slope_s[running] * self._context
         self.span = steps
-        self.end_s = now_s + steps * a + self._slope_s[running] * running * steps * (steps - 1) / 2
+        self.end_s = now_s + self.run_s(steps)
 
     def _plan_ample(self, now_s: float, demand: int) -> None:
         """There are blocks for all that decode: fill the step by the policy's own account, without a list of who decodes."""
@@ -347,13 +238,13 @@ class SimWorker:
         account = StepAccount(
             self.limits, blocks=self.free_blocks - demand, slots=slots, decoding=self.running, begun=self.begun
         )
-        new = _Fifo(self.waiting) if self._share is None else FairQueue(self.waiting, self._share.served)
+        new = Fifo(self.waiting) if self._share is None else FairQueue(self.waiting, self._share.served)
         admit, chunks = fill_step(account, begun=self.begun, resumed=self.resumed, arrived=self.arrived, new=new)
         self._carry_out(admit, chunks, now_s)
 
     def _plan_short(self, now_s: float) -> None:
         """Somebody may have to give room back: the whole policy decides."""
-        self._settle()
+        self.settle()
         decoding = [request for _, _, request in self.finishes]
         plan = plan_step(
             running=decoding,
@@ -375,7 +266,7 @@ class SimWorker:
         else:
             self.finishes = [entry for entry in self.finishes if entry[2] is not request]
             heapify(self.finishes)
-            self._leave_batch(request)
+            self.leave(request)
         request.computed = 0
         request.preemptions += 1
         self._columns.preemptions[request.row] += 1
@@ -394,10 +285,10 @@ class SimWorker:
             self.pending_tokens -= request.context
             self.free_blocks -= -(-request.computed // size)
             self._columns.decode_start_s[request.row] = now_s
-            self._join_batch(request)
-        self._chunks = list(chunks)
-        for chunk in self._chunks:
-            request = cast(SimRequest, chunk.request)
+            self.join(request)
+        self._chunks = []
+        for chunk in chunks:
+            request, tokens = cast(SimRequest, chunk.request), chunk.tokens
             if request.computed == 0:
                 self.pending_tokens -= request.to_prefill
                 if request.preemptions and request in self.resumed:
@@ -408,12 +299,20 @@ class SimWorker:
                     self.waiting.remove(request)
                 self.begun.append(request)
                 self._begin(request, now_s)
-            self.free_blocks -= -(-(request.computed + chunk.tokens) // size) - -(-request.computed // size)
+                tokens = min(tokens, request.to_prefill)
+            held = 0 if request.computed == request.prefix else -(-request.computed // size)
+            self.free_blocks -= -(-(request.computed + tokens) // size) - held
+            self._chunks.append(Chunk(request, tokens))
 
     def _begin(self, request: SimRequest, now_s: float) -> None:
         columns, row = self._columns, request.row
-        if columns.prefill_start_s[row] != columns.prefill_start_s[row]:  # not yet: NaN
+        if isnan(columns.prefill_start_s[row]):
             columns.prefill_start_s[row] = now_s
+        request.prefix = 0
+        if self._cache is not None:
+            request.prefix = min(self._cache.match(request.hashes), request.isl - 1)
+            request.computed = columns.cached[row] = request.prefix
+            self.queued_tokens -= request.prefix
 
     def _chunked_s(self) -> float:
         """Seconds of a step with chunks: as long as the attention group with the most to do."""
@@ -442,7 +341,7 @@ class SimWorker:
                 continue
             self.begun.remove(request)
             if request.osl:
-                self._join_batch(request)
+                self.join(request)
                 continue
             self._first_token(request, now_s)
 
@@ -450,6 +349,8 @@ class SimWorker:
         columns, row = self._columns, request.row
         request.osl = 1
         columns.prefill_end_s[row] = now_s
+        if self._cache is not None:
+            self._cache.add(request.hashes)
         columns.first_token_s[row] = now_s + self.times.first_token_s
         if self._share is not None:
             self._share.charge(request.client, 1)
@@ -463,17 +364,13 @@ class SimWorker:
                 self.on_prefilled(self, request, now_s)
         else:
             columns.decode_start_s[row] = now_s
-            self._join_batch(request)
-
-    def steps_at(self, now_s: float) -> int:
-        """Decode steps that it had taken by then; a sequence that is done after `last` of them has so many still to come."""
-        return self._steps + self._steps_done(now_s)
+            self.join(request)
 
     # The end.
 
     def check(self) -> None:
         """Raise RuntimeError unless blocks held and free are all blocks, and counts are those of its requests."""
-        self._settle()
+        self.settle()
         size = self.limits.block_size
         held = sum(-(-request.computed // size) for _, _, request in self.finishes)
         held += sum(-(-(request.computed + self._chunk_of(request)) // size) for request in self.begun)
@@ -496,13 +393,13 @@ class SimWorker:
 
     def write_unfinished(self) -> None:
         """Note how many tokens those have that are not done."""
-        self._settle()
+        self.settle()
         for request in (*self.resumed, *self.arrived, *(entry[2] for entry in self.finishes)):
             self._columns.osl[request.row] = request.osl
 
     def take_all(self) -> list[SimRequest]:
         """Everything that was here or on its way, oldest first, as it was at the last boundary; the worker is empty then."""
-        self._settle()
+        self.settle()
         everyone = [*self.waiting, *self.begun, *self.resumed, *self.arrived, *(request for _, _, request in self.finishes)]
         self.waiting.clear()
         self.arrived.clear()
@@ -514,19 +411,6 @@ class SimWorker:
         self.epoch += 1
         if self._share is not None:
             self._share = FairShare()
+        if self._cache is not None:
+            self._cache.clear()
         return sorted(everyone, key=by_age)
-
-
-def _steps_for(dt: float, a: float, growth: float) -> int:
-    """The least whole m with m*a + growth*m*(m-1)/2 >= dt."""
-    if dt <= 0.0:
-        return 0
-    half = growth / 2
-    linear = a - half
-    root = dt / a if half == 0.0 else (sqrt(linear * linear + 4.0 * half * dt) - linear) / (2.0 * half)
-    steps = int(root)
-    while steps * a + half * steps * (steps - 1) < dt:
-        steps += 1
-    while steps > 0 and (steps - 1) * a + half * (steps - 1) * (steps - 2) >= dt:
-        steps -= 1
-    return steps
