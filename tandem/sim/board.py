@@ -24,7 +24,7 @@ class Board:
         """The workers that accept requests, after one has come or gone or changed its role."""
         self.prefillers = [w for w in workers if w.accepting and w.role == "prefill"]
         self.decoders = [w for w in workers if w.accepting and w.role != "prefill"]
-        self._one_kind = len({id(w.kind) for w in self.prefillers}) < 2
+        self._one_kind = len({id(w.kind) for w in self.prefillers or self.decoders}) < 2
         self._colocated = any(w.role == "colocated" for w in self.decoders)
 
     def prompt(self, isl: int, cached: Mapping[str, int], now_s: float) -> SimWorker | None:
@@ -42,11 +42,35 @@ class Board:
                 if worker.queued_tokens < least:
                     best, least = worker, worker.queued_tokens
             return best
+        if not self.prefillers and not cached and self._one_kind:
+            return self._shared(isl, now_s)
         workers = self.prefillers + self.decoders
         views = [_view(w, now_s) for w in workers]
         times = workers[0].times  # of the role asked first; kinds that differ are compared by one of them
         found = route_prompt(isl, cached, views, times, self._limits)
         return None if isinstance(found, Infeasible) else next(w for w in workers if w.id == found.worker_id)
+
+    def _shared(self, isl: int, now_s: float) -> SimWorker:
+        """The same where all workers are of one kind and decode, and none has anything cached: the terms of `prompt_cost`, what
+        they have in common left out or taken once."""
+        times, limits = self.decoders[0].times, self._limits
+        pause_s = limits.pause_weight * times.prefill_s(isl, 0)
+        best, least = self.decoders[0], (True, inf)
+        for worker in self.decoders:
+            batch, queued = worker.running + worker.incoming, worker.queued_tokens
+            cost_s = times.prefill_s(queued, 0) if queued else 0.0
+            if batch:
+                steps = -(-(queued + isl) // limits.step_tokens)
+                cost_s += batch * pause_s
+                # Contexts only grow in a run of steps, so that this is the least that it can cost.
+                tokens = worker.decoding_tokens + worker.incoming_tokens
+                if least < (False, cost_s + steps * times.decode_s(batch, tokens)):
+                    continue
+                cost_s += steps * times.decode_s(batch, worker.context_at(now_s))
+            cost = (batch >= worker.max_batch or not worker.has_room(isl, now_s), cost_s)
+            if cost < least:
+                best, least = worker, cost
+        return best
 
     def decode(self, context_tokens: int, now_s: float) -> SimWorker | None:
         """Where a sequence decodes, by the rule of `route_decode`: the shortest step with it, among those with room first."""
@@ -54,12 +78,13 @@ class Board:
         least = (True, inf)
         for worker in self.decoders:
             batch = worker.running + worker.incoming
-            tokens = worker.settled_tokens + context_tokens
+            tokens = worker.decoding_tokens + worker.incoming_tokens + context_tokens
             # Contexts only grow in a run of steps, so that this is the least that the step can cost.
             if least < (False, worker.times.decode_s(batch + 1, tokens)):
                 continue
-            full = not (batch < worker.max_batch and worker.free_tokens_at(now_s) > context_tokens)
-            cost = (full, worker.times.decode_s(batch + 1, worker.context_at(now_s) + context_tokens))
+            full = batch >= worker.max_batch or not worker.has_room(context_tokens, now_s)
+            tokens += worker.running * worker.steps_done(now_s)
+            cost = (full, worker.times.decode_s(batch + 1, tokens))
             if cost < least:
                 best, least = worker, cost
         return best

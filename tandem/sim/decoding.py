@@ -46,11 +46,11 @@ class DecodeBatch:
     __slots__ = (
         "_base_s",
         "_block_size",
-        "_context",
         "_hist",
         "_slope_s",
         "_steps",
         "decode_only",
+        "decoding_tokens",
         "finishes",
         "free_blocks",
         "running",
@@ -66,7 +66,8 @@ class DecodeBatch:
         self.finishes: list[tuple[int, int, SimRequest]] = []
         """A heap of those that decode: the step after which each is done, in order of joining, and the request."""
         self.running = 0
-        self._context = 0
+        self.decoding_tokens = 0
+        """Context of those that decode, when the present run began."""
         self._steps = 0
         self._hist = [0] * self._block_size
         """Of the running, how many take a new block in a step, by the step's number modulo the block's size, negated."""
@@ -80,7 +81,7 @@ class DecodeBatch:
         """Decode steps of the present run that had ended by then."""
         if not self.span or not self.decode_only or now_s <= self.start_s:
             return 0
-        a = self._base_s[self.running] + self._slope_s[self.running] * self._context
+        a = self._base_s[self.running] + self._slope_s[self.running] * self.decoding_tokens
         growth = self._slope_s[self.running] * self.running
         dt = now_s - self.start_s
         steps = steps_for(dt, a, growth)
@@ -92,13 +93,16 @@ class DecodeBatch:
         """Seconds of the next so many decode steps."""
         running = self.running
         slope_s = self._slope_s[running]
-        return steps * (self._base_s[running] + slope_s * self._context) + slope_s * running * steps * (steps - 1) / 2
+        return steps * (self._base_s[running] + slope_s * self.decoding_tokens) + slope_s * running * steps * (steps - 1) / 2
 
     def blocks_of(self, steps: int) -> int:
         """Blocks that so many more decode steps take."""
-        size, hist, first = self._block_size, self._hist, self._steps
+        size, hist = self._block_size, self._hist
         whole, rest = divmod(steps, size)
-        return whole * self.running + sum(hist[-(first + j) % size] for j in range(rest))
+        blocks, at = whole * self.running, -self._steps % size
+        for j in range(at, at - rest, -1):  # a negative place counts from the end, as it should
+            blocks += hist[j]
+        return blocks
 
     def steps_within(self, steps: int, blocks: int) -> int:
         """How many of so many decode steps the free blocks allow."""
@@ -120,13 +124,13 @@ class DecodeBatch:
         self.serial += 1
         heappush(self.finishes, (request.last_step, self.serial, request))
         self.running += 1
-        self._context += request.context
+        self.decoding_tokens += request.context
         self._hist[(request.computed - self._steps) % self._block_size] += 1
 
     def leave(self, request: SimRequest) -> None:
         """It decodes no more, and its blocks are free."""
         self.running -= 1
-        self._context -= request.context
+        self.decoding_tokens -= request.context
         self._hist[(request.computed - self._steps) % self._block_size] -= 1
         self.free_blocks += -(-request.computed // self._block_size)
 

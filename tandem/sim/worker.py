@@ -100,19 +100,20 @@ class SimWorker(DecodeBatch):
         """Whether it takes new requests."""
         return self.status == "up"
 
-    @property
-    def settled_tokens(self) -> int:
-        """Tokens of all sequences here or on their way, when the present run began."""
-        return self._context + self.incoming_tokens
-
     def context_at(self, now_s: float) -> int:
-        """The same at the last boundary before `now_s`."""
-        return self._context + self.running * self.steps_done(now_s) + self.incoming_tokens
+        """Tokens of all sequences here or on their way, at the last boundary before `now_s`."""
+        return self.decoding_tokens + self.running * self.steps_done(now_s) + self.incoming_tokens
 
     def free_tokens_at(self, now_s: float) -> int:
         """Tokens for which there was room then, less what waits for it."""
         used = self.blocks_of(self.steps_done(now_s)) if self.span > 1 else 0
         return max(0, (self.free_blocks - used) * self.limits.block_size - self.pending_tokens)
+
+    def has_room(self, tokens: int, now_s: float) -> bool:
+        """Whether there is room for more than so many tokens, `free_tokens_at`."""
+        size = self._block_size
+        blocks = self.free_blocks - self.running * (self.span // size + 1)  # at the end of the present run, at least
+        return blocks * size - self.pending_tokens > tokens or self.free_tokens_at(now_s) > tokens
 
     @property
     def empty(self) -> bool:
@@ -143,14 +144,36 @@ class SimWorker(DecodeBatch):
         if self._share is not None:
             self._share.arrive(request.client)
         self.arrived.append(request)
-        self._disturb(now_s)
+        if self.span > 1 and not (self.waiting or self.begun or self.resumed):
+            self._skip_to(now_s)
+        else:
+            self._disturb(now_s)
 
     def _disturb(self, now_s: float) -> None:
         """Something came: plan at the next boundary, which is now if nothing runs."""
         if self.end_s == inf:
             self._plan(now_s)
         elif self.span > 1:
-            self._cut(now_s)
+            if now_s <= self.start_s:  # nothing of it has run
+                self._plan(self.start_s)
+            else:
+                self._cut(now_s)
+
+    def _skip_to(self, now_s: float) -> None:
+        """Take the steps of a run up to the first boundary from now on, if nobody is done by then, and let a state in there.
+
+        That may be before the boundary itself has come: what else comes before it is let in there as well.
+        """
+        steps = 0
+        if now_s > self.start_s:
+            steps = steps_for(now_s - self.start_s, self.run_s(1), self._slope_s[self.running] * self.running)
+            if steps >= self.span:
+                return
+            seconds = self.run_s(steps)
+            self.busy_s += seconds
+            self.start_s += seconds
+            self._take(steps)
+        self._plan(self.start_s)
 
     def _cut(self, now_s: float) -> None:
         """End a run of decode steps with the one that is under way."""
@@ -174,13 +197,7 @@ class SimWorker(DecodeBatch):
         self._plan(now_s)
 
     def _decode(self, steps: int, now_s: float) -> None:
-        running = self.running
-        self.free_blocks -= self.blocks_of(steps)
-        self._steps += steps
-        self._context += running * steps
-        if self._share is not None:
-            for client, count in Counter(request.client for _, _, request in self.finishes).items():
-                self._share.charge(client, count * steps)
+        self._take(steps)
         finishes = self.finishes
         while finishes and finishes[0][0] <= self._steps:
             request = heappop(finishes)[2]
@@ -188,6 +205,15 @@ class SimWorker(DecodeBatch):
             request.computed = request.isl + request.osl - 1
             self.leave(request)
             self._finish(request, now_s)
+
+    def _take(self, steps: int) -> None:
+        """So many decode steps are over; those who are done still stand in the batch."""
+        self.free_blocks -= self.blocks_of(steps)
+        self._steps += steps
+        self.decoding_tokens += self.running * steps
+        if self._share is not None:
+            for client, count in Counter(request.client for _, _, request in self.finishes).items():
+                self._share.charge(client, count * steps)
 
     def _finish(self, request: SimRequest, now_s: float) -> None:
         if self._share is not None:
@@ -209,8 +235,10 @@ class SimWorker(DecodeBatch):
             demand = self._hist[-self._steps % size]
             if demand > self.free_blocks or (not running and self.begun and self.free_blocks * size < self.limits.step_tokens):
                 self._plan_short(now_s)
-            else:
+            elif prompts:
                 self._plan_ample(now_s, demand)
+            else:
+                self._admit_all(now_s, demand)
             running = self.running
         if self._chunks:
             self.decode_only = False
@@ -241,6 +269,18 @@ class SimWorker(DecodeBatch):
         new = Fifo(self.waiting) if self._share is None else FairQueue(self.waiting, self._share.served)
         admit, chunks = fill_step(account, begun=self.begun, resumed=self.resumed, arrived=self.arrived, new=new)
         self._carry_out(admit, chunks, now_s)
+
+    def _admit_all(self, now_s: float, demand: int) -> None:
+        """The same where no prompt is there."""
+        account = StepAccount(
+            self.limits,
+            blocks=self.free_blocks - demand,
+            slots=self.max_batch - self.running,
+            decoding=self.running,
+            begun=(),
+        )
+        while self.arrived and account.admit(self.arrived[0]):
+            self._admit(self.arrived.popleft(), now_s)
 
     def _plan_short(self, now_s: float) -> None:
         """Somebody may have to give room back: the whole policy decides."""
@@ -280,12 +320,7 @@ class SimWorker(DecodeBatch):
         size = self.limits.block_size
         for request in admit:
             self.arrived.remove(request)
-            self.incoming -= 1
-            self.incoming_tokens -= request.context
-            self.pending_tokens -= request.context
-            self.free_blocks -= -(-request.computed // size)
-            self._columns.decode_start_s[request.row] = now_s
-            self.join(request)
+            self._admit(request, now_s)
         self._chunks = []
         for chunk in chunks:
             request, tokens = cast(SimRequest, chunk.request), chunk.tokens
@@ -303,6 +338,15 @@ class SimWorker(DecodeBatch):
             held = 0 if request.computed == request.prefix else -(-request.computed // size)
             self.free_blocks -= -(-(request.computed + tokens) // size) - held
             self._chunks.append(Chunk(request, tokens))
+
+    def _admit(self, request: SimRequest, now_s: float) -> None:
+        tokens = request.context
+        self.incoming -= 1
+        self.incoming_tokens -= tokens
+        self.pending_tokens -= tokens
+        self.free_blocks -= -(-request.computed // self.limits.block_size)
+        self._columns.decode_start_s[request.row] = now_s
+        self.join(request)
 
     def _begin(self, request: SimRequest, now_s: float) -> None:
         columns, row = self._columns, request.row
@@ -327,7 +371,7 @@ class SimWorker(DecodeBatch):
         groups = self.times.groups
         tokens_, pairs_ = max(total / groups, longest), max(all_pairs / groups, most_pairs)
         if self.running:
-            return self.times.mixed_step_s(self.running, self._context, tokens_, pairs_)
+            return self.times.mixed_step_s(self.running, self.decoding_tokens, tokens_, pairs_)
         return self.times.prefill_step_s(tokens_, pairs_)
 
     def _prefill(self, now_s: float) -> None:
@@ -380,7 +424,7 @@ class SimWorker(DecodeBatch):
             ("blocks", held + self.free_blocks, self.kind.blocks),
             ("queued tokens", self.queued_tokens, queued),
             ("running", self.running, len(self.finishes)),
-            ("context", self._context, context),
+            ("context", self.decoding_tokens, context),
             ("arrived", min(self.incoming, len(self.arrived)), len(self.arrived)),
         ):
             if counted != true:
@@ -404,7 +448,9 @@ class SimWorker(DecodeBatch):
         self.waiting.clear()
         self.arrived.clear()
         self.begun, self.resumed, self.finishes, self._chunks = [], [], [], []
-        self.running = self._context = self.incoming = self.incoming_tokens = self.pending_tokens = self.queued_tokens = 0
+        self.running = self.decoding_tokens = self.incoming = self.incoming_tokens = self.pending_tokens = (
+            self.queued_tokens
+        ) = 0
         self._hist = [0] * self.limits.block_size
         self.free_blocks = self.kind.blocks
         self.span, self.end_s = 0, inf
