@@ -220,7 +220,7 @@ class StepAccount:
 
     def _grown(self, request: Request) -> int:
         """Blocks that a request needs for all its tokens and one more."""
-        return _held(request.computed + request.to_prefill + 1, self._limits)
+        return -(-(request.computed + request.to_prefill + 1) // self._limits.block_size)
 
     def _fits(self, blocks: int) -> bool:
         return self._slots > 0 and blocks + self._promised + self._decoding <= self._blocks
@@ -250,18 +250,19 @@ class StepAccount:
 
     def go_on(self, request: Request, *, first: bool) -> int:
         """Tokens of the next chunk of a prefill: as many passes as budget and blocks allow, a first one whatever the budget."""
-        computed, to_prefill = request.computed, request.to_prefill
-        held, size = _held(computed, self._limits), self._limits.pass_tokens
-        budget = self._limits.step_tokens - self._decoding - self._prefilled
-        if first:
-            budget = max(budget, _one_pass(request, self._limits))
-        end = computed + min(budget, to_prefill, (held + self._blocks) * self._limits.block_size - computed)
-        if end < computed + to_prefill:
-            end = end // size * size
-        tokens = max(0, end - computed)
-        if tokens:
-            used = _held(end, self._limits) - held
-            self._blocks -= used
-            self._promised -= used
-            self._prefilled += tokens
+        limits, computed, to_prefill = self._limits, request.computed, request.to_prefill
+        block, size = limits.block_size, limits.pass_tokens
+        held = -(-computed // block)
+        tokens = limits.step_tokens - self._decoding - self._prefilled
+        if first and tokens < size:
+            tokens = max(tokens, _one_pass(request, limits))
+        tokens = min(tokens, to_prefill, (held + self._blocks) * block - computed)
+        if tokens < to_prefill and size > 1:
+            tokens = (computed + tokens) // size * size - computed
+        if tokens <= 0:
+            return 0
+        used = -(-(computed + tokens) // block) - held
+        self._blocks -= used
+        self._promised -= used
+        self._prefilled += tokens
         return tokens

@@ -174,8 +174,3 @@ class Fleet:
         if worker.status == "flipping" and worker.flip_to is not None:
             worker.role = worker.flip_to
             self._up(worker)
-
-    def check(self) -> None:
-        """Raise RuntimeError where a worker's blocks do not add up."""
-        for worker in self.workers:
-            worker.check()

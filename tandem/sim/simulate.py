@@ -16,6 +16,7 @@ import numpy as np
 from tandem.sched.observation import Decision, ScalingPolicy
 from tandem.sched.prefix import PrefixIndex
 from tandem.sched.route import Role
+from tandem.sim.audit import check, unfinished
 from tandem.sim.board import Board
 from tandem.sim.config import SimConfig, WorkerKind
 from tandem.sim.decoding import UNBOUNDED, SimRequest
@@ -30,6 +31,9 @@ from tandem.spec.workload import Slo, Trace
 
 ARRIVES, CALL, BOUNDARY = 0, 1, 2
 """Kinds of events, in the order in which they are handled at equal times."""
+
+
+NOTHING: list[int] = []
 
 
 class Simulation:
@@ -114,7 +118,7 @@ class Simulation:
         client = "" if self._clients is None else self._clients[row]
         request = SimRequest(id=f"{row:09d}", isl=isl, max_tokens=UNBOUNDED, arrival_s=at_s, client=client)
         request.row, request.target, request.worker = row, self._osl[row], None
-        request.prefix, request.hashes = 0, self._hashes(row)
+        request.prefix, request.hashes = 0, NOTHING if self._prefixes is None else self._hashes(row)
         self.watch.arrived(isl)
         if isl + request.target > self.fleet.longest:
             request.finish_reason = "error"
@@ -126,7 +130,7 @@ class Simulation:
 
     def _place(self, request: SimRequest) -> None:
         cached: dict[str, int] = {}
-        if self._prefixes is not None and request.hashes:
+        if request.hashes and self._prefixes is not None:
             cells = self._prefixes.matched(request.hashes)
             cached = {name: min(n * self.trace.prefix_block, request.isl - 1) for name, n in cells.items()}
         worker = self.board.prompt(request.to_prefill, cached, self.now_s)
@@ -227,7 +231,8 @@ class Simulation:
                 what(argument)
             self.events += 1
             if self._checked:
-                self.fleet.check()
+                for worker in self.fleet.workers:
+                    check(worker)
         if until_s != inf and self._open:
             self.now_s = until_s
         return self._result()
@@ -243,7 +248,8 @@ class Simulation:
 
     def _result(self) -> SimResult:
         for worker in self.fleet.workers:
-            worker.write_unfinished()
+            for at, osl in unfinished(worker):
+                self._columns.osl[at] = osl
         c, trace = self._columns, self.trace
         gpu_seconds, price_usd = self.fleet.cost(self.now_s)
         table = RequestTable(
@@ -256,7 +262,7 @@ class Simulation:
             finish=np.frombuffer(c.finish, dtype=np.int8),
             **{name: np.frombuffer(getattr(c, name)) for name in TIMES},
         )
-        unfinished = int(np.sum(table.osl[table.finish == 0]))
+        partly = int(np.sum(table.osl[table.finish == 0]))
         return SimResult(
             requests=table,
             series=self.watch.series(self.now_s),
@@ -264,7 +270,7 @@ class Simulation:
             gpu_seconds=gpu_seconds,
             price_usd=price_usd,
             duration_s=self.now_s,
-            simulated_tokens=self._simulated + unfinished,
+            simulated_tokens=self._simulated + partly,
             events=self.events,
         )
 

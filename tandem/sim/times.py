@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from tandem.sched.batch import Chunk
 from tandem.spec.errors import SpecError
 
 
@@ -69,6 +70,19 @@ class StepTable:
         """The same beside `batch` decoding sequences of `context_tokens` tokens in all."""
         decode_s = self.base_s[batch] + self.per_token_s[batch] * context_tokens
         return decode_s + self._at(self.mixed_s, tokens) + self.per_pair_s * pairs
+
+    def chunks_s(self, batch: int, context_tokens: float, chunks: Sequence[Chunk]) -> float:
+        """A step with these chunks beside a decoding batch: as long as the attention group with the most to do."""
+        if len(chunks) == 1:
+            tokens: float = chunks[0].tokens
+            pairs = tokens * (chunks[0].request.computed + (tokens + 1) / 2)
+        else:
+            each = [(c.tokens, c.tokens * (c.request.computed + (c.tokens + 1) / 2)) for c in chunks]
+            tokens = max(sum(t for t, _ in each) / self.groups, max(t for t, _ in each))
+            pairs = max(sum(p for _, p in each) / self.groups, max(p for _, p in each))
+        if batch:
+            return self.mixed_step_s(batch, context_tokens, tokens, pairs)
+        return self.prefill_step_s(tokens, pairs)
 
     def prefill_s(self, tokens: int, context: int) -> float:
         """Prefilling `tokens` tokens of a prompt after `context` others whose state is there; 0 for none."""

@@ -26,36 +26,6 @@ Status = Literal["starting", "up", "draining", "flipping", "gone"]
 class SimWorker(DecodeBatch):
     """State of one worker between two boundaries of steps. Also what `tandem.sched.route` asks of a WorkerView."""
 
-    __slots__ = (
-        "_cache",
-        "_chunks",
-        "_columns",
-        "_share",
-        "arrived",
-        "begun",
-        "busy_s",
-        "end_s",
-        "epoch",
-        "flip_to",
-        "id",
-        "incoming",
-        "incoming_tokens",
-        "kind",
-        "limits",
-        "max_batch",
-        "number",
-        "on_done",
-        "on_prefilled",
-        "pending_tokens",
-        "pushed",
-        "queued_tokens",
-        "resumed",
-        "role",
-        "status",
-        "times",
-        "waiting",
-    )
-
     def __init__(
         self,
         number: int,
@@ -86,7 +56,7 @@ class SimWorker(DecodeBatch):
         self.pending_tokens = 0
         """Tokens of theirs and of the prompts that have not begun."""
         self.queued_tokens = 0
-        self._chunks: list[Chunk] = []
+        self.chunks: list[Chunk] = []
         self.end_s = inf
         self.epoch = 0
         self.pushed = 0
@@ -192,7 +162,7 @@ class SimWorker(DecodeBatch):
         self.busy_s += now_s - self.start_s
         if self.span:
             self._decode(self.span, now_s)
-        if self._chunks:
+        if self.chunks:
             self._prefill(now_s)
         self._plan(now_s)
 
@@ -225,7 +195,7 @@ class SimWorker(DecodeBatch):
         self.start_s = now_s
         self.epoch += 1
         self.decode_only = True
-        self._chunks = []
+        self.chunks = []
         running, prompts = self.running, self.waiting or self.begun or self.resumed
         if not (running or prompts or self.arrived):
             self.span, self.end_s = 0, inf
@@ -240,10 +210,10 @@ class SimWorker(DecodeBatch):
             else:
                 self._admit_all(now_s, demand)
             running = self.running
-        if self._chunks:
+        if self.chunks:
             self.decode_only = False
             self.span = 1 if running else 0
-            self.end_s = now_s + self._chunked_s()
+            self.end_s = now_s + self.times.chunks_s(self.running, self.decoding_tokens, self.chunks)
             return
         if not running:
             self.span, self.end_s = 0, inf
@@ -252,7 +222,7 @@ class SimWorker(DecodeBatch):
         steps = self.steps_within(steps, self.free_blocks)
         if not steps:
             self._plan_short(now_s)
-            if self._chunks:  # room came back, but those who gave it up wait a step
+            if self.chunks:  # room came back, but those who gave it up wait a step
                 raise RuntimeError(f"worker {self.id}: a step that preempts must not prefill new prompts")
             running = self.running
             steps = self.steps_within(self.finishes[0][0] - self._steps, self.free_blocks)
@@ -321,7 +291,7 @@ class SimWorker(DecodeBatch):
         for request in admit:
             self.arrived.remove(request)
             self._admit(request, now_s)
-        self._chunks = []
+        self.chunks = []
         for chunk in chunks:
             request, tokens = cast(SimRequest, chunk.request), chunk.tokens
             if request.computed == 0:
@@ -337,7 +307,7 @@ class SimWorker(DecodeBatch):
                 tokens = min(tokens, request.to_prefill)
             held = 0 if request.computed == request.prefix else -(-request.computed // size)
             self.free_blocks -= -(-(request.computed + tokens) // size) - held
-            self._chunks.append(Chunk(request, tokens))
+            self.chunks.append(Chunk(request, tokens))
 
     def _admit(self, request: SimRequest, now_s: float) -> None:
         tokens = request.context
@@ -358,24 +328,8 @@ class SimWorker(DecodeBatch):
             request.computed = columns.cached[row] = request.prefix
             self.queued_tokens -= request.prefix
 
-    def _chunked_s(self) -> float:
-        """Seconds of a step with chunks: as long as the attention group with the most to do."""
-        total = longest = 0
-        all_pairs = most_pairs = 0.0
-        for chunk in self._chunks:
-            tokens = chunk.tokens
-            pairs = tokens * (chunk.request.computed + (tokens + 1) / 2)
-            total += tokens
-            all_pairs += pairs
-            longest, most_pairs = max(longest, tokens), max(most_pairs, pairs)
-        groups = self.times.groups
-        tokens_, pairs_ = max(total / groups, longest), max(all_pairs / groups, most_pairs)
-        if self.running:
-            return self.times.mixed_step_s(self.running, self.decoding_tokens, tokens_, pairs_)
-        return self.times.prefill_step_s(tokens_, pairs_)
-
     def _prefill(self, now_s: float) -> None:
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             request = cast(SimRequest, chunk.request)
             request.computed += chunk.tokens
             self.queued_tokens -= chunk.tokens
@@ -412,42 +366,13 @@ class SimWorker(DecodeBatch):
 
     # The end.
 
-    def check(self) -> None:
-        """Raise RuntimeError unless blocks held and free are all blocks, and counts are those of its requests."""
-        self.settle()
-        size = self.limits.block_size
-        held = sum(-(-request.computed // size) for _, _, request in self.finishes)
-        held += sum(-(-(request.computed + self._chunk_of(request)) // size) for request in self.begun)
-        queued = sum(request.to_prefill for request in (*self.waiting, *self.begun, *self.resumed))
-        context = sum(request.context for _, _, request in self.finishes)
-        for what, counted, true in (
-            ("blocks", held + self.free_blocks, self.kind.blocks),
-            ("queued tokens", self.queued_tokens, queued),
-            ("running", self.running, len(self.finishes)),
-            ("context", self.decoding_tokens, context),
-            ("arrived", min(self.incoming, len(self.arrived)), len(self.arrived)),
-        ):
-            if counted != true:
-                raise RuntimeError(f"worker {self.id}: {what} {counted}, should be {true}")
-        if self.free_blocks < 0:
-            raise RuntimeError(f"worker {self.id}: {-self.free_blocks} blocks too many are held")
-
-    def _chunk_of(self, request: SimRequest) -> int:
-        return sum(chunk.tokens for chunk in self._chunks if chunk.request is request)
-
-    def write_unfinished(self) -> None:
-        """Note how many tokens those have that are not done."""
-        self.settle()
-        for request in (*self.resumed, *self.arrived, *(entry[2] for entry in self.finishes)):
-            self._columns.osl[request.row] = request.osl
-
     def take_all(self) -> list[SimRequest]:
         """Everything that was here or on its way, oldest first, as it was at the last boundary; the worker is empty then."""
         self.settle()
         everyone = [*self.waiting, *self.begun, *self.resumed, *self.arrived, *(request for _, _, request in self.finishes)]
         self.waiting.clear()
         self.arrived.clear()
-        self.begun, self.resumed, self.finishes, self._chunks = [], [], [], []
+        self.begun, self.resumed, self.finishes, self.chunks = [], [], [], []
         self.running = self.decoding_tokens = self.incoming = self.incoming_tokens = self.pending_tokens = (
             self.queued_tokens
         ) = 0
