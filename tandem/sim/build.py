@@ -127,7 +127,7 @@ def config_of(
 
 def step_table(perf: PerfModel, layout: Layout, *, context: float, max_batch: int, chunk_tokens: int) -> StepTable:
     """Step times of one instance up to `max_batch` sequences, with chunks of up to `chunk_tokens` tokens in each group that
-    prefills. Of an instance with attention groups all are taken to be equally busy."""
+    prefills."""
     low, high = _chord(context)
     batches = np.arange(1.0, max(max_batch, 1) + 1.0)
     low_s, high_s = decode_step_s(perf, layout, batches, low), decode_step_s(perf, layout, batches, high)
@@ -137,7 +137,9 @@ def step_table(perf: PerfModel, layout: Layout, *, context: float, max_batch: in
     nodes = _nodes(chunk_tokens)
     own_pairs_s = per_pair_s * nodes * (nodes + 1.0) / 2.0
     chunk_s = _prompt_s(perf, layout, nodes, np.zeros_like(nodes)) - own_pairs_s
+    spread_s = _spread_s(perf, layout, chunk_tokens)
     mixed_s = _beside_s(perf, layout, nodes, max(1.0, max_batch / 2.0), context) - own_pairs_s
+    mixed_s = mixed_s - (layout.dp - 1.0) * spread_s * nodes  # `_beside_s` has a chunk in each attention group
     floor_s = chunk_s[0]
     last = 1.0 / max(1, sum(count for mixer, count in perf.model.mixers if _keeps_state(mixer)))
     state_low, state_high = (float(perf.memory.sequence_bytes(layout, c)) for c in (low, high))
@@ -155,6 +157,7 @@ def step_table(perf: PerfModel, layout: Layout, *, context: float, max_batch: in
         mixed_s=np.maximum(mixed_s, 0.0).tolist(),
         per_pair_s=per_pair_s,
         groups=int(layout.dp * layout.pp),
+        spread_s=float(spread_s / layout.pp),
         state_bytes=max(state_low - per_token_bytes * low, 0.0),
         state_bytes_per_token=per_token_bytes,
         link_bytes_per_s=perf.hardware.scale_out_bytes_per_s,
@@ -190,12 +193,28 @@ def _load(tokens: NDArray[np.float64], prior: NDArray[np.float64]) -> StepLoad:
     return StepLoad(prefill_seqs=np.ones_like(tokens), isl=isl, chunks=isl / tokens)
 
 
-def _prompt_s(perf: PerfModel, layout: Layout, tokens: NDArray[np.float64], prior: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A step that prefills one chunk in each group, with its host time; the stages of a chunk pipeline share it."""
-    load = _load(tokens, prior)
-    kernels_s = perf.prefill_kernels_s(layout, 1.0, load.isl, load.chunks) / load.chunks
+def _prompt_s(
+    perf: PerfModel,
+    layout: Layout,
+    tokens: NDArray[np.float64],
+    prior: NDArray[np.float64],
+    busy_groups: float | None = None,
+) -> NDArray[np.float64]:
+    """A step that prefills one chunk, with its host time, in a share `busy_groups` of the attention groups (default: in one);
+    the stages of a chunk pipeline share it."""
+    load, share = _load(tokens, prior), float(1.0 / layout.dp) if busy_groups is None else busy_groups
+    kernels_s = perf.prefill_kernels_s(layout, 1.0, load.isl, load.chunks, busy_groups=share) / load.chunks
     fit = perf.backend_fit
     return np.asarray((perf.prompt_cost * kernels_s + fit.step_s + fit.sequence_s) / layout.cpp)
+
+
+def _spread_s(perf: PerfModel, layout: Layout, chunk_tokens: int) -> float:
+    """What a prompt token in one attention group adds to a step that is full in another: the experts serve all of them."""
+    if layout.dp <= 1:
+        return 0.0
+    tokens, none = np.array([float(chunk_tokens)]), np.zeros(1)
+    one, all_s = (float(_prompt_s(perf, layout, tokens, none, share)[0]) for share in (None, 1.0))
+    return max(all_s - one, 0.0) / ((float(layout.dp) - 1.0) * chunk_tokens)
 
 
 def _beside_s(

@@ -31,12 +31,14 @@ class StepTable:
     chunk_tokens: Sequence[float]
     """Nodes of `chunk_s` and `mixed_s`, from 1 upwards; beyond the last, times go on in a straight line."""
     chunk_s: Sequence[float]
-    """A step that only prefills so many tokens in its fullest group, without what `per_pair_s` counts."""
+    """A step that only prefills so many tokens, in one group, without what `per_pair_s` counts."""
     mixed_s: Sequence[float]
     """What so many prompt tokens add to a decode step."""
     per_pair_s: float = 0.0
     """For each pair of a prompt token and a token before it, or itself."""
     groups: int = 1
+    spread_s: float = 0.0
+    """For each prompt token outside the fullest group: experts do the work of all attention groups."""
     state_bytes: float = 0.0
     """Of one sequence, whatever its length, over one link."""
     state_bytes_per_token: float = 0.0
@@ -73,16 +75,19 @@ class StepTable:
 
     def chunks_s(self, batch: int, context_tokens: float, chunks: Sequence[Chunk]) -> float:
         """A step with these chunks beside a decoding batch: as long as the attention group with the most to do."""
+        elsewhere_s = 0.0
         if len(chunks) == 1:
             tokens: float = chunks[0].tokens
             pairs = tokens * (chunks[0].request.computed + (tokens + 1) / 2)
         else:
             each = [(c.tokens, c.tokens * (c.request.computed + (c.tokens + 1) / 2)) for c in chunks]
-            tokens = max(sum(t for t, _ in each) / self.groups, max(t for t, _ in each))
+            whole = sum(t for t, _ in each)
+            tokens = max(whole / self.groups, max(t for t, _ in each))
             pairs = max(sum(p for _, p in each) / self.groups, max(p for _, p in each))
+            elsewhere_s = self.spread_s * (whole - tokens)
         if batch:
-            return self.mixed_step_s(batch, context_tokens, tokens, pairs)
-        return self.prefill_step_s(tokens, pairs)
+            return self.mixed_step_s(batch, context_tokens, tokens, pairs) + elsewhere_s
+        return self.prefill_step_s(tokens, pairs) + elsewhere_s
 
     def prefill_s(self, tokens: int, context: int) -> float:
         """Prefilling `tokens` tokens of a prompt after `context` others whose state is there; 0 for none."""
