@@ -1,7 +1,7 @@
 """What a serving engine adds to the performance model, fitted on measured runs: a few factors, each with a meaning.
 
 Of the kernels' curves nothing is fitted but what a GPU without curves of its own reaches of its neighbour's. The rest is time
-of the host. What no calibration run can show, since each ran on one GPU, comes from measured tables (`CollectiveSpeeds`).
+of the host. What no calibration run can show, since each ran on one GPU, comes from a table (`AllReduce`).
 docs/simulator-validation.md has the results.
 """
 
@@ -58,20 +58,19 @@ class GpuFactors:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CollectiveSpeeds:
-    """What GPUs of one instance reach between them with one version of an engine."""
+class AllReduce:
+    """What GPUs of one instance reach when they sum their shares, with one version of an engine."""
 
-    all_reduce_s: float
+    each_s: float
     """Each all-reduce, whatever its size."""
-    all_reduce_bytes_per_s: float
+    bytes_per_s: float
     """Of what each GPU sends."""
-    exchange_bytes_per_s: float
-    """The same for tokens on their way between attention groups and experts: all-gather and reduce-scatter."""
 
 
-COLLECTIVES = CollectiveSpeeds(all_reduce_s=20e-6, all_reduce_bytes_per_s=15.3e9, exchange_bytes_per_s=32e9)
-"""Of two RTX PRO 6000 with vLLM 0.19.0. Source: aiconfigurator-core 0.12.0, rtx_pro_6000_server: comm/vllm/0.19.0
-custom_allreduce (captured, 2 GPUs, 64 KiB and more) and comm/nccl/2.29.2 all_gather (2 GPUs, 8 MiB and more)."""
+ALL_REDUCE = AllReduce(each_s=20e-6, bytes_per_s=15.3e9)
+"""Of two RTX PRO 6000 with vLLM 0.19.0. Source: aiconfigurator-core 0.12.0, systems/data/rtx_pro_6000_server/comm/vllm/0.19.0
+(custom_allreduce, captured, 2 GPUs, 64 KiB and more). The curve in tandem.perf is of the fastest and newest engine, which
+reaches 28 GB/s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ class ServingFactors:
 
     host: HostFactors
     gpus: Mapping[str, GpuFactors]
-    collectives: CollectiveSpeeds = COLLECTIVES
+    all_reduce: AllReduce = ALL_REDUCE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +102,7 @@ VLLM_0_19 = ServingFactors(
 
 
 def perf_of(run: MeasuredRun, factors: ServingFactors) -> PerfModel:
-    """The performance model of a run: curves with the GPU's factors and links, host times in place of the shipped fit. Of that
+    """The performance model of a run: curves with the GPU's factors and link, host times in place of the shipped fit. Of that
     one thing stays, which no dense run can show: how much busier than the mean the busiest experts are."""
     gpu = _hardware(run, factors)
     plain = perf_model(run.model, gpu, "bf16", "vllm")
@@ -116,9 +115,7 @@ def _hardware(run: MeasuredRun, factors: ServingFactors) -> HardwareSpec:
     gpu, own = load_hardware(run.hardware), factors.gpus.get(run.hardware, GpuFactors())
     link = gpu.scale_up_bytes_per_s
     if run.parallelism.tp > 1:
-        link = factors.collectives.all_reduce_bytes_per_s / find_fit(gpu, "allreduce", "bf16")[0].bandwidth_efficiency
-    elif run.parallelism.dp > 1:
-        link = factors.collectives.exchange_bytes_per_s / find_fit(gpu, "alltoall", "bf16")[0].bandwidth_efficiency
+        link = factors.all_reduce.bytes_per_s / find_fit(gpu, "allreduce", "bf16")[0].bandwidth_efficiency
     return replace(
         gpu,
         peak_flops={dtype: flops * own.compute for dtype, flops in gpu.peak_flops.items()},
@@ -137,7 +134,7 @@ def kind_of_run(run: MeasuredRun, factors: ServingFactors) -> WorkerKind:
     each_s = 0.0
     if run.parallelism.tp > 1:
         counted_s = perf.backend_fit.launch * find_fit(perf.hardware, "allreduce", "bf16")[0].t0_s
-        each_s = len(perf.model.layers) * max(factors.collectives.all_reduce_s - counted_s, 0.0)
+        each_s = len(perf.model.layers) * max(factors.all_reduce.each_s - counted_s, 0.0)
     times, chunk_s = kind.times, factors.host.chunk_step_s
     slower = replace(
         times,
