@@ -9,6 +9,12 @@ from tandem.sched.route import RoutingLimits, WorkerView, route_prompt
 from tandem.sim.worker import SimWorker
 from tandem.spec.errors import Infeasible
 
+FRESH = 64
+"""Up to so many decode workers the router knows the contexts of their latest step; of more it knows them as they were when a
+sequence last came to a worker or left it."""
+NEARLY = 1.0 - 1e-12
+"""Rounding alone makes nobody cheaper."""
+
 
 class Board:
     """Workers by what they can do, in order of their numbers."""
@@ -18,6 +24,7 @@ class Board:
         self.prefillers: list[SimWorker] = []
         self.decoders: list[SimWorker] = []
         self._one_kind = True
+        self._slope_s = 0.0
         self._colocated = False
 
     def set(self, workers: Sequence[SimWorker]) -> None:
@@ -25,6 +32,10 @@ class Board:
         self.prefillers = [w for w in workers if w.accepting and w.role == "prefill"]
         self.decoders = [w for w in workers if w.accepting and w.role != "prefill"]
         self._one_kind = len({id(w.kind) for w in self.prefillers or self.decoders}) < 2
+        self._slope_s = min((min(w.times.per_token_s[1:]) for w in self.decoders[:1]), default=0.0)
+        for worker in self.decoders[1:]:
+            if worker.kind is not self.decoders[0].kind:
+                self._slope_s = 0.0  # the least that any of them could take
         self._colocated = any(w.role == "colocated" for w in self.decoders)
 
     def prompt(self, isl: int, cached: Mapping[str, int], now_s: float) -> SimWorker | None:
@@ -37,11 +48,8 @@ class Board:
             return None
         local = self._limits.max_local_tokens
         if self.prefillers and self._one_kind and not cached and not self._colocated and local is not None and isl > local:
-            best, least = self.prefillers[0], inf
-            for worker in self.prefillers:
-                if worker.queued_tokens < least:
-                    best, least = worker, worker.queued_tokens
-            return best
+            queues = [worker.queued_tokens for worker in self.prefillers]
+            return self.prefillers[queues.index(min(queues))]
         if not self.prefillers and not cached and self._one_kind:
             return self._shared(isl, now_s)
         workers = self.prefillers + self.decoders
@@ -74,20 +82,32 @@ class Board:
 
     def decode(self, context_tokens: int, now_s: float) -> SimWorker | None:
         """Where a sequence decodes, by the rule of `route_decode`: the shortest step with it, among those with room first."""
-        best: SimWorker | None = None
-        least = (True, inf)
-        for worker in self.decoders:
-            batch = worker.running + worker.incoming
-            tokens = worker.decoding_tokens + worker.incoming_tokens + context_tokens
-            # Contexts only grow in a run of steps, so that this is the least that the step can cost.
-            if least < (False, worker.times.decode_s(batch + 1, tokens)):
-                continue
-            full = batch >= worker.max_batch or not worker.has_room(context_tokens, now_s)
-            tokens += worker.running * worker.steps_done(now_s)
-            cost = (full, worker.times.decode_s(batch + 1, tokens))
-            if cost < least:
-                best, least = worker, cost
+        if not self.decoders:
+            return None
+        own_s = self._slope_s * context_tokens
+        floors = [worker.floor_s for worker in self.decoders]
+        best = self.decoders[floors.index(min(floors))]
+        least = self._decode_cost(best, context_tokens, now_s)
+        if len(floors) > FRESH and not least[0]:
+            return best
+        # Contexts only grow in a run of steps, so that a floor is the least that a step can cost.
+        bound = inf if least[0] else (least[1] - own_s) * NEARLY
+        for worker, floor_s in zip(self.decoders, floors, strict=True):
+            if floor_s < bound and worker is not best:
+                cost = self._decode_cost(worker, context_tokens, now_s)
+                if cost < least or (cost == least and worker.number < best.number):
+                    best, least = worker, cost
+                    bound = inf if least[0] else (least[1] - own_s) * NEARLY
+        if least[0]:  # nobody has room, and those without a place in their batch have no floor
+            return min(self.decoders, key=lambda w: (self._decode_cost(w, context_tokens, now_s), w.number))
         return best
+
+    @staticmethod
+    def _decode_cost(worker: SimWorker, context_tokens: int, now_s: float) -> tuple[bool, float]:
+        batch = worker.running + worker.incoming
+        tokens = worker.decoding_tokens + worker.incoming_tokens + worker.running * worker.steps_done(now_s)
+        full = batch >= worker.max_batch or not worker.has_room(context_tokens, now_s)
+        return full, worker.times.decode_s(batch + 1, tokens + context_tokens)
 
 
 def _view(worker: SimWorker, now_s: float) -> WorkerView:

@@ -62,6 +62,9 @@ class SimWorker(DecodeBatch):
         self.pushed = 0
         """The epoch of which the loop knows the end."""
         self.busy_s = 0.0
+        self.floor_s = self.times.decode_s(1, 0)
+        """A decode step here with one more sequence, its own context not counted, when the present run began; infinite where the
+        batch is full."""
 
     # What the router asks.
 
@@ -108,6 +111,7 @@ class SimWorker(DecodeBatch):
         self.incoming += 1
         self.incoming_tokens += request.context
         self.pending_tokens += request.context
+        self._set_floor()
 
     def accept(self, request: SimRequest, now_s: float) -> None:
         """Its state is here."""
@@ -118,6 +122,13 @@ class SimWorker(DecodeBatch):
             self._skip_to(now_s)
         else:
             self._disturb(now_s)
+
+    def _set_floor(self) -> None:
+        batch = self.running + self.incoming
+        if batch >= self.max_batch:
+            self.floor_s = inf
+        else:
+            self.floor_s = self.times.decode_s(batch + 1, self.decoding_tokens + self.incoming_tokens)
 
     def _disturb(self, now_s: float) -> None:
         """Something came: plan at the next boundary, which is now if nothing runs."""
@@ -192,6 +203,10 @@ class SimWorker(DecodeBatch):
 
     def _plan(self, now_s: float) -> None:
         """What runs from this boundary on."""
+        self._choose(now_s)
+        self._set_floor()
+
+    def _choose(self, now_s: float) -> None:
         self.start_s = now_s
         self.epoch += 1
         self.decode_only = True
@@ -242,13 +257,8 @@ class SimWorker(DecodeBatch):
 
     def _admit_all(self, now_s: float, demand: int) -> None:
         """The same where no prompt is there."""
-        account = StepAccount(
-            self.limits,
-            blocks=self.free_blocks - demand,
-            slots=self.max_batch - self.running,
-            decoding=self.running,
-            begun=(),
-        )
+        slots, blocks = self.max_batch - self.running, self.free_blocks - demand
+        account = StepAccount(self.limits, blocks=blocks, slots=slots, decoding=self.running, begun=())
         while self.arrived and account.admit(self.arrived[0]):
             self._admit(self.arrived.popleft(), now_s)
 
@@ -379,6 +389,7 @@ class SimWorker(DecodeBatch):
         self._hist = [0] * self.limits.block_size
         self.free_blocks = self.kind.blocks
         self.span, self.end_s = 0, inf
+        self._set_floor()
         self.epoch += 1
         if self._share is not None:
             self._share = FairShare()
