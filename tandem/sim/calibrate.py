@@ -80,6 +80,9 @@ class ServingFactors:
     host: HostFactors
     gpus: Mapping[str, GpuFactors]
     all_reduce: AllReduce = ALL_REDUCE
+    imbalance: float | None = None
+    """How much busier than the mean the busiest experts are; None: as in the shipped fit of the backend, since no dense run can
+    show it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,12 +105,11 @@ VLLM_0_19 = ServingFactors(
 
 
 def perf_of(run: MeasuredRun, factors: ServingFactors) -> PerfModel:
-    """The performance model of a run: curves with the GPU's factors and link, host times in place of the shipped fit. Of that
-    one thing stays, which no dense run can show: how much busier than the mean the busiest experts are."""
-    gpu = _hardware(run, factors)
-    plain = perf_model(run.model, gpu, "bf16", "vllm")
+    """The performance model of a run: curves with the GPU's factors and link, host times in place of the shipped fit."""
+    plain = perf_model(run.model, _hardware(run, factors), "bf16", "vllm")
     host = factors.host
-    fit = BackendFit(step_s=host.step_s, sequence_s=host.sequence_s, host_s=0.0, imbalance=plain.backend_fit.imbalance)
+    imbalance = plain.backend_fit.imbalance if factors.imbalance is None else factors.imbalance
+    fit = BackendFit(step_s=host.step_s, sequence_s=host.sequence_s, host_s=0.0, imbalance=imbalance)
     return replace(plain, given_fit=fit)
 
 
