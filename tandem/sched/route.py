@@ -7,8 +7,9 @@ a prefix that a worker has cached draws the prompt there, all by one rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, Protocol
 
 from tandem.spec.errors import Infeasible, SpecError
@@ -17,6 +18,8 @@ from tandem.spec.units import require_int
 Role = Literal["prefill", "decode", "colocated"]
 ROLES: tuple[Role, ...] = ("prefill", "decode", "colocated")
 NO_ROOM = "; none has room, so it waits"
+_NEARLY = 1.0 - 1e-12
+"""Rounding alone makes nobody dearer."""
 
 
 class StepTimes(Protocol):
@@ -87,7 +90,13 @@ class Route:
     worker_id: str
     hand_off: bool
     """Prefilled there only: its state is to move on after the first token."""
-    reason: str
+    explain: Callable[[], str] = field(compare=False, repr=False)
+    """Puts the reason into words, which takes longer than the choice."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in one line."""
+        return self.explain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +143,39 @@ def route_prompt(
     all are so; equal costs go to the first id. Infeasible, with the reason, where nobody accepts or nobody would decode.
     """
     require_int("isl", isl)
-    open_workers = [worker for worker in workers if worker.accepting]
-    decoders = [worker for worker in open_workers if worker.role != "prefill"]
+    prefillers: list[WorkerView] = []
+    decoders: list[WorkerView] = []
+    for worker in workers:
+        if worker.accepting:
+            (prefillers if worker.role == "prefill" else decoders).append(worker)
     if not decoders:
         return _nobody(workers)
-    prefillers = [worker for worker in open_workers if worker.role == "prefill"]
     most = limits.max_local_tokens
     if prefillers and most is not None:
         decoders = [w for w in decoders if w.role == "colocated" or isl - cached.get(w.id, 0) <= most]
-    candidates = prefillers + decoders
-    costs = {w.id: prompt_cost(isl, cached.get(w.id, 0), w, times, limits) for w in candidates}
-    best = min(candidates, key=lambda w: (not _has_room(w, isl), costs[w.id].total_s, w.id))
-    full = not _has_room(best, isl)
-    return Route(best.id, best.role == "prefill", _explain_prompt(best, costs, cached.get(best.id, 0), full))
+    own_s = times.prefill_s(isl, 0)
+    best: WorkerView | None = None
+    least = (True, inf, "")
+    for worker in _shortest_queue(prefillers, cached) + decoders:
+        known = cached.get(worker.id, 0)
+        no_room = not _has_room(worker, isl)
+        if known > 0 or worker.role == "prefill":
+            key = (no_room, prompt_cost(isl, known, worker, times, limits).total_s, worker.id)
+        else:
+            floor_s = own_s + limits.pause_weight * worker.running * own_s
+            if (no_room, floor_s * _NEARLY) > least[:2]:
+                continue
+            key = (no_room, _local_cost(isl, own_s, worker, times, limits), worker.id)
+        if best is None or key < least:
+            best, least = worker, key
+    assert best is not None
+    chosen, full = best, least[0]
+
+    def explain() -> str:
+        costs = {w.id: prompt_cost(isl, cached.get(w.id, 0), w, times, limits) for w in prefillers + decoders}
+        return _explain_prompt(chosen, costs, cached.get(chosen.id, 0), full)
+
+    return Route(chosen.id, chosen.role == "prefill", explain)
 
 
 def route_decode(context_tokens: int, workers: Sequence[WorkerView], times: StepTimes) -> Route | Infeasible:
@@ -159,10 +188,40 @@ def route_decode(context_tokens: int, workers: Sequence[WorkerView], times: Step
     candidates = [worker for worker in workers if worker.accepting and worker.role != "prefill"]
     if not candidates:
         return _nobody(workers)
-    steps_s = {w.id: times.decode_s(w.running + 1, w.context_tokens + context_tokens) for w in candidates}
-    best = min(candidates, key=lambda w: (not _has_room(w, context_tokens), steps_s[w.id], w.id))
-    reason = f"{best.id}: step of {steps_s[best.id]:.3g} s with {best.running + 1} sequences, least of {len(candidates)}"
-    return Route(best.id, False, reason + ("" if _has_room(best, context_tokens) else NO_ROOM))
+    best, least = candidates[0], (True, inf, "")
+    for worker in candidates:
+        step_s = times.decode_s(worker.running + 1, worker.context_tokens + context_tokens)
+        key = (not _has_room(worker, context_tokens), step_s, worker.id)
+        if key < least:
+            best, least = worker, key
+    chosen, (full, seconds, _) = best, least
+
+    def explain() -> str:
+        reason = f"{chosen.id}: step of {seconds:.3g} s with {chosen.running + 1} sequences, least of {len(candidates)}"
+        return reason + (NO_ROOM if full else "")
+
+    return Route(chosen.id, False, explain)
+
+
+def _shortest_queue(prefillers: list[WorkerView], cached: Mapping[str, int]) -> list[WorkerView]:
+    """Those that can cost least: of the ones that decode nothing and have nothing of the prompt cached, the one with the least
+    to prefill, since all else is the same for them and times grow with what waits."""
+    others, first = [], None
+    for worker in prefillers:
+        if worker.running or cached.get(worker.id, 0) > 0:
+            others.append(worker)
+        elif first is None or (worker.queued_tokens, worker.id) < (first.queued_tokens, first.id):
+            first = worker
+    return others if first is None else [first, *others]
+
+
+def _local_cost(isl: int, own_s: float, worker: WorkerView, times: StepTimes, limits: RoutingLimits) -> float:
+    """`prompt_cost` in total for a worker that decodes and has nothing of the prompt cached, summed in the same order."""
+    queued, running = worker.queued_tokens, worker.running
+    total_s = (times.prefill_s(queued, 0) if queued else 0.0) + own_s
+    if running:
+        total_s += -(-(queued + isl) // limits.step_tokens) * times.decode_s(running, worker.context_tokens)
+    return total_s + limits.pause_weight * running * own_s
 
 
 def _has_room(worker: WorkerView, tokens: int) -> bool:

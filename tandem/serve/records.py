@@ -76,6 +76,16 @@ class Record:
         return replace(self.request, id=self.key, output_ids=tuple(self.tokens))
 
 
+@dataclass(slots=True)
+class Held:
+    """A state between two workers: in memory of a life of `source`, or anywhere in this process."""
+
+    source: Member
+    life: int
+    remote: bool
+    receiver: Member | None = None
+
+
 def merge_times(record: Record, told: Request, local: Callable[[float], float], now: float) -> None:
     """Take over what a worker told of the times of a request, by this server's clock; what is known already stays.
 

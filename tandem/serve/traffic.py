@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tandem.engine.handoff import Handoff
 from tandem.engine.types import EngineRequest, TokenOutput
@@ -34,7 +34,7 @@ from tandem.serve.messages import (
 )
 from tandem.serve.pool_limits import PoolLimits, PoolObserver
 from tandem.serve.prompts import PromptQueue
-from tandem.serve.records import Record, forget_times, merge_times
+from tandem.serve.records import Held, Record, forget_times, merge_times
 from tandem.spec.errors import Infeasible, SpecError
 
 log = logging.getLogger("tandem.serve")
@@ -45,16 +45,6 @@ SUSPECT_TRIES = 2
 
 _PREFIXES = 100_000
 """Pairs of prefix and worker that the router remembers: some 50 MB."""
-
-
-@dataclass(slots=True)
-class _Held:
-    """A state between two workers: in memory of a life of `source`, or anywhere in this process."""
-
-    source: Member
-    life: int
-    remote: bool
-    receiver: Member | None = None
 
 
 class Traffic:
@@ -79,7 +69,7 @@ class Traffic:
         self._tries: dict[str, Record] = {}
         self._ready: deque[Record] = deque()
         self._leaving: set[str] = set()  # prefilled somewhere, to be handed off from there
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._suspect: Record | None = None
         self.retries = 0
 
@@ -167,7 +157,9 @@ class Traffic:
         """What a worker has done in a step."""
         now = self._clock()
         member.heard_at(batch.now_s, now)
+        suspect, due = self._suspect, False
         for event in batch.events:
+            due = due or not isinstance(event, Outputs | WorkerStats)
             match event:
                 case Outputs(outputs):
                     for output in outputs:
@@ -187,7 +179,11 @@ class Traffic:
                         self._retry(record, reason)
                 case WorkerStats():
                     self._told(member, event)
-        self.dispatch()
+                    due = due or self._has_place(member)
+        if due or suspect is not self._suspect:
+            self.dispatch()
+        else:
+            self._changed()
 
     def on_death(self, member: Member, reason: str) -> None:
         """A worker is gone, with all that it had."""
@@ -234,7 +230,8 @@ class Traffic:
         if route.hand_off:
             self._leaving.add(record.key)
         member.send(Submit(record.to_send(), route.hand_off, max(0.0, self._clock() - record.life.arrival_s)))
-        log.debug("request %s: %s", record.key, route.reason)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request %s: %s", record.key, route.reason)
         return True
 
     def _send_state(self, record: Record) -> bool:
@@ -253,8 +250,19 @@ class Traffic:
         held.receiver = member
         self._give(record, member)
         member.send(Accept(handoff))
-        log.debug("request %s: %s", record.key, route.reason)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request %s: %s", record.key, route.reason)
         return True
+
+    def _has_place(self, member: Member) -> bool:
+        """Whether what waits might go there: else nothing has changed for it, and nobody need be asked. With hundreds of
+        workers that tell how they are many times a second, asking each time would be most of what a full server does."""
+        if not self._ready and not len(self._queue):
+            return False
+        view = member.view
+        if self._ready and (not view.running or view.running < view.max_batch + self._limits.ahead):
+            return True
+        return len(self._queue) > 0 and view.queued_tokens < self._limits.queued_tokens
 
     def _told(self, member: Member, stats: WorkerStats) -> None:
         member.told(stats)
@@ -308,7 +316,7 @@ class Traffic:
             return
         merge_times(record, handoff.life, member.local_s, now)
         self._leaving.discard(key)
-        self._held[key] = _Held(member, member.lives, remote)
+        self._held[key] = Held(member, member.lives, remote)
         del member.records[key]
         record.member, record.handoff = None, handoff
         self._ready.append(record)
