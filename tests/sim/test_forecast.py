@@ -21,7 +21,8 @@ def fed(values: list[float | None], **smoothing: float) -> Forecast:
 @given(st.floats(0.1, 1e6), st.integers(1, 50))
 def test_a_constant_is_forecast_as_itself_without_doubt(value: float, windows: int) -> None:
     forecast = fed([value] * windows)
-    assert math.isclose(forecast.mean(5), value) and forecast.upper(5, 3.0) == pytest.approx(value)
+    assert math.isclose(forecast.mean(5), value)
+    assert forecast.upper(5, 3.0) == pytest.approx(value)
 
 
 @given(st.lists(st.floats(0, 1e4), min_size=1, max_size=20), st.integers(0, 10))

@@ -1,0 +1,236 @@
+"""Joint scaling of prefill and decode workers: a pure decision for each window, and `Scaler`, which keeps its memory.
+
+What is needed follows from forecast traffic and from what is there now: queues to drain, sequences in flight. Needs above
+the present targets act at once; needs below them only when they stayed below for a while (the largest need of the last
+`down_s`). Under a budget the split minimises the larger shortfall of the two pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+from tandem.sched.forecast import Forecast
+from tandem.sched.observation import Decision, Lengths, Observation
+from tandem.sched.route import Role
+from tandem.sched.scale_rates import PoolRates
+from tandem.spec.errors import SpecError
+from tandem.spec.units import require_int, require_number
+
+Targets = tuple[tuple[Role, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleLimits:
+    """Bounds and costs of changes. Counts are workers, seconds on the observations' clock."""
+
+    max_gpus: int
+    gpus_per_worker: int = 1
+    fixed: bool = False
+    """Only flips: the workers that are there are all there will be."""
+    min_workers: int = 1
+    """Of each role that is served; one at least while there is work."""
+    start_up_s: float = 60.0
+    flip_s: float = 2.0
+    """Flips cost this and the drain, about the time of an answer."""
+    dwell_s: float = 120.0
+    """Least time between a change and one in the other direction, and for which changes by hand are left alone."""
+    down_s: float = 600.0
+    """How long needs must have been lower before workers go."""
+    warm_s: float = 60.0
+    """Before so much has been seen, nothing changes."""
+    margin: float = 0.1
+    """A flip must shrink the larger shortfall by this share; workers go only if the rest is this much idle."""
+    deviations: float = 1.5
+    """Standard deviations of forecasts that are planned for."""
+
+    def __post_init__(self) -> None:
+        require_int("max_gpus", self.max_gpus)
+        require_int("gpus_per_worker", self.gpus_per_worker, high=self.max_gpus)
+        require_int("min_workers", self.min_workers, low=0)
+        for name in ("start_up_s", "flip_s", "dwell_s", "down_s", "warm_s", "margin", "deviations"):
+            if getattr(self, name) != 0:
+                require_number(name, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleState:
+    """What a policy remembers; the first decision begins with an empty one."""
+
+    rate: Forecast = field(default_factory=Forecast)
+    isl: Lengths | None = None
+    osl: float | None = None
+    began_s: float | None = None
+    targets: Targets | None = None
+    changed_s: float = float("-inf")
+    """When targets last changed."""
+    by_hand_s: float = float("-inf")
+    needs: tuple[tuple[float, tuple[float, ...]], ...] = ()
+    """Of the last `down_s`: when, and workers needed of each role in the order of `targets`."""
+
+
+def _there(observation: Observation) -> dict[Role, int]:
+    counts: dict[Role, int] = {}
+    for pool in observation.pools:
+        counts[pool.role] = counts.get(pool.role, 0) + pool.up + pool.starting
+    return {role: counts[role] for role in sorted(counts)}
+
+
+def _by_hand(there: Mapping[Role, int], asked: Mapping[Role, int], draining: int) -> bool:
+    """Whether counts differ from what was asked for, and workers that drain, which may be to change role, do not say why."""
+    missing = sum(max(0, n - there.get(role, 0)) for role, n in asked.items())
+    return missing > draining or any(n > asked.get(role, 0) for role, n in there.items())
+
+
+def _mixed(old: Lengths | None, new: Lengths | None) -> Lengths | None:
+    """Lengths smoothed: a window counts by its samples, against a memory of some hundred."""
+    if old is None or new is None:
+        return new or old
+    w = new.count / (new.count + min(old.count, 100))
+    mean, p50, p90, p99 = (
+        a + w * (b - a) for a, b in ((old.mean, new.mean), (old.p50, new.p50), (old.p90, new.p90), (old.p99, new.p99))
+    )
+    return Lengths(count=min(old.count + new.count, 100_000), mean=mean, p50=p50, p90=p90, p99=p99)
+
+
+def _output(old: float | None, seen: Observation) -> float | None:
+    """Mean output expected. Those that decode have at least what they have: in a steady state they are halfway on average, so
+    that twice their mean is a bound that shows longer answers before the first of them ends."""
+    osl = old
+    if seen.osl is not None:
+        w = seen.osl.count / (seen.osl.count + 100.0)
+        osl = seen.osl.mean if old is None else old + w * (seen.osl.mean - old)
+    if osl is None:
+        return None if seen.decoded is None else 2.0 * seen.decoded.mean
+    return osl if seen.decoded is None else max(osl, seen.decoded.p50)
+
+
+def _learn(state: ScaleState, seen: Observation) -> ScaleState:
+    rate = None if seen.arrived is None else seen.arrived / seen.window_s
+    return replace(
+        state,
+        rate=state.rate.update(rate),
+        isl=_mixed(state.isl, seen.isl),
+        osl=_output(state.osl, seen),
+        began_s=seen.at_s - seen.window_s if state.began_s is None else state.began_s,
+    )
+
+
+def _needs(seen: Observation, state: ScaleState, perf: PoolRates, limits: ScaleLimits, roles: tuple[Role, ...]) -> list[float]:
+    """Workers needed of each role, not rounded: for the forecast, and for what waits and decodes now."""
+    if state.isl is None or state.osl is None:
+        return [0.0] * len(roles)
+    isl, osl = state.isl, state.osl
+    ahead = max(1.0, limits.start_up_s / seen.window_s)
+    rate = state.rate.upper(ahead, limits.deviations)
+    context = isl.mean + osl / 2.0
+    deadline_s = max(limits.start_up_s, seen.window_s)
+    # What a queue of one prompt or so holds is ordinary; all else is to be gone by the deadline.
+    backlog_s = max(0.0, perf.prompt_s(seen.waiting_tokens, isl) - 2.0 * perf.prompt_s(isl.mean, isl))
+    held = (seen.decoding + seen.waiting_decode) / perf.decode_batch(context)
+    drained = backlog_s / deadline_s
+    found: dict[Role, float] = {
+        "prefill": perf.prefill_load(rate, isl) + drained,
+        "decode": max(rate / perf.decode_rps(context, osl), held if seen.waiting_decode else 0.0),
+        "colocated": max(rate / perf.colocated_rps(isl, context, osl), perf.prefill_load(rate, isl)) + drained,
+    }
+    return [found[role] for role in roles]
+
+
+def _split(needs: list[float], workers: int, least: int) -> list[int]:
+    """`workers` shared between pools so that the largest need per worker is smallest."""
+    counts = [min(least, max(1, workers // len(needs)))] * len(needs)
+    for _ in range(workers - sum(counts)):
+        worst = max(range(len(needs)), key=lambda i: (needs[i] / counts[i], -i))
+        counts[worst] += 1
+    return counts
+
+
+def _shortfall(needs: list[float], counts: list[int]) -> float:
+    return max(need / max(n, 1e-9) for need, n in zip(needs, counts, strict=True))
+
+
+def _wanted(
+    now: list[int], needs: list[float], high: list[float], limits: ScaleLimits, least: int, settled: bool, lower: bool
+) -> tuple[list[int], str]:
+    """Counts to aim at. `high` are the largest needs of late; `settled`: workers may flip; `lower`: workers may go."""
+    budget = sum(now) if limits.fixed else max(limits.max_gpus // limits.gpus_per_worker, 1)
+    up = [max(least, ceil(need - 0.05)) for need in needs]
+    down = [max(least, ceil(need * (1.0 + limits.margin) - 0.05)) for need in high]
+    aim = [max(n, u) if u > n else (min(n, d) if lower else n) for n, u, d in zip(now, up, down, strict=True)]
+    if not limits.fixed and sum(aim) <= budget:
+        return aim, "as needed"
+    if len(now) == 1:
+        return ([min(aim[0], budget)] if not limits.fixed else now), "as far as the budget goes"
+    spare = max(0, budget - sum(now))
+    if not settled or budget < len(now):
+        room = list(now)
+        for i in sorted(range(len(now)), key=lambda i: -needs[i] / max(now[i], 1e-9)):
+            added = min(spare, max(0, aim[i] - now[i]))
+            room[i], spare = now[i] + added, spare - added
+        return room, "as far as the budget goes until a flip is due"
+    short = _shortfall(needs, now) > 1.0
+    split = _split(needs if short else high, budget, max(1, least))
+    if short and (spare or _shortfall(needs, split) < (1.0 - limits.margin) * _shortfall(needs, now)):
+        return split, "the budget split by need"
+    return now, "no other split is better by the margin"
+
+
+def decide(observation: Observation, state: ScaleState, perf: PoolRates, limits: ScaleLimits) -> tuple[Decision, ScaleState]:
+    """Targets after this window, and what to remember. Pure. SpecError if no worker is observed and none was asked for."""
+    there = _there(observation)
+    asked = dict(state.targets or ())
+    if not there and not asked:
+        raise SpecError("pools=(): no role to scale; observe pools with at least one role")
+    draining = sum(pool.draining for pool in observation.pools)
+    at_s = observation.at_s
+    state = _learn(state, observation)
+    base = asked or there
+    if asked and _by_hand(there, asked, draining):
+        state = replace(state, by_hand_s=at_s, needs=())
+        base = {role: there.get(role, 0) for role in sorted({*there, *asked})}
+    roles = tuple(sorted(base))
+    now = [base[role] for role in roles]
+    state = replace(state, targets=tuple(zip(roles, now, strict=True)))
+
+    def hold(why: str) -> tuple[Decision, ScaleState]:
+        return Decision(targets=dict(zip(roles, now, strict=True)), reason=f"hold: {why}"), state
+
+    if observation.arrived is None:
+        return hold("arrivals were not measured")
+    if at_s - (state.began_s or 0.0) <= limits.warm_s:
+        return hold(f"{at_s - (state.began_s or 0.0):.0f} s seen, {limits.warm_s:.0f} s needed")
+    if at_s - state.by_hand_s < limits.dwell_s:
+        return hold(f"workers were changed by hand {at_s - state.by_hand_s:.0f} s ago")
+    if state.isl is None or state.osl is None:
+        return hold("no lengths of prompts or answers seen yet")
+    needs = _needs(observation, state, perf, limits, roles)
+    kept = (*((t, n) for t, n in state.needs if t > at_s - limits.down_s), (at_s, tuple(needs)))
+    state = replace(state, needs=kept)
+    high = [max(n[i] for _, n in kept) for i in range(len(roles))]
+    settled = at_s - state.changed_s >= limits.dwell_s
+    lower = settled and at_s - limits.down_s >= max(state.began_s or 0.0, state.by_hand_s, state.changed_s)
+    work = observation.arrived or observation.waiting or observation.decoding or observation.waiting_decode
+    least = max(limits.min_workers, 1 if work else 0)
+    aim, how = _wanted(now, needs, high, limits, least, settled, lower)
+    numbers = ", ".join(f"{role} needs {need:.2f} has {n}" for role, need, n in zip(roles, needs, now, strict=True))
+    if aim == now:
+        return hold(f"{numbers}; {how}")
+    targets = dict(zip(roles, aim, strict=True))
+    state = replace(state, targets=tuple(targets.items()), changed_s=at_s)
+    to = ", ".join(f"{role} {n}" for role, n in targets.items())
+    reason = f"{to}: {numbers} at {state.rate.mean():.3g} requests/s, {observation.waiting_tokens} tokens wait; {how}"
+    return Decision(targets=targets, reason=reason, changed=True), state
+
+
+class Scaler:
+    """A `ScalingPolicy` that scales jointly."""
+
+    def __init__(self, perf: PoolRates, limits: ScaleLimits) -> None:
+        self.perf, self.limits, self.state = perf, limits, ScaleState()
+
+    def decide(self, observation: Observation) -> Decision:
+        """What to aim at after this window."""
+        decision, self.state = decide(observation, self.state, self.perf, self.limits)
+        return decision
