@@ -52,7 +52,7 @@ class Forecast:
         if self.level is None:
             raise SpecError("level=None: nothing to forecast from; update with a value first")
         damped = DAMPING * (1.0 - DAMPING**ahead) / (1.0 - DAMPING)
-        return max(0.0, self.level + damped * self.trend + self._season(round(ahead) - 1))
+        return float(max(0.0, self.level + damped * self.trend + self._season(round(ahead) - 1)))
 
     def upper(self, ahead: float = 1.0, deviations: float = 1.0) -> float:
         """The same with so many standard deviations of its errors on top."""

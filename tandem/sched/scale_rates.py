@@ -91,7 +91,7 @@ class TableRates:
                 return inf
             tail = log(10.0 * rho) if rho > 0.1 else 0.0
             queue = rho ** (sqrt(2.0 * (workers + 1.0)) - 1.0) / (max(workers, 1.0) * (1.0 - rho))
-            return tail * (1.0 + variation) / 2.0 * mean * queue
+            return float(tail * (1.0 + variation) / 2.0 * mean * queue)
 
         low, high = least, least
         while wait_s(high) > left_s and high < 64.0 * least + 64.0:

@@ -153,6 +153,24 @@ def test_a_queue_brings_workers_that_drain_it() -> None:
     assert rate_s > RATES.prompt_s(3000 * 400, flat(400)) * 0.95
 
 
+def test_a_burst_in_a_shared_queue_is_gone_two_start_ups_after_it() -> None:
+    scaler, arrived_at = Scaler(RATES, replace(LIMITS, start_up_s=60.0, max_gpus=40)), [30.0 * (i + 1) for i in range(40)]
+    waits, starting, up, at_end = 0.0, [], 1, {}
+    for at_s in arrived_at:
+        up += sum(n for ready_s, n in starting if ready_s <= at_s)
+        starting = [(ready_s, n) for ready_s, n in starting if ready_s > at_s]
+        rate = 150.0 if 600 < at_s <= 660 else 10.0
+        waits = max(0.0, waits + 30.0 * (rate - up / RATES.prompt_s(400, flat(400))))
+        pools = (PoolCount(role="prefill", up=up, starting=sum(n for _, n in starting)), PoolCount(role="decode", up=12))
+        now = replace(seen(at_s, 0, 0, rate), pools=pools, waiting=round(waits), waiting_tokens=round(waits) * 400)
+        wanted = scaler.decide(now).targets["prefill"] - up - sum(n for _, n in starting)
+        starting += [(at_s + 60.0, wanted)] if wanted > 0 else []
+        up += min(0, wanted)
+        at_end[at_s] = waits
+    assert max(at_end.values()) > 1000
+    assert all(n == 0 for at_s, n in at_end.items() if at_s >= 660.0 + 2 * 60.0)
+
+
 def test_nothing_to_scale_is_told() -> None:
     with pytest.raises(SpecError, match="pools="):
         decide(replace(seen(30.0, 1, 1), pools=()), ScaleState(), RATES, LIMITS)

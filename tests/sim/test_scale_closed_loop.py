@@ -1,0 +1,60 @@
+"""The scaling policy against the simulator: what it says changes what it sees next."""
+
+from __future__ import annotations
+
+import numpy as np
+from sim_fixtures import kind, pools
+
+from tandem.sched.scale import ScaleLimits, Scaler
+from tandem.sched.scale_rates import TableRates
+from tandem.sim.result import SimResult
+from tandem.sim.simulate import run
+from tandem.spec.workload import Trace
+
+WORKER = kind()
+RATES = TableRates(times=WORKER.times, blocks=4000, block_size=16, max_batch=32, ttft_s=1.0, tpot_s=0.02)
+
+
+def phases(*parts: tuple[float, float, int, int], seed: int = 0) -> Trace:
+    """Poisson arrivals: seconds, requests/s, mean isl and mean osl of each part."""
+    draw = np.random.default_rng(seed)
+    at, isl, osl, begin_s = [], [], [], 0.0
+    for seconds, rate, prompt, answer in parts:
+        n = int(draw.poisson(seconds * rate))
+        at.append(begin_s + np.sort(draw.uniform(0, seconds, n)))
+        isl.append(draw.integers(prompt // 2, prompt * 3 // 2, n))
+        osl.append(draw.integers(answer // 2, answer * 3 // 2, n))
+        begin_s += seconds
+    return Trace(name="phases", arrival_s=np.concatenate(at), isl=np.concatenate(isl), osl=np.concatenate(osl))
+
+
+def scaled(trace: Trace, prefill: int, decode: int, *, gpus: int, fixed: bool = False) -> SimResult:
+    limits = ScaleLimits(max_gpus=gpus, fixed=fixed, start_up_s=20.0, flip_s=1.0, dwell_s=60.0)
+    config = pools(prefill, decode, of=WORKER, window_s=10.0)
+    return run(config, trace, policy=Scaler(RATES, limits))
+
+
+def test_constant_load_brings_no_change_after_settling() -> None:
+    result = scaled(phases((3600.0, 20.0, 400, 80)), 2, 2, gpus=8)
+    assert not [d for at, d in result.decisions if at > 1200.0]
+    assert np.nanpercentile(result.requests.ttft_s, 90) < 1.0
+
+
+def test_a_burst_of_prompts_stops_queueing_within_two_start_ups() -> None:
+    # What a worker has in its queue stays there: more workers only help those who come later.
+    trace = phases((600.0, 10.0, 400, 60), (60.0, 25.0, 4000, 20), (600.0, 10.0, 400, 60))
+    result = scaled(trace, 1, 1, gpus=12)
+    requests, waiting = result.requests, result.series["waiting"]
+    assert np.max(waiting) > 50
+    assert result.series["at_s"][np.argmax(waiting)] <= 600.0 + 2 * 20.0
+    assert np.nanpercentile(requests.ttft_s[requests.arrival_s > 600.0 + 2 * 20.0], 90) < 1.0
+
+
+def test_a_mix_flip_turns_the_ratio_in_place() -> None:
+    trace = phases((900.0, 10.0, 8000, 100), (900.0, 10.0, 1000, 1600))
+    result = scaled(trace, 4, 4, gpus=8, fixed=True)
+    at_s, prefill, decode = (result.series[name] for name in ("at_s", "prefill_workers", "decode_workers"))
+    first, last = (np.searchsorted(at_s, s) for s in (800.0, 1700.0))
+    assert prefill[first] >= 4
+    assert decode[last] > prefill[last]
+    assert decode[last] > decode[first]
