@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tandem.perf.phases import PerfModel
     from tandem.plan.planner import Plan, find_plan
     from tandem.plan.rates import match_rates
+    from tandem.sim.api import SimRun, simulate
     from tandem.spec.catalog import hardware_names, load_hardware, load_spec, model_names
     from tandem.spec.design import Deployment, Estimate, Parallelism, Pool, Precision
     from tandem.spec.errors import Infeasible, NoPlanError, SpecError, TandemError, TraceError
@@ -49,6 +50,7 @@ _HOME = {
     "perf.phases": ("PerfModel",),
     "plan.planner": ("Plan", "find_plan"),
     "plan.rates": ("match_rates",),
+    "sim.api": ("SimRun", "simulate"),
     "spec.catalog": ("hardware_names", "load_hardware", "load_spec", "model_names"),
     "spec.design": ("Deployment", "Estimate", "Parallelism", "Pool", "Precision"),
     "spec.errors": ("Infeasible", "NoPlanError", "SpecError", "TandemError", "TraceError"),
@@ -82,6 +84,7 @@ __all__ = [
     "SamplingParams",
     "SequenceState",
     "ServingFits",
+    "SimRun",
     "Slo",
     "SpecError",
     "TandemError",
@@ -100,6 +103,7 @@ __all__ = [
     "model_names",
     "read_trace",
     "save_model",
+    "simulate",
 ]
 
 
