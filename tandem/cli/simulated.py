@@ -11,9 +11,10 @@ import numpy as np
 import yaml
 
 from tandem.cli.simulating import refuse
-from tandem.sim.api import POLICIES, REQUESTS, PolicyName, SimRun, poisson_trace
+from tandem.sim.api import POLICIES, REQUESTS, SimRun, poisson_trace
 from tandem.sim.api import simulate as simulate_one
 from tandem.sim.export import write_requests, write_series
+from tandem.sim.policies import PolicyName
 from tandem.sim.replicate import deal, intervals, paired, seed_of
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import Deployment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ def difference_sentences(variants: Sequence[Variant]) -> list[str]:
     return lines
 
 
-def _difference(label: str, value: Any, form: Any) -> str:
+def _difference(label: str, value: Any, form: Callable[[float], str]) -> str:
     def signed(number: float) -> str:
         return ("-" if number < 0 else "+") + form(abs(number))
 
