@@ -27,6 +27,8 @@ class Member:
         self.handle = handle
         self.role: Role = role
         self.draining = False
+        self.scaling = False
+        """Whether it drains because a controller wants so: the server stays ready meanwhile."""
         self.hopeless = False
         """It died too many times in a row: requests do not wait for it."""
         self.lives = 0

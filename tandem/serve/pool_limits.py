@@ -60,3 +60,25 @@ class PoolObserver(Protocol):
     def on_retry(self, life: Request, reason: str) -> None:
         """A request is tried again."""
         ...
+
+
+class Observers:
+    """Several that hear the same; a `PoolObserver` itself."""
+
+    def __init__(self, *observers: PoolObserver) -> None:
+        self.all: list[PoolObserver] = list(observers)
+
+    def on_finish(self, life: Request) -> None:
+        """A request has ended."""
+        for observer in self.all:
+            observer.on_finish(life)
+
+    def on_stats(self, member: Member, stats: WorkerStats) -> None:
+        """A worker has said how busy it is."""
+        for observer in self.all:
+            observer.on_stats(member, stats)
+
+    def on_retry(self, life: Request, reason: str) -> None:
+        """A request is tried again."""
+        for observer in self.all:
+            observer.on_retry(life, reason)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from tandem.engine.types import EngineRequest, TokenOutput
@@ -15,7 +15,8 @@ from tandem.sched.route import ROLES, Role, StepTimes
 from tandem.serve.hosts import WorkerHandle
 from tandem.serve.members import Member
 from tandem.serve.messages import Batch, Export, Inspect, Inspected
-from tandem.serve.pool_limits import PoolLimits, PoolObserver
+from tandem.serve.pool_limits import Observers, PoolLimits, PoolObserver
+from tandem.serve.records import Record
 from tandem.serve.supervise import Supervised, Supervision
 from tandem.serve.traffic import Traffic
 from tandem.spec.errors import SpecError
@@ -43,16 +44,19 @@ class Pools:
         observer: PoolObserver | None = None,
     ) -> None:
         self._members = {handle.id: Member(handle, role) for handle, role in workers}
-        self._check_workers(workers)
+        _check_workers(workers)
         self._needed = [able for able in _ABLE if able == "decode" or any(m.role in _ABLE[able] for m in self._all)]
+        self._observers = Observers() if observer is None else Observers(observer)
         self._traffic = Traffic(
-            self._members, times=times, limits=limits or PoolLimits(), clock=clock, observer=observer, changed=self._changed
+            self._members,
+            times=times,
+            limits=limits or PoolLimits(),
+            clock=clock,
+            observer=self._observers,
+            changed=self._changed,
         )
-        self._rules = supervision or Supervision()
-        self._supervised = [
-            Supervised(m, self._rules, clock=clock, on_events=self._heard, on_up=self._up, on_down=self._down)
-            for m in self._all
-        ]
+        self._clock, self._rules = clock, supervision or Supervision()
+        self._supervised = {m.id: self._supervise(m) for m in self._all}
         self._max_context: int | None = None
         self._closing = False
         self._pinging: asyncio.Task[None] | None = None
@@ -71,8 +75,12 @@ class Pools:
 
     @property
     def ready(self) -> bool:
-        """Whether there is a worker for every needed role that takes new work, and none is draining."""
-        return not self._closing and not any(m.draining for m in self._all) and not self._missing(lambda m: m.accepting)
+        """Whether there is a worker for every needed role that takes new work, and none drains but for a controller."""
+        return (
+            not self._closing
+            and not any(m.draining and not m.scaling for m in self._all)
+            and not self._missing(lambda m: m.accepting)
+        )
 
     @property
     def in_flight(self) -> int:
@@ -102,7 +110,7 @@ class Pools:
 
     async def start(self) -> None:
         """Bring all workers up. Raises WorkerDied, with nothing left running, if one does not come up."""
-        starts = await asyncio.gather(*(s.start() for s in self._supervised), return_exceptions=True)
+        starts = await asyncio.gather(*(s.start() for s in self._supervised.values()), return_exceptions=True)
         failed = next((wrong for wrong in starts if wrong is not None), None)
         if failed is not None:
             await self._stop()
@@ -140,16 +148,54 @@ class Pools:
         """States between two workers."""
         return self._traffic.held_states
 
-    async def drain(self, worker_id: str, *, move: bool = False, deadline_s: float | None = None) -> bool:
+    @property
+    def records(self) -> Collection[Record]:
+        """Requests that have not finished."""
+        return self._traffic.records
+
+    def watch(self, observer: PoolObserver) -> None:
+        """Let another hear what happens from now on."""
+        self._observers.all.append(observer)
+
+    async def add(self, handle: WorkerHandle, role: Role) -> None:
+        """Bring one more worker up while others serve. Raises SpecError for one that does not go with them, WorkerDied if it
+        does not come up; it is not among them then."""
+        if self._closing:
+            raise SpecError(f"worker={handle.id!r}: cannot be added; the server is shutting down")
+        there = [(m.handle, m.role) for m in self._all]
+        _check_workers([*there, (handle, role)])
+        self._members[handle.id] = member = Member(handle, role)
+        self._supervised[handle.id] = self._supervise(member)
+        try:
+            await self._supervised[handle.id].start()
+        except BaseException:
+            self._supervised.pop(handle.id, None)
+            self._members.pop(handle.id, None)
+            raise
+
+    async def remove(self, worker_id: str) -> None:
+        """End a drained worker and forget it. Raises SpecError if it is not drained."""
+        member = self._member(worker_id)
+        if not member.draining or not self._drained(member):
+            raise SpecError(f"worker={worker_id!r}: is not drained; await drain() first")
+        await self._supervised[worker_id].stop(STOP_S)
+        del self._supervised[worker_id], self._members[worker_id]
+        self._traffic.on_death(member, "was removed")
+        self._changed()
+
+    async def drain(
+        self, worker_id: str, *, move: bool = False, deadline_s: float | None = None, scaling: bool = False
+    ) -> bool:
         """Send nothing new to a worker and wait until it has nothing left; whether that came about before the deadline.
 
-        With `move` what it decodes goes on elsewhere at once. Raises SpecError if nobody could do its work meanwhile.
+        With `move` what it decodes goes on elsewhere at once; with `scaling` the server stays ready meanwhile. Raises
+        SpecError if nobody could do its work meanwhile.
         """
         member = self._member(worker_id)
         missing = self._missing(lambda m: m is not member and m.accepting)
         if missing and member.accepting:
             raise SpecError(f"drain={worker_id!r}: no other worker for {missing[0]} takes requests; start one first")
-        member.draining = True
+        member.draining, member.scaling = True, scaling
         member.changed()
         if move:
             for key in list(member.records):
@@ -159,7 +205,7 @@ class Pools:
     def resume(self, worker_id: str) -> None:
         """Let a drained or draining worker take new work again."""
         member = self._member(worker_id)
-        member.draining = False
+        member.draining = member.scaling = False
         member.changed()
         self._traffic.dispatch()
 
@@ -203,16 +249,8 @@ class Pools:
     def _all(self) -> list[Member]:
         return list(self._members.values())
 
-    def _check_workers(self, workers: Sequence[tuple[WorkerHandle, Role]]) -> None:
-        if len(self._members) != len(workers):
-            raise SpecError(f"workers: {[h.id for h, _ in workers]} must have names of their own")
-        unknown = next((m.role for m in self._all if m.role not in ROLES), None)
-        if unknown is not None:
-            raise SpecError(f"role={unknown!r}: must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
-        if not any(m.role in _ABLE["decode"] for m in self._all):
-            raise SpecError("workers: none of them decodes; give one of role decode or colocated")
-        if len({m.handle.by_reference for m in self._all}) > 1:
-            raise SpecError("workers: some live in this process and some do not; their states cannot be handed over")
+    def _supervise(self, member: Member) -> Supervised:
+        return Supervised(member, self._rules, clock=self._clock, on_events=self._heard, on_up=self._up, on_down=self._down)
 
     def _member(self, worker_id: str) -> Member:
         try:
@@ -271,8 +309,20 @@ class Pools:
     async def _ping(self) -> None:
         while True:
             await asyncio.sleep(self._rules.ping_s)
-            for supervised in self._supervised:
+            for supervised in self._supervised.values():
                 supervised.check()
 
     async def _stop(self) -> None:
-        await asyncio.gather(*(s.stop(STOP_S) for s in self._supervised))
+        await asyncio.gather(*(s.stop(STOP_S) for s in self._supervised.values()))
+
+
+def _check_workers(workers: Sequence[tuple[WorkerHandle, Role]]) -> None:
+    if len({handle.id for handle, _ in workers}) != len(workers):
+        raise SpecError(f"workers: {[h.id for h, _ in workers]} must have names of their own")
+    unknown = next((role for _, role in workers if role not in ROLES), None)
+    if unknown is not None:
+        raise SpecError(f"role={unknown!r}: must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
+    if not any(role in _ABLE["decode"] for _, role in workers):
+        raise SpecError("workers: none of them decodes; give one of role decode or colocated")
+    if len({handle.by_reference for handle, _ in workers}) > 1:
+        raise SpecError("workers: some live in this process and some do not; their states cannot be handed over")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from tandem.engine.handoff import Handoff
@@ -38,7 +38,6 @@ from tandem.serve.records import Held, Record, forget_times, merge_times
 from tandem.spec.errors import Infeasible, SpecError
 
 log = logging.getLogger("tandem.serve")
-
 
 SUSPECT_TRIES = 2
 """A request whose worker has died so often may be why: until its next token it is the only such one at any worker."""
@@ -82,6 +81,11 @@ class Traffic:
     def waiting(self) -> int:
         """Of these, those that no worker has."""
         return len(self._queue)
+
+    @property
+    def records(self) -> Collection[Record]:
+        """Requests that have not finished."""
+        return self._records.values()
 
     @property
     def held_states(self) -> int:
@@ -235,7 +239,6 @@ class Traffic:
         return True
 
     def _send_state(self, record: Record) -> bool:
-        assert record.handoff is not None
         held = self._held[record.key]
         # By reference a state goes anywhere in this process; what lies in shared memory, to those who can open it.
         views = [m.view for m in self._members.values() if m.handle.by_reference != held.remote]
@@ -247,6 +250,7 @@ class Traffic:
         if view.running and not (view.running < view.max_batch + self._limits.ahead and view.free_tokens > record.context):
             return False
         handoff, record.handoff = record.handoff, None
+        assert handoff is not None
         held.receiver = member
         self._give(record, member)
         member.send(Accept(handoff))
@@ -255,8 +259,7 @@ class Traffic:
         return True
 
     def _has_place(self, member: Member) -> bool:
-        """Whether what waits might go there: else nothing has changed for it, and nobody need be asked. With hundreds of
-        workers that tell how they are many times a second, asking each time would be most of what a full server does."""
+        """Whether what waits might go there: else nothing has changed for it. Asking at each report would busy the server."""
         if not self._ready and not len(self._queue):
             return False
         view = member.view
