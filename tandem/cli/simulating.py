@@ -24,7 +24,7 @@ def simulate(
     duration: Annotated[float | None, typer.Option(help="Seconds of the trace; default: to its end.")] = None,
     isl: Annotated[int | None, typer.Option(help="Prompt tokens; with --osl and --arrivals instead of --trace.")] = None,
     osl: Annotated[int | None, typer.Option(help="Output tokens.")] = None,
-    arrivals: Annotated[str | None, typer.Option(help="poisson:5 is 5 requests/s; docs/traffic.md has the others.")] = None,
+    arrivals: Annotated[str | None, typer.Option(help="poisson:5 is 5 requests/s, by exponential gaps.")] = None,
     requests: Annotated[int | None, typer.Option(help="Requests that arrive; default 1,000.")] = None,
     policy: Annotated[str, typer.Option(help="static, or elastic: workers change roles and numbers.")] = "static",
     max_gpus: Annotated[int | None, typer.Option(help="GPUs that --policy elastic may hold; default: as at first.")] = None,

@@ -63,7 +63,7 @@ class SimWorker(DecodeBatch):
         """The epoch of which the loop knows the end."""
         self.busy_s = 0.0
         self.floor_s = self.times.decode_s(1, 0)
-        """A decode step here with one more sequence, its own context not counted, when the present run began; infinite where the
+        """A decode step here with one more sequence, its own context left out, when the present run began; infinite where the
         batch is full."""
 
     # What the router asks.
