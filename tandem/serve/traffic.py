@@ -161,9 +161,7 @@ class Traffic:
         """What a worker has done in a step."""
         now = self._clock()
         member.heard_at(batch.now_s, now)
-        suspect, due = self._suspect, False
         for event in batch.events:
-            due = due or not isinstance(event, Outputs | WorkerStats)
             match event:
                 case Outputs(outputs):
                     for output in outputs:
@@ -183,11 +181,7 @@ class Traffic:
                         self._retry(record, reason)
                 case WorkerStats():
                     self._told(member, event)
-                    due = due or self._has_place(member)
-        if due or suspect is not self._suspect:
-            self.dispatch()
-        else:
-            self._changed()
+        self.dispatch()
 
     def on_death(self, member: Member, reason: str) -> None:
         """A worker is gone, with all that it had."""
@@ -257,15 +251,6 @@ class Traffic:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("request %s: %s", record.key, route.reason)
         return True
-
-    def _has_place(self, member: Member) -> bool:
-        """Whether what waits might go there: else nothing has changed for it. Asking at each report would busy the server."""
-        if not self._ready and not len(self._queue):
-            return False
-        view = member.view
-        if self._ready and (not view.running or view.running < view.max_batch + self._limits.ahead):
-            return True
-        return len(self._queue) > 0 and view.queued_tokens < self._limits.queued_tokens
 
     def _told(self, member: Member, stats: WorkerStats) -> None:
         member.told(stats)

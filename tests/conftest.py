@@ -1,0 +1,22 @@
+"""What a command sets up for its whole process does not outlast the test that ran it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+LOGGERS = ("tandem", "uvicorn.error", "asyncio", "py.warnings")
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """`tandem serve` logs to the stderr that it finds, which pytest closes after the test."""
+    before = [(log, log.handlers[:], log.level, log.propagate) for log in map(logging.getLogger, LOGGERS)]
+    yield
+    for log, handlers, level, propagate in before:
+        log.handlers[:] = handlers
+        log.setLevel(level)
+        log.propagate = propagate
+    logging.captureWarnings(False)
