@@ -126,7 +126,7 @@ def test_the_client_that_was_served_least_goes_first() -> None:
 def test_what_cannot_be_is_told_and_harms_nobody() -> None:
     async def main() -> None:
         log = Log()
-        async with running(named("pd", "thread"), observer=log, max_waiting=2) as pools:
+        async with running(named("pd", "thread", step_s=0.001), observer=log, max_waiting=2) as pools:
             (failed,) = await read(pools, request(0, isl=10_500))
             assert failed.finish_reason == "error"
             assert failed.error is not None
