@@ -46,6 +46,7 @@ class SimWorker(DecodeBatch):
         self.on_prefilled, self.on_done = on_prefilled, on_done
         self._columns, self._cache = columns, cache
         self._share = FairShare() if fair else None
+        self._charged = 0
         self.waiting: deque[SimRequest] = deque()
         self.resumed: list[SimRequest] = []
         self.begun: list[SimRequest] = []
@@ -99,6 +100,7 @@ class SimWorker(DecodeBatch):
         """A prompt, to be prefilled from its first token on."""
         request.worker = self
         if self._share is not None:
+            self._charge(self.steps_done(now_s))
             self._share.arrive(request.client)
         self.waiting.append(request)
         self.queued_tokens += request.to_prefill
@@ -116,12 +118,10 @@ class SimWorker(DecodeBatch):
     def accept(self, request: SimRequest, now_s: float) -> None:
         """Its state is here."""
         if self._share is not None:
+            self._charge(self.steps_done(now_s))
             self._share.arrive(request.client)
         self.arrived.append(request)
-        if self.span > 1 and not (self.waiting or self.begun or self.resumed):
-            self._skip_to(now_s)
-        else:
-            self._disturb(now_s)
+        self._disturb(now_s)
 
     def _set_floor(self) -> None:
         batch = self.running + self.incoming
@@ -135,26 +135,7 @@ class SimWorker(DecodeBatch):
         if self.end_s == inf:
             self._plan(now_s)
         elif self.span > 1:
-            if now_s <= self.start_s:  # nothing of it has run
-                self._plan(self.start_s)
-            else:
-                self._cut(now_s)
-
-    def _skip_to(self, now_s: float) -> None:
-        """Take the steps of a run up to the first boundary from now on, if nobody is done by then, and let a state in there.
-
-        That may be before the boundary itself has come: what else comes before it is let in there as well.
-        """
-        steps = 0
-        if now_s > self.start_s:
-            steps = steps_for(now_s - self.start_s, self.run_s(1), self._slope_s[self.running] * self.running)
-            if steps >= self.span:
-                return
-            seconds = self.run_s(steps)
-            self.busy_s += seconds
-            self.start_s += seconds
-            self._take(steps)
-        self._plan(self.start_s)
+            self._cut(now_s)
 
     def _cut(self, now_s: float) -> None:
         """End a run of decode steps with the one that is under way."""
@@ -193,8 +174,15 @@ class SimWorker(DecodeBatch):
         self._steps += steps
         self.decoding_tokens += self.running * steps
         if self._share is not None:
-            for client, count in Counter(request.client for _, _, request in self.finishes).items():
-                self._share.charge(client, count * steps)
+            self._charge(steps)
+            self._charged = 0
+
+    def _charge(self, steps: int) -> None:
+        """Clients have had this many steps of the present run; what was charged already is not charged again."""
+        assert self._share is not None
+        for client, count in Counter(request.client for _, _, request in self.finishes).items():
+            self._share.charge(client, count * (steps - self._charged))
+        self._charged = steps
 
     def _finish(self, request: SimRequest, now_s: float) -> None:
         if self._share is not None:
@@ -241,7 +229,10 @@ class SimWorker(DecodeBatch):
                 raise RuntimeError(f"worker {self.id}: a step that preempts must not prefill new prompts")
             running = self.running
             steps = self.steps_within(self.finishes[0][0] - self._steps, self.free_blocks)
-        # Whoever found no room finds none before a finish either: free blocks only shrink until then.
+        # Whoever found no room finds none before a finish either, for free blocks only shrink until then; but of several
+        # clients another may come first after the next step, and its prompt may fit.
+        if self._share is not None and len(self.waiting) > 1:
+            steps = 1
         self.span = steps
         self.end_s = now_s + self.run_s(steps)
 
@@ -388,7 +379,7 @@ class SimWorker(DecodeBatch):
         ) = 0
         self._hist = [0] * self.limits.block_size
         self.free_blocks = self.kind.blocks
-        self.span, self.end_s = 0, inf
+        self.span, self.end_s, self._charged = 0, inf, 0
         self._set_floor()
         self.epoch += 1
         if self._share is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain_simulator import simulate
 from sim_fixtures import kind, pools, shared, traffic
@@ -43,6 +43,9 @@ def assert_equal(config: SimConfig, trace: Trace) -> int:
     max_batch=st.sampled_from([3, 32]),
     step_tokens=st.sampled_from([64, 512]),
 )
+@example(seed=658788, prefill=3, decode=3, blocks=90, rate=10.0, clients=None, pass_tokens=1, max_batch=3, step_tokens=512)
+@example(seed=457339, prefill=0, decode=1, blocks=120, rate=10.0, clients=3, pass_tokens=1, max_batch=3, step_tokens=512)
+@example(seed=672846, prefill=0, decode=2, blocks=4000, rate=10.0, clients=3, pass_tokens=64, max_batch=3, step_tokens=64)
 def test_runs_of_steps_are_the_steps(
     seed: int,
     prefill: int,
