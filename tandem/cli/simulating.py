@@ -18,7 +18,7 @@ def simulate(
     hardware: Annotated[str | None, typer.Option(help="Needed with --gpus; else it must be the file's.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Plan for so many GPUs first, and simulate what that recommends.")] = None,
     trace: Annotated[str | None, typer.Option(help="A bundled trace's name or a file.")] = None,
-    trace_format: Annotated[str | None, typer.Option(help="Of the trace's file, where it is not seen from the file.")] = None,
+    trace_format: Annotated[str | None, typer.Option(help="csv, the only one so far.")] = None,
     scale: Annotated[float, typer.Option(help="Times the trace's request rate.")] = 1.0,
     start: Annotated[float, typer.Option(help="Second of the trace at which to begin.")] = 0.0,
     duration: Annotated[float | None, typer.Option(help="Seconds of the trace; default: to its end.")] = None,
@@ -54,6 +54,8 @@ def simulate(
         trace=trace, format=trace_format, scale=scale, start_s=start, duration_s=duration, isl=isl, osl=osl, arrivals=arrivals,
         requests=requests,
     )  # fmt: skip
+    if percentile != 50.0 and ttft is None and tpot is None:
+        raise refuse("--percentile", percentile, "changes nothing without --ttft or --tpot")
     slo = Slo(ttft_s=ttft, tpot_s=tpot, percentile=percentile) if ttft is not None or tpot is not None else None
     traces = traffic.draw(seed, replications)
     first = simulated.first_variant(deployment, model, hardware, gpus, traces[0].workload(), slo, policy)

@@ -6,9 +6,11 @@ be, only how long those were that have ended and how far the others are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from tandem.sched.route import Role
 
@@ -41,6 +43,14 @@ class Lengths:
     p50: float
     p90: float
     p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Lengths | None:
+        """Of these counts; None of none."""
+        if not values:
+            return None
+        p50, p90, p99 = (float(value) for value in np.percentile(values, (50, 90, 99)))
+        return cls(count=len(values), mean=float(np.mean(values)), p50=p50, p90=p90, p99=p99)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +90,10 @@ class Observation:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
     """Workers that each role should have, counting those that start, and why in one line. Whoever carries it out flips workers
-    between roles first (drained ones only), then starts and removes; `replace` names roles whose workers are to be replaced,
-    one after another, by ones of another kind."""
+    between roles first (drained ones only), then starts and removes."""
 
     targets: Mapping[Role, int]
     reason: str
-    replace: Mapping[Role, str] = field(default_factory=dict)
     changed: bool = False
     """Whether the targets differ from what is there or on its way."""
 

@@ -32,8 +32,6 @@ class ScaleLimits:
     min_workers: int = 1
     """Of each role that is served; one at least while there is work."""
     start_up_s: float = 60.0
-    flip_s: float = 2.0
-    """Flips cost this and the drain, about the time of an answer."""
     dwell_s: float = 120.0
     """Least time between a change and one in the other direction, and for which changes by hand are left alone."""
     down_s: float = 600.0
@@ -49,7 +47,7 @@ class ScaleLimits:
         require_int("max_gpus", self.max_gpus)
         require_int("gpus_per_worker", self.gpus_per_worker, high=self.max_gpus)
         require_int("min_workers", self.min_workers, low=0)
-        for name in ("start_up_s", "flip_s", "dwell_s", "down_s", "warm_s", "margin", "deviations"):
+        for name in ("start_up_s", "dwell_s", "down_s", "warm_s", "margin", "deviations"):
             if getattr(self, name) != 0:
                 require_number(name, getattr(self, name))
 

@@ -6,7 +6,7 @@ The server sees tokens, not steps: a request waits until its first token; prompt
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -60,15 +60,15 @@ class Observer:
             window_s=now - since_s,
             pools=tuple(self._count(role) for role in ROLES),
             arrived=len(arrived),
-            isl=_lengths(arrived),
-            osl=_lengths([r.osl for r in good]),
+            isl=Lengths.of(arrived),
+            osl=Lengths.of([r.osl for r in good]),
             waiting=len(waiting),
             waiting_tokens=sum(r.context for r in waiting),
             oldest_wait_s=max((now - r.life.arrival_s for r in waiting), default=0.0),
             waiting_decode=len(states),
             decoding=len(going),
             decoding_tokens=sum(r.context for r in going),
-            decoded=_lengths([len(r.tokens) for r in going]),
+            decoded=Lengths.of([len(r.tokens) for r in going]),
             ttft_s=float(np.quantile(firsts, 0.9)) if firsts else None,
             tpot_s=float(np.mean(steps)) if steps else None,
             attainment=None if self._slo is None or not ended else sum(meets(r, self._slo) for r in ended) / len(ended),
@@ -85,13 +85,6 @@ class Observer:
             running=sum(view.running for view in views),
             queued_tokens=sum(view.queued_tokens for view in views),
         )
-
-
-def _lengths(values: Sequence[int]) -> Lengths | None:
-    if not values:
-        return None
-    p50, p90, p99 = (float(q) for q in np.quantile(values, (0.5, 0.9, 0.99)))
-    return Lengths(count=len(values), mean=float(np.mean(values)), p50=p50, p90=p90, p99=p99)
 
 
 def to_line(observation: Observation) -> str:

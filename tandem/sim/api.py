@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import floor, log10
 from typing import Any, get_args
 
 import numpy as np
 
 from tandem.perf.backend import ServingFits
-from tandem.perf.estimate import perf_model
-from tandem.perf.phases import PerfModel
 from tandem.sched.metrics import RunStats, Spread
 from tandem.sched.observation import Decision, ScalingPolicy
-from tandem.sim.build import config_of
+from tandem.sim.build import config_of, perf_of
 from tandem.sim.config import SimConfig
 from tandem.sim.policies import PolicyName, make_policy
 from tandem.sim.result import SimResult
@@ -95,10 +93,7 @@ class SimRun:
             "simulated_tokens": self.result.simulated_tokens,
             "events": self.result.events,
             "seconds": self.seconds,
-            "decisions": [
-                {"at_s": at_s, "targets": dict(d.targets), "replace": dict(d.replace), "reason": d.reason}
-                for at_s, d in self.decisions
-            ],
+            "decisions": [{"at_s": at_s, "targets": dict(d.targets), "reason": d.reason} for at_s, d in self.decisions],
         }
 
 
@@ -141,7 +136,7 @@ def simulate(
             raise SpecError(f"max_gpus={max_gpus}: changes nothing without policy='elastic'")
         if max_gpus < deployment.gpus:
             raise SpecError(f"max_gpus={max_gpus}: must be at least the {deployment.gpus} GPUs of the deployment")
-    perf = _perf(deployment, model, hardware, fits)
+    perf = perf_of(deployment, model=model, hardware=hardware, fits=fits)
     config = config_of(deployment, trace=trace, perf=perf, window_s=_window_s(trace, policy != "static"))
     chosen = make_policy(policy, config, slo, max_gpus or deployment.gpus) if isinstance(policy, str) else policy
     return simulate_config(config, deployment, trace, chosen, name, slo)
@@ -183,17 +178,6 @@ def _trace(workload: Workload | Trace, rate_rps: float | None, requests: int | N
     if rate is None:
         raise SpecError("rate_rps=None: must be given, for the workload has no rate of its own")
     return poisson_trace(workload, rate, REQUESTS if requests is None else requests, seed)
-
-
-def _perf(
-    deployment: Deployment, model: ModelSpec | None, hardware: HardwareSpec | None, fits: ServingFits | None
-) -> PerfModel | None:
-    if model is None and hardware is None and fits is None:
-        return None
-    perf = perf_model(
-        model or deployment.model, hardware or deployment.hardware, deployment.precision, deployment.backend, fits
-    )
-    return replace(perf, split=True) if deployment.mode == "disaggregated" else perf
 
 
 def _window_s(trace: Trace, scaling: bool) -> float:

@@ -1,8 +1,8 @@
 """Kinds of workers out of the performance model: every step time that a simulation needs, tabulated once.
 
-What the tables leave out, measured in tests/sim/test_build.py: a decode step is the chord between two contexts; a chunk's
-attention is counted by pairs, whose price is that of 2,048 tokens in the middle of a prompt; what a chunk adds to a decode step
-is what it adds beside half of the largest batch.
+What the tables leave out, measured in tests/sim/test_worker_kinds.py: a decode step is the chord between two contexts; a
+chunk's attention is counted by pairs, whose price is that of 2,048 tokens in the middle of a prompt; what a chunk adds to a
+decode step is what it adds beside half of the largest batch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.perf.backend import ServingFits
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.estimate import check_fits, perf_model
 from tandem.perf.memory import DEFAULT_STEP_TOKENS, LARGEST_STEP_TOKENS
@@ -22,7 +23,8 @@ from tandem.sim.config import Group, SimConfig, WorkerKind
 from tandem.sim.times import StepTable
 from tandem.spec.design import Deployment, Pool
 from tandem.spec.errors import SpecError
-from tandem.spec.model import MLA, Attention, GatedDeltaNet, Mamba2
+from tandem.spec.hardware import HardwareSpec
+from tandem.spec.model import MLA, Attention, GatedDeltaNet, Mamba2, ModelSpec
 from tandem.spec.units import require_int, require_number
 from tandem.spec.workload import Trace, Workload
 
@@ -107,9 +109,7 @@ def config_of(
     """The simulation of a deployment as it was planned. Chords are laid around `context`, by default the mean of the trace's
     sequences in mid-output, else 4,096 tokens. `perf` replaces the model that the deployment's names stand for."""
     if perf is None:
-        perf = perf_model(deployment.model, deployment.hardware, deployment.precision, deployment.backend)
-        if deployment.mode == "disaggregated":
-            perf = replace(perf, split=True)
+        perf = perf_of(deployment)
     if context is None:
         context = trace.workload().decode_context if trace is not None else 4096.0
     groups = tuple(
@@ -123,6 +123,19 @@ def config_of(
     if routing is None:
         routing = RoutingLimits(step_tokens=groups[-1].kind.limits.step_tokens)
     return SimConfig(groups=groups, routing=routing, window_s=window_s)
+
+
+def perf_of(
+    deployment: Deployment,
+    *,
+    model: ModelSpec | None = None,
+    hardware: HardwareSpec | None = None,
+    fits: ServingFits | None = None,
+) -> PerfModel:
+    """The performance model of a deployment; `model` and `hardware` stand for its names, `fits` for the shipped ones."""
+    names = model or deployment.model, hardware or deployment.hardware
+    perf = perf_model(*names, deployment.precision, deployment.backend, fits)
+    return replace(perf, split=True) if deployment.mode == "disaggregated" else perf
 
 
 def step_table(perf: PerfModel, layout: Layout, *, context: float, max_batch: int, chunk_tokens: int) -> StepTable:

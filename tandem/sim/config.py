@@ -57,6 +57,10 @@ class Death:
     at_s: float
     worker: int
 
+    def __post_init__(self) -> None:
+        require_number("at_s", self.at_s)
+        require_int("worker", self.worker, low=0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SimConfig:
@@ -78,4 +82,7 @@ class SimConfig:
         if not any(group.role != "prefill" for group in self.groups):
             raise SpecError("groups: none of them decodes; give one of role decode or colocated")
         require_int("workers_per_link", self.workers_per_link)
+        require_int("prefix_cache_tokens", self.prefix_cache_tokens, low=0, high=10**12)
         require_number("window_s", self.window_s)
+        if self.until_s is not None:
+            require_number("until_s", self.until_s)

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 from heapq import heappush
 from math import sqrt
-from typing import TYPE_CHECKING
 
 from tandem.sched.request import Request
 from tandem.sim.config import WorkerKind
-
-if TYPE_CHECKING:
-    from tandem.sim.worker import SimWorker
 
 UNBOUNDED = 1 << 40
 """What policies are told of an answer's length: nothing."""
@@ -24,7 +20,7 @@ UNBOUNDED = 1 << 40
 class SimRequest(Request):
     """A request with what only the simulator knows."""
 
-    __slots__ = ("hashes", "last_step", "prefix", "row", "target", "worker")
+    __slots__ = ("hashes", "last_step", "prefix", "row", "target")
 
     row: int
     """Its place in the trace."""
@@ -36,8 +32,6 @@ class SimRequest(Request):
     """Output tokens that it will have."""
     last_step: int
     """Count of its worker's decode steps after which it is done."""
-    worker: SimWorker | None
-    """Where it is, or will be once its state is there."""
 
 
 class DecodeBatch:

@@ -40,7 +40,6 @@ class Fleet:
         self._since_s: dict[int, float] = {}
         self._gpu_seconds = self._price_usd = 0.0
         self._kinds: dict[Role, WorkerKind] = {}
-        self._by_name = {group.kind.name: group.kind for group in config.groups}
         for group in config.groups:
             self._kinds.setdefault(group.role, group.kind)
         self.longest = min(
@@ -112,10 +111,6 @@ class Fleet:
 
     def carry_out(self, decision: Decision) -> None:
         """Make the workers of each role as many as the decision says."""
-        for role, name in decision.replace.items():
-            kind = self._by_name.get(name)
-            if kind is not None and self._kinds.get(role) is not kind:
-                self._kinds[role] = kind
         self.meet(decision.targets)
         self._host.changed()
 

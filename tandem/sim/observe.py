@@ -51,14 +51,6 @@ class Host(Protocol):
         ...
 
 
-def lengths_of(values: list[int]) -> Lengths | None:
-    """Count, mean and quantiles; None of nothing."""
-    if not values:
-        return None
-    p50, p90, p99 = (float(v) for v in np.percentile(values, (50, 90, 99)))
-    return Lengths(count=len(values), mean=float(np.mean(values)), p50=p50, p90=p90, p99=p99)
-
-
 class Watch:
     """Counts what happens in a window; `observe` ends one and begins the next."""
 
@@ -103,15 +95,15 @@ class Watch:
             window_s=seconds,
             pools=self._pools(workers, seconds),
             arrived=len(self._isl),
-            isl=lengths_of(self._isl),
-            osl=lengths_of(self._osl),
+            isl=Lengths.of(self._isl),
+            osl=Lengths.of(self._osl),
             waiting=len(waiting),
             waiting_tokens=sum(w.queued_tokens for w in workers) + sum(r.to_prefill for r in self._host.unplaced),
             oldest_wait_s=max((now_s - r.arrival_s for r in waiting), default=0.0),
             waiting_decode=self._host.unplaced_states + sum(len(w.arrived) for w in workers),
             decoding=sum(w.running for w in workers),
             decoding_tokens=sum(w.context_at(now_s) - w.incoming_tokens for w in workers),
-            decoded=lengths_of(decoded),
+            decoded=Lengths.of(decoded),
             ttft_s=float(np.percentile(self._ttft_s, 90)) if self._ttft_s else None,
             tpot_s=float(np.mean(self._tpot_s)) if self._tpot_s else None,
             attainment=self._met / ended if ended and self._slo is not None else None,

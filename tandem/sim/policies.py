@@ -6,8 +6,8 @@ from typing import Literal
 
 from tandem.sched.observation import ScalingPolicy
 from tandem.sched.scale import ScaleLimits, Scaler
-from tandem.sched.scale_rates import TableRates
-from tandem.sim.config import SimConfig
+from tandem.sched.scale_rates import PoolRates, TableRates
+from tandem.sim.config import SimConfig, WorkerKind
 from tandem.spec.errors import SpecError
 from tandem.spec.workload import Slo
 
@@ -21,16 +21,34 @@ def make_policy(name: PolicyName, config: SimConfig, slo: Slo | None, max_gpus: 
         return None
     if slo is None or (slo.ttft_s is None and slo.tpot_s is None):
         raise SpecError(f"policy={name!r}: needs an objective to scale for; give a bound of TTFT or TPOT")
-    kind = config.groups[0].kind
-    if any(group.kind.gpus != kind.gpus for group in config.groups):
-        raise SpecError(f"policy={name!r}: needs workers of as many GPUs in every pool, so that they can change their roles")
-    rates = TableRates(
+    kinds = {group.role: group.kind for group in config.groups}
+    decode = kinds.get("decode") or kinds["colocated"]
+    prefill = kinds.get("prefill", decode)
+    if prefill.gpus != decode.gpus:
+        raise SpecError(
+            f"policy={name!r}: needs workers of as many GPUs in either pool, so that they can change their roles; "
+            f"the deployment has {prefill.gpus} to prefill and {decode.gpus} to decode"
+        )
+    limits = ScaleLimits(
+        max_gpus=max_gpus, gpus_per_worker=decode.gpus, start_up_s=max(kind.start_up_s for kind in kinds.values())
+    )
+    return Scaler(PairRates(_rates(prefill, slo), _rates(decode, slo)), limits)
+
+
+def _rates(kind: WorkerKind, slo: Slo) -> TableRates:
+    return TableRates(
         times=kind.times,
         blocks=kind.blocks,
         block_size=kind.limits.block_size,
-        max_batch=max(group.kind.limits.max_batch for group in config.groups if group.role != "prefill"),
+        max_batch=kind.limits.max_batch,
         ttft_s=slo.ttft_s,
         tpot_s=slo.tpot_s,
     )
-    limits = ScaleLimits(max_gpus=max_gpus, gpus_per_worker=kind.gpus, start_up_s=kind.start_up_s, flip_s=kind.flip_s)
-    return Scaler(rates, limits)
+
+
+class PairRates:
+    """`PoolRates` of workers whose prefill pool was planned otherwise than their decode pool."""
+
+    def __init__(self, prefill: PoolRates, decode: PoolRates) -> None:
+        self.prefill_load, self.prompt_s = prefill.prefill_load, prefill.prompt_s
+        self.decode_batch, self.decode_rps, self.colocated_rps = decode.decode_batch, decode.decode_rps, decode.colocated_rps

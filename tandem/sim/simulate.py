@@ -34,6 +34,8 @@ ARRIVES, CALL, BOUNDARY = 0, 1, 2
 
 
 NOTHING: list[int] = []
+IDLE_WINDOWS = 100
+"""A run in which so many windows pass with nothing to come has ended, its requests unfinished."""
 
 
 class Simulation:
@@ -56,6 +58,8 @@ class Simulation:
         self._links = Links(config.workers_per_link)
         self.board = Board(config.routing)
         self._open = len(trace)
+        self._next_s, self._idle = 0.0, 0
+        """Windows in which nothing happened and nothing was to come: a policy has left nobody to serve what waits."""
         self._simulated = 0
         self.live: dict[int, SimRequest] = {}
         self.fleet = Fleet(config, self)
@@ -84,7 +88,11 @@ class Simulation:
         for _ in range(len(self._unrouted)):
             self._place(self._unrouted.popleft())
         for _ in range(len(self._homeless)):
-            self._hand_off(*self._homeless.popleft())
+            request, source, end_s = self._homeless.popleft()
+            if source.status == "gone":
+                self._begin_again(request)
+            else:
+                self._hand_off(request, source, end_s)
 
     def schedule(self, worker: SimWorker) -> None:
         """The loop learns when a worker's present run ends."""
@@ -94,12 +102,15 @@ class Simulation:
 
     def died(self, worker: SimWorker) -> None:
         """Its requests begin again from their prompts and the tokens that they have."""
-        for request in worker.take_all():
-            self._columns.retries[request.row] += 1
-            request.computed = 0
-            self._place(request)
         if self._prefixes is not None:
             self._prefixes.forget(worker.id)
+        for request in worker.take_all():
+            self._begin_again(request)
+
+    def _begin_again(self, request: SimRequest) -> None:
+        self._columns.retries[request.row] += 1
+        request.computed = 0
+        self._place(request)
 
     @property
     def unplaced(self) -> list[SimRequest]:
@@ -117,7 +128,7 @@ class Simulation:
         isl, at_s = self._isl[row], self._arrival_s[row]
         client = "" if self._clients is None else self._clients[row]
         request = SimRequest(id=f"{row:09d}", isl=isl, max_tokens=UNBOUNDED, arrival_s=at_s, client=client)
-        request.row, request.target, request.worker = row, self._osl[row], None
+        request.row, request.target = row, self._osl[row]
         request.prefix, request.hashes = 0, NOTHING if self._prefixes is None else self._hashes(row)
         self.watch.arrived(isl)
         if isl + request.target > self.fleet.longest:
@@ -135,7 +146,6 @@ class Simulation:
             cached = {name: min(n * self.trace.prefix_block, request.isl - 1) for name, n in cells.items()}
         worker = self.board.prompt(request.to_prefill, cached, self.now_s)
         if worker is None:
-            request.worker = None
             self._unrouted.append(request)
             return
         if self._prefixes is not None:
@@ -157,7 +167,6 @@ class Simulation:
     def _hand_off(self, request: SimRequest, source: SimWorker, end_s: float) -> None:
         target = self.board.decode(request.context, self.now_s)
         if target is None:
-            request.worker = None
             self._homeless.append((request, source, end_s))
             return
         target.expect(request)
@@ -175,8 +184,9 @@ class Simulation:
         heappush(self._heap, (there_s, ARRIVES, next(self._serial), request, target))
 
     def _state_arrives(self, request: SimRequest, target: SimWorker) -> None:
-        if request.worker is not target or target.status == "gone":
-            return  # its worker died while the state was on its way: it has begun again elsewhere
+        if target.status == "gone":
+            self._begin_again(request)
+            return
         self._columns.transfer_end_s[request.row] = self.now_s
         target.accept(request, self.now_s)
         self.schedule(target)
@@ -202,14 +212,15 @@ class Simulation:
             self.later(death.at_s, self.fleet.kill, death.worker)
         self.later(self.config.window_s, self._observe)
         row, next_s = 0, arrivals[0]
-        while self._open:
+        self._next_s = next_s
+        while self._open and self._idle < IDLE_WINDOWS:
             if next_s <= heap[0][0]:
                 if next_s > until_s:
                     break
                 self.now_s = next_s
                 self._arrive(row)
                 row += 1
-                next_s = arrivals[row] if row < total else inf
+                self._next_s = next_s = arrivals[row] if row < total else inf
                 self.events += 1
                 continue
             at_s, kind, _, what, argument = heappop(heap)
@@ -238,6 +249,7 @@ class Simulation:
         return self._result()
 
     def _observe(self, _: object) -> None:
+        self._idle = 0 if self._heap or self._next_s < inf else self._idle + 1
         observation = self.watch.observe(self.now_s)
         if self._policy is not None:
             decision = self._policy.decide(observation)

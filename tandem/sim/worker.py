@@ -98,7 +98,6 @@ class SimWorker(DecodeBatch):
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         """A prompt, to be prefilled from its first token on."""
-        request.worker = self
         if self._share is not None:
             self._charge(self.steps_done(now_s))
             self._share.arrive(request.client)
@@ -109,7 +108,6 @@ class SimWorker(DecodeBatch):
 
     def expect(self, request: SimRequest) -> None:
         """Its state is on its way here."""
-        request.worker = self
         self.incoming += 1
         self.incoming_tokens += request.context
         self.pending_tokens += request.context

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from sim_fixtures import kind, pools
+import pytest
+from sim_fixtures import FAR, kind, pools
 
 from tandem.sched.scale import ScaleLimits, Scaler
 from tandem.sched.scale_rates import TableRates
+from tandem.sim.config import Group, SimConfig
+from tandem.sim.policies import make_policy
 from tandem.sim.result import SimResult
 from tandem.sim.simulate import run
-from tandem.spec.workload import Trace
+from tandem.spec.errors import SpecError
+from tandem.spec.workload import Slo, Trace
 
 WORKER = kind()
 RATES = TableRates(times=WORKER.times, blocks=4000, block_size=16, max_batch=32, ttft_s=1.0, tpot_s=0.02)
@@ -29,7 +33,7 @@ def phases(*parts: tuple[float, float, int, int], seed: int = 0) -> Trace:
 
 
 def scaled(trace: Trace, prefill: int, decode: int, *, gpus: int, fixed: bool = False) -> SimResult:
-    limits = ScaleLimits(max_gpus=gpus, fixed=fixed, start_up_s=20.0, flip_s=1.0, dwell_s=60.0)
+    limits = ScaleLimits(max_gpus=gpus, fixed=fixed, start_up_s=20.0, dwell_s=60.0)
     config = pools(prefill, decode, of=WORKER, window_s=10.0)
     return run(config, trace, policy=Scaler(RATES, limits))
 
@@ -58,3 +62,16 @@ def test_a_mix_flip_turns_the_ratio_in_place() -> None:
     assert prefill[first] >= 4
     assert decode[last] > prefill[last]
     assert decode[last] > decode[first]
+
+
+def test_each_pools_rates_are_those_of_its_own_workers() -> None:
+    slow, fast = kind("slow"), kind("fast", max_batch=8)
+    config = SimConfig(
+        groups=(Group(kind=slow, role="prefill", count=1), Group(kind=fast, role="decode", count=1)), routing=FAR
+    )
+    policy = make_policy("elastic", config, Slo(ttft_s=1.0, tpot_s=0.05), 4)
+    assert isinstance(policy, Scaler)
+    assert policy.perf.decode_batch(100.0) == 8
+    wide = SimConfig(groups=(Group(kind=kind(gpus=2), role="prefill", count=1), config.groups[1]), routing=FAR)
+    with pytest.raises(SpecError, match="2 to prefill and 1 to decode"):
+        make_policy("elastic", wide, Slo(tpot_s=0.05), 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,25 @@ def test_a_dead_workers_requests_go_on_elsewhere_and_another_starts() -> None:
     assert (decoders[:9] == 2).all()
     assert decoders[12] == 1
     assert decoders[-1] == 2  # 20 s later
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2])
+def test_a_state_on_its_way_to_a_worker_that_dies_is_made_again(dies: int) -> None:
+    each = kind()
+    slow = replace(each, times=replace(each.times, link_bytes_per_s=2e7))  # two seconds or so a state
+    trace = traffic(40, 5.0)
+    result = run(pools(1, 2, of=slow, deaths=(Death(at_s=4.0, worker=dies),), window_s=1.0), trace, checked=True)
+    assert_sound(result, trace)
+    assert dies == 0 or result.requests.retries.sum() > 0
+
+
+def test_a_run_that_nobody_is_left_to_serve_ends() -> None:
+    trace = traffic(60, 2.0)
+    script = Script((5.0, {"prefill": 0, "decode": 0}))
+    result = run(pools(1, 1, window_s=1.0), trace, policy=script)
+    stats = result.stats()
+    assert 0 < stats.completed < len(trace)
+    assert stats.completed + stats.unfinished == len(trace)
 
 
 def test_a_worker_changes_its_role_only_when_drained() -> None:
@@ -227,5 +247,9 @@ def test_impossible_traces_and_configurations_are_refused() -> None:
         run(pools(), late)
     with pytest.raises(SpecError, match="holds no requests"):
         run(pools(), traffic(0, 1.0))
+    with pytest.raises(SpecError, match="prefix_cache_tokens"):
+        pools(prefix_cache_tokens=-1)
+    with pytest.raises(SpecError, match="worker"):
+        Death(at_s=1.0, worker=-1)
     with pytest.raises(SpecError, match="none of them decodes"):
         SimConfig(groups=(Group(kind=kind(), role="prefill", count=1),), routing=RoutingLimits())
