@@ -27,7 +27,7 @@ class SimRequest(Request):
     hashes: list[int]
     """Of its prompt's blocks; empty where nobody caches."""
     prefix: int
-    """Prompt tokens that its worker had cached when its prefill last began."""
+    """Prompt tokens that its worker had cached when its prefill last began; before, what the router believed of it."""
     target: int
     """Output tokens that it will have."""
     last_step: int

@@ -23,7 +23,7 @@ class Host(Protocol):
         """A worker of this run."""
         ...
 
-    def changed(self) -> None:
+    def changed(self, *, came_up: bool = False) -> None:
         """Workers came, went or changed their roles."""
 
     def died(self, worker: SimWorker) -> None:
@@ -77,7 +77,7 @@ class Fleet:
     def _up(self, worker: SimWorker) -> None:
         if worker.status in ("starting", "flipping"):
             worker.status, worker.flip_to = "up", None
-            self._host.changed()
+            self._host.changed(came_up=True)
 
     def kill(self, number: int) -> None:
         """The worker dies, and another starts in its stead."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tandem.sched.fair import by_age
 from tandem.sched.observation import Decision, ScalingPolicy
 from tandem.sched.prefix import PrefixIndex
 from tandem.sched.route import Role
@@ -82,9 +83,12 @@ class Simulation:
             number, kind, role, self._columns, fair=fair, cache=cache, on_prefilled=self._prefilled, on_done=self._done
         )
 
-    def changed(self) -> None:
-        """Workers came, went or changed their roles: those who waited for one are placed."""
+    def changed(self, *, came_up: bool = False) -> None:
+        """Workers came, went or changed their roles: those who waited for one are placed, and prompts that have not begun move:
+        those of workers that take none any more, and all of them when a worker has come up."""
         self.board.set(self.fleet.workers)
+        if self.board.decoders:
+            self._move([w for w in self.fleet.workers if w.waiting and (came_up or not w.accepting)])
         for _ in range(len(self._unrouted)):
             self._place(self._unrouted.popleft())
         for _ in range(len(self._homeless)):
@@ -93,6 +97,18 @@ class Simulation:
                 self._begin_again(request)
             else:
                 self._hand_off(request, source, end_s)
+
+    def _move(self, workers: list[SimWorker]) -> None:
+        """Their prompts that have not begun are routed anew, in order of arrival."""
+        waiting = [(request, worker) for worker in workers for request in worker.recall()]
+        for request, worker in sorted(waiting, key=lambda pair: by_age(pair[0])):
+            self._place(request, before=worker)
+        for worker in workers:
+            if worker.waiting:
+                worker.disturb(self.now_s)
+                self.schedule(worker)
+            if worker.status == "draining" and worker.empty:
+                self.later(self.now_s, self.fleet.drained, worker)
 
     def schedule(self, worker: SimWorker) -> None:
         """The loop learns when a worker's present run ends."""
@@ -139,16 +155,25 @@ class Simulation:
         self.live[row] = request
         self._place(request)
 
-    def _place(self, request: SimRequest) -> None:
+    def _place(self, request: SimRequest, before: SimWorker | None = None) -> None:
+        """Route a prompt; `before` is the worker that it waited at, whom it does not leave for an equal."""
         cached: dict[str, int] = {}
         if request.hashes and self._prefixes is not None:
             cells = self._prefixes.matched(request.hashes)
             cached = {name: min(n * self.trace.prefix_block, request.isl - 1) for name, n in cells.items()}
+            if before is not None and before.id in cached:  # its own note there is no prefix that anyone has prefilled
+                cached[before.id] = request.prefix
         worker = self.board.prompt(request.to_prefill, cached, self.now_s)
+        if before is not None:
+            if worker is before:
+                before.stays(request)
+                return
+            before.leaves(request)
         if worker is None:
             self._unrouted.append(request)
             return
         if self._prefixes is not None:
+            request.prefix = cached.get(worker.id, 0)
             self._prefixes.note(worker.id, request.hashes)
         worker.submit(request, self.now_s)
         self.schedule(worker)

@@ -98,13 +98,34 @@ class SimWorker(DecodeBatch):
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         """A prompt, to be prefilled from its first token on."""
+        self._joins(request.client, now_s)
+        self.stays(request)
+        self.disturb(now_s)
+
+    def _joins(self, client: str, now_s: float) -> None:
         if self._share is not None:
             self._charge(self.steps_done(now_s))
-            self._share.arrive(request.client)
+            self._share.arrive(client)
+
+    def recall(self) -> list[SimRequest]:
+        """The prompts that have not begun, oldest first; each is then told to `stays` or `leaves`."""
+        prompts = list(self.waiting)
+        self.waiting.clear()
+        for request in prompts:
+            self.queued_tokens -= request.to_prefill
+            self.pending_tokens -= request.to_prefill
+        return prompts
+
+    def stays(self, request: SimRequest) -> None:
+        """It waits here as before."""
         self.waiting.append(request)
         self.queued_tokens += request.to_prefill
         self.pending_tokens += request.to_prefill
-        self._disturb(now_s)
+
+    def leaves(self, request: SimRequest) -> None:
+        """It goes on elsewhere, or is done."""
+        if self._share is not None:
+            self._share.leave(request.client)
 
     def expect(self, request: SimRequest) -> None:
         """Its state is on its way here."""
@@ -115,11 +136,9 @@ class SimWorker(DecodeBatch):
 
     def accept(self, request: SimRequest, now_s: float) -> None:
         """Its state is here."""
-        if self._share is not None:
-            self._charge(self.steps_done(now_s))
-            self._share.arrive(request.client)
+        self._joins(request.client, now_s)
         self.arrived.append(request)
-        self._disturb(now_s)
+        self.disturb(now_s)
 
     def _set_floor(self) -> None:
         batch = self.running + self.incoming
@@ -128,8 +147,8 @@ class SimWorker(DecodeBatch):
         else:
             self.floor_s = self.times.decode_s(batch + 1, self.decoding_tokens + self.incoming_tokens)
 
-    def _disturb(self, now_s: float) -> None:
-        """Something came: plan at the next boundary, which is now if nothing runs."""
+    def disturb(self, now_s: float) -> None:
+        """Something came, or the queue has another head: plan at the next boundary, which is now if nothing runs."""
         if self.end_s == inf:
             self._plan(now_s)
         elif self.span > 1:
@@ -183,8 +202,7 @@ class SimWorker(DecodeBatch):
         self._charged = steps
 
     def _finish(self, request: SimRequest, now_s: float) -> None:
-        if self._share is not None:
-            self._share.leave(request.client)
+        self.leaves(request)
         self.on_done(request, now_s)
 
     def _plan(self, now_s: float) -> None:
@@ -195,8 +213,7 @@ class SimWorker(DecodeBatch):
     def _choose(self, now_s: float) -> None:
         self.start_s = now_s
         self.epoch += 1
-        self.decode_only = True
-        self.chunks = []
+        self.decode_only, self.chunks = True, []
         running, prompts = self.running, self.waiting or self.begun or self.resumed
         if not (running or prompts or self.arrived):
             self.span, self.end_s = 0, inf
@@ -351,37 +368,33 @@ class SimWorker(DecodeBatch):
         columns.first_token_s[row] = now_s + self.times.first_token_s
         if self._share is not None:
             self._share.charge(request.client, 1)
-        if request.target == 1 or self.role == "prefill":
-            self.free_blocks += -(-request.computed // self.limits.block_size)
-            if request.target == 1:
-                self._finish(request, now_s)
-            else:
-                if self._share is not None:
-                    self._share.leave(request.client)
-                self.on_prefilled(self, request, now_s)
-        else:
+        if request.target > 1 and self.role != "prefill":
             columns.decode_start_s[row] = now_s
             self.join(request)
+            return
+        self.free_blocks += -(-request.computed // self.limits.block_size)
+        if request.target == 1:
+            self._finish(request, now_s)
+        else:
+            self.leaves(request)
+            self.on_prefilled(self, request, now_s)
 
     # The end.
 
     def take_all(self) -> list[SimRequest]:
         """Everything that was here or on its way, oldest first, as it was at the last boundary; the worker is empty then."""
         self.settle()
-        everyone = [*self.waiting, *self.begun, *self.resumed, *self.arrived, *(request for _, _, request in self.finishes)]
-        self.waiting.clear()
+        everyone = [*self.recall(), *self.begun, *self.resumed, *self.arrived, *(request for _, _, request in self.finishes)]
         self.arrived.clear()
         self.begun, self.resumed, self.finishes, self.chunks = [], [], [], []
-        self.running = self.decoding_tokens = self.incoming = self.incoming_tokens = self.pending_tokens = (
-            self.queued_tokens
-        ) = 0
+        self.running = self.decoding_tokens = self.incoming = self.incoming_tokens = 0
+        self.pending_tokens = self.queued_tokens = 0
         self._hist = [0] * self.limits.block_size
         self.free_blocks = self.kind.blocks
         self.span, self.end_s, self._charged = 0, inf, 0
         self._set_floor()
         self.epoch += 1
-        if self._share is not None:
-            self._share = FairShare()
+        self._share = None if self._share is None else FairShare()
         if self._cache is not None:
             self._cache.clear()
         return sorted(everyone, key=by_age)

@@ -52,6 +52,7 @@ def digest(result: SimResult) -> str:
     clients=st.sampled_from([None, 3]),
     pass_tokens=st.sampled_from([1, 64]),
     deaths=st.lists(st.tuples(st.floats(0.1, 8.0), st.integers(0, 5)), max_size=3),
+    changes=st.lists(st.tuples(st.floats(0.1, 30.0), st.integers(1, 4), st.integers(1, 4)), max_size=3),
 )
 def test_whatever_happens_every_request_is_served_once(
     seed: int,
@@ -62,6 +63,7 @@ def test_whatever_happens_every_request_is_served_once(
     clients: int | None,
     pass_tokens: int,
     deaths: list[tuple[float, int]],
+    changes: list[tuple[float, int, int]],
 ) -> None:
     each = kind(blocks=blocks, pass_tokens=pass_tokens)
     told = tuple(Death(at_s=at_s, worker=worker) for at_s, worker in deaths)
@@ -70,9 +72,10 @@ def test_whatever_happens_every_request_is_served_once(
     else:
         config = shared(decode, of=each, deaths=told, window_s=2.0)
     trace = traffic(60, rate, seed=seed, clients=clients)
-    result = run(config, trace, checked=True)
+    targets = [(at_s, {"prefill": p, "decode": d} if prefill else {"colocated": d}) for at_s, p, d in sorted(changes)]
+    result = run(config, trace, policy=Script(*targets), checked=True)
     assert_sound(result, trace)
-    assert digest(result) == digest(run(config, trace))
+    assert digest(result) == digest(run(config, trace, policy=Script(*targets)))
 
 
 def test_a_request_that_outgrows_every_worker_is_refused_and_the_others_are_served() -> None:
@@ -132,6 +135,25 @@ def test_a_worker_changes_its_role_only_when_drained() -> None:
     for seen in script.seen:  # while it drains it is still of its old role, and beside the others of it
         for pool in seen.pools:
             assert pool.up + pool.starting + pool.draining <= 3
+
+
+def test_prompts_that_have_not_begun_move_to_a_worker_that_comes_up_and_from_one_that_drains() -> None:
+    at_once = Trace(name="heap", arrival_s=np.zeros(400), isl=np.full(400, 4000), osl=np.full(400, 5))
+    grows = run(pools(1, 1, window_s=1.0), at_once, policy=Script((1.0, {"prefill": 3, "decode": 1})), checked=True)
+    assert_sound(grows, at_once)
+    stays = run(pools(1, 1), at_once).requests
+    begun_s, before_s = grows.requests.prefill_start_s, stays.prefill_start_s
+    up_s = 1.0 + kind().start_up_s
+    assert before_s.max() > up_s + 10.0
+    old = before_s <= up_s
+    np.testing.assert_allclose(begun_s[old], before_s[old])
+    left_s = before_s.max() - up_s
+    assert begun_s.max() - up_s == pytest.approx(left_s / 3, rel=0.2)  # three share what one had left
+    shrinks = run(pools(2, 1, window_s=1.0), at_once, policy=Script((2.0, {"prefill": 1, "decode": 1})), checked=True)
+    assert_sound(shrinks, at_once)
+    gpus, at_s = shrinks.series["gpus"], shrinks.series["at_s"]
+    assert at_s[np.argmax(gpus == 2)] <= 4.0  # what it had not begun did not hold it up
+    assert shrinks.requests.retries.sum() == 0
 
 
 def test_workers_start_after_their_start_up_and_are_paid_from_the_decision() -> None:
