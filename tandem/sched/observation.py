@@ -96,6 +96,9 @@ class Decision:
     reason: str
     changed: bool = False
     """Whether the targets differ from what is there or on its way."""
+    kind: str | None = None
+    """The kind that all workers are to be from now on; those of another are replaced one after another, and `targets` count
+    workers of this kind. None: as they are."""
 
 
 class ScalingPolicy(Protocol):

@@ -7,13 +7,14 @@ the present targets act at once; needs below them only when they stayed below fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
 from tandem.sched.forecast import Forecast
 from tandem.sched.observation import Decision, Lengths, Observation
 from tandem.sched.route import Role
+from tandem.sched.scale_kinds import Kind, pays
 from tandem.sched.scale_rates import PoolRates
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
@@ -66,6 +67,10 @@ class ScaleState:
     by_hand_s: float = float("-inf")
     needs: tuple[tuple[float, tuple[float, ...]], ...] = ()
     """Of the last `down_s`: when, and workers needed of each role in the order of `targets`."""
+    kind: int = 0
+    """Which of the kinds that workers may be they are, or are becoming."""
+    gpus: tuple[tuple[int, ...], ...] = ()
+    """Beside `needs`: the GPUs that each kind would have taken."""
 
 
 def _there(observation: Observation) -> dict[Role, int]:
@@ -136,6 +141,17 @@ def _needs(seen: Observation, state: ScaleState, perf: PoolRates, limits: ScaleL
     return [found[role] for role in roles]
 
 
+def _gpus(
+    observation: Observation, state: ScaleState, kinds: Sequence[Kind], limits: ScaleLimits, roles: tuple[Role, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """What is remembered of the GPUs that each kind would have taken, with this window."""
+    row = []
+    for kind in kinds:
+        needs = _needs(observation, state, kind.rates, limits, roles)
+        row.append(kind.gpus * sum(max(limits.min_workers, ceil(need - 0.05)) for need in needs))
+    return (*state.gpus, tuple(row))
+
+
 def _split(needs: list[float], workers: int, least: int) -> list[int]:
     """`workers` shared between pools so that the largest need per worker is smallest."""
     counts = [min(least, max(1, workers // len(needs)))] * len(needs)
@@ -175,8 +191,34 @@ def _wanted(
     return now, "no other split is better by the margin"
 
 
-def decide(observation: Observation, state: ScaleState, perf: PoolRates, limits: ScaleLimits) -> tuple[Decision, ScaleState]:
-    """Targets after this window, and what to remember. Pure. SpecError if no worker is observed and none was asked for."""
+def _other_kind(
+    observation: Observation, state: ScaleState, kinds: Sequence[Kind], limits: ScaleLimits, roles: tuple[Role, ...]
+) -> tuple[int, list[int]] | None:
+    """A kind to change to, and workers of each role of it; None where none pays, or none can start beside those there."""
+    at_s, budget = observation.at_s, limits.max_gpus - sum(p.gpus_per_worker * (p.up + p.starting) for p in observation.pools)
+    paying = [
+        (max(row[i] for row in state.gpus), i)
+        for i, kind in enumerate(kinds)
+        if i != state.kind
+        and kind.gpus * len(roles) <= budget
+        and pays(state.gpus, state.kind, i, margin=limits.margin, start_up_s=limits.start_up_s, held_s=at_s - state.needs[0][0])
+    ]
+    if not paying:
+        return None
+    best = min(paying)[1]
+    needs = _needs(observation, state, kinds[best].rates, limits, roles)
+    return best, [max(limits.min_workers, ceil(need * (1.0 + limits.margin) - 0.05)) for need in needs]
+
+
+def decide(
+    observation: Observation, state: ScaleState, perf: PoolRates, limits: ScaleLimits, kinds: Sequence[Kind] = ()
+) -> tuple[Decision, ScaleState]:
+    """Targets after this window, and what to remember. Pure. SpecError if no worker is observed and none was asked for.
+
+    `kinds`: what workers may be replaced by, the first one what they are in the beginning, of which `perf` are the rates.
+    """
+    if kinds:
+        perf, limits = kinds[state.kind].rates, replace(limits, gpus_per_worker=kinds[state.kind].gpus)
     there = _there(observation)
     asked = dict(state.targets or ())
     if not there and not asked:
@@ -185,7 +227,9 @@ def decide(observation: Observation, state: ScaleState, perf: PoolRates, limits:
     at_s = observation.at_s
     state = _learn(state, observation)
     base = asked or there
-    if asked and _by_hand(there, asked, draining):
+    others = [p for p in observation.pools if kinds and p.kind != kinds[state.kind].name]
+    rolling = any(p.up or p.starting or p.draining for p in others)
+    if asked and not rolling and _by_hand(there, asked, draining):
         state = replace(state, by_hand_s=at_s, needs=())
         base = {role: there.get(role, 0) for role in sorted({*there, *asked})}
     roles = tuple(sorted(base))
@@ -195,6 +239,8 @@ def decide(observation: Observation, state: ScaleState, perf: PoolRates, limits:
     def hold(why: str) -> tuple[Decision, ScaleState]:
         return Decision(targets=dict(zip(roles, now, strict=True)), reason=f"hold: {why}"), state
 
+    if rolling:
+        return hold(f"workers are being replaced by {kinds[state.kind].name}")
     if observation.arrived is None:
         return hold("arrivals were not measured")
     if at_s - (state.began_s or 0.0) <= limits.warm_s:
@@ -205,12 +251,19 @@ def decide(observation: Observation, state: ScaleState, perf: PoolRates, limits:
         return hold("no lengths of prompts or answers seen yet")
     needs = _needs(observation, state, perf, limits, roles)
     kept = (*((t, n) for t, n in state.needs if t > at_s - limits.down_s), (at_s, tuple(needs)))
-    state = replace(state, needs=kept)
+    state = replace(state, needs=kept, gpus=_gpus(observation, state, kinds, limits, roles)[-len(kept) :])
     high = [max(n[i] for _, n in kept) for i in range(len(roles))]
     settled = at_s - state.changed_s >= limits.dwell_s
     lower = settled and at_s - limits.down_s >= max(state.began_s or 0.0, state.by_hand_s, state.changed_s)
     work = observation.arrived or observation.waiting or observation.decoding or observation.waiting_decode
     least = max(limits.min_workers, 1 if work else 0)
+    if kinds and lower and (found := _other_kind(observation, state, kinds, limits, roles)) is not None:
+        kind, aim = found
+        was, worst = kinds[state.kind].name, [max(row[i] for row in state.gpus) for i in (state.kind, kind)]
+        targets = dict(zip(roles, aim, strict=True))
+        state = replace(state, targets=tuple(targets.items()), changed_s=at_s, kind=kind, needs=(), gpus=())
+        reason = f"{kinds[kind].name} instead of {was}: {worst[1]} GPUs instead of {worst[0]} for the traffic of late"
+        return Decision(targets=targets, reason=reason, changed=True, kind=kinds[kind].name), state
     aim, how = _wanted(now, needs, high, limits, least, settled, lower)
     numbers = ", ".join(f"{role} needs {need:.2f} has {n}" for role, need, n in zip(roles, needs, now, strict=True))
     if aim == now:
@@ -225,10 +278,10 @@ def decide(observation: Observation, state: ScaleState, perf: PoolRates, limits:
 class Scaler:
     """A `ScalingPolicy` that scales jointly."""
 
-    def __init__(self, perf: PoolRates, limits: ScaleLimits) -> None:
-        self.perf, self.limits, self.state = perf, limits, ScaleState()
+    def __init__(self, perf: PoolRates, limits: ScaleLimits, kinds: Sequence[Kind] = ()) -> None:
+        self.perf, self.limits, self.kinds, self.state = perf, limits, tuple(kinds), ScaleState()
 
     def decide(self, observation: Observation) -> Decision:
         """What to aim at after this window."""
-        decision, self.state = decide(observation, self.state, self.perf, self.limits)
+        decision, self.state = decide(observation, self.state, self.perf, self.limits, self.kinds)
         return decision

@@ -70,6 +70,8 @@ class SimConfig:
     routing: RoutingLimits = field(default_factory=RoutingLimits)
     workers_per_link: int = 1
     """Workers that share one link for their states, each way: those of a node."""
+    kinds: tuple[WorkerKind, ...] = ()
+    """What a policy may replace workers by, beside the kinds that are there."""
     deaths: tuple[Death, ...] = ()
     window_s: float = 30.0
     """Time between two observations of a policy, and between two points of the time series."""

@@ -11,6 +11,10 @@ from tandem.sim.config import SimConfig, WorkerKind
 from tandem.sim.worker import SimWorker
 
 
+def _least_to_do(worker: SimWorker) -> tuple[bool, int, int, int]:
+    return worker.status != "starting", worker.running + worker.incoming, worker.queued_tokens, worker.number
+
+
 class Host(Protocol):
     """What the fleet asks of a simulation."""
 
@@ -42,6 +46,9 @@ class Fleet:
         self._kinds: dict[Role, WorkerKind] = {}
         for group in config.groups:
             self._kinds.setdefault(group.role, group.kind)
+        self._by_name = {kind.name: kind for kind in (*config.kinds, *(group.kind for group in config.groups))}
+        self._rolling: dict[Role, int] | None = None
+        """How many of the new kind each role is to have, while workers are replaced."""
         self.longest = min(
             (group.kind.blocks - 1) * group.kind.limits.block_size for group in config.groups if group.role != "prefill"
         )
@@ -77,6 +84,7 @@ class Fleet:
     def _up(self, worker: SimWorker) -> None:
         if worker.status in ("starting", "flipping"):
             worker.status, worker.flip_to = "up", None
+            self._roll()
             self._host.changed(came_up=True)
 
     def kill(self, number: int) -> None:
@@ -89,7 +97,7 @@ class Fleet:
         self._host.changed()
         self._host.died(worker)
         if status != "draining" or worker.flip_to is not None:
-            self._begin(worker.kind, role)
+            self._begin(self._kinds[role] if self._rolling is not None else worker.kind, role)
 
     def _gone(self, worker: SimWorker) -> None:
         worker.status = "gone"
@@ -111,8 +119,40 @@ class Fleet:
 
     def carry_out(self, decision: Decision) -> None:
         """Make the workers of each role as many as the decision says."""
-        self.meet(decision.targets)
+        if decision.kind is not None:
+            self._kinds = dict.fromkeys(decision.targets, self._by_name[decision.kind])
+            self._rolling = dict(decision.targets)
+            for worker in self.workers:
+                if worker.status == "draining":
+                    worker.flip_to = None
+            self._roll()
+        else:
+            self.meet(decision.targets)
         self._host.changed()
+
+    def _roll(self) -> None:
+        """Replace workers one after another: a new one of each role starts, and when it is up, old ones drain, so many that the
+        last of them goes with the last one to come."""
+        if self._rolling is None:
+            return
+        left = any(w.status == "flipping" for w in self.workers)
+        for role, target in self._rolling.items():
+            there = [w for w in self.workers if w.role == role and w.status in ("up", "starting")]
+            old = [w for w in there if w.kind is not self._kinds[role]]
+            new = [w for w in there if w.kind is self._kinds[role]]
+            if any(w.status == "starting" for w in new):
+                left = True
+                continue
+            to_come = max(0, target - len(new))
+            keep = len(old) * to_come // max(target, 1)
+            for worker in sorted(old, key=_least_to_do)[: len(old) - keep]:
+                self._drain(worker, None)
+            if to_come:
+                left = True
+                self._begin(self._kinds[role], role)
+        if not left:
+            targets, self._rolling = self._rolling, None
+            self.meet(targets)
 
     def meet(self, targets: Mapping[Role, int]) -> None:
         """Towards these counts, from what is there and on its way."""
@@ -145,7 +185,7 @@ class Fleet:
         able = [w for w in there if w.status == "up"] if flip else there
         if len(there) == 1 and flip:
             return None
-        return min(able, key=lambda w: (w.status != "starting", w.running + w.incoming, w.queued_tokens, w.number))
+        return min(able, key=_least_to_do)
 
     def _drain(self, worker: SimWorker, flip_to: Role | None) -> None:
         if worker.status == "starting":

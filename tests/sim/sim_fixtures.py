@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -74,14 +74,16 @@ def traffic(
 
 
 class Script:
-    """Says given targets at given windows, and remembers what it was shown."""
+    """Says given targets, and kinds, at given windows, and remembers what it was shown."""
 
-    def __init__(self, *targets: tuple[float, Mapping[Role, int]]) -> None:
-        self.targets = list(targets)
+    def __init__(self, *steps: tuple[float, Mapping[Role, int]], kinds: Mapping[float, str] | None = None) -> None:
+        self.steps, self.kinds = list(steps), kinds or {}
         self.seen: list[Observation] = []
 
     def decide(self, observation: Observation) -> Decision:
         self.seen.append(observation)
-        due: Sequence[Mapping[Role, int]] = [t for at_s, t in self.targets if at_s <= observation.at_s + 1e-9]
-        self.targets = [(at_s, t) for at_s, t in self.targets if at_s > observation.at_s + 1e-9]
-        return Decision(targets=due[-1] if due else {}, reason="as written", changed=bool(due))
+        due = [step for step in self.steps if step[0] <= observation.at_s + 1e-9]
+        self.steps = [step for step in self.steps if step[0] > observation.at_s + 1e-9]
+        if not due:
+            return Decision(targets={}, reason="as written")
+        return Decision(targets=due[-1][1], reason="as written", changed=True, kind=self.kinds.get(due[-1][0]))

@@ -7,8 +7,9 @@ import pytest
 from sim_fixtures import FAR, kind, pools
 
 from tandem.sched.scale import ScaleLimits, Scaler
+from tandem.sched.scale_kinds import Kind, pays
 from tandem.sched.scale_rates import TableRates
-from tandem.sim.config import Group, SimConfig
+from tandem.sim.config import Group, SimConfig, WorkerKind
 from tandem.sim.policies import make_policy
 from tandem.sim.result import SimResult
 from tandem.sim.simulate import run
@@ -65,6 +66,34 @@ def test_a_mix_flip_turns_the_ratio_in_place() -> None:
     assert decode[last] > decode[first]
 
 
+def rates_of(each: WorkerKind) -> TableRates:
+    limits = each.limits
+    return TableRates(times=each.times, blocks=each.blocks, block_size=16, max_batch=limits.max_batch, ttft_s=1.0, tpot_s=0.02)
+
+
+def test_longer_contexts_bring_workers_with_more_memory_one_after_another() -> None:
+    small, large = kind("small", blocks=400), kind("large", blocks=6000, gpus=2)
+    trace = phases((1500.0, 8.0, 300, 200), (3000.0, 2.0, 3000, 400), seed=1)
+    limits = ScaleLimits(max_gpus=40, start_up_s=20.0, dwell_s=60.0, down_s=300.0)
+    choices = [Kind(name=each.name, gpus=each.gpus, rates=rates_of(each)) for each in (small, large)]
+    config = pools(2, 2, of=small, window_s=10.0, kinds=(large,))
+    result = run(config, trace, policy=Scaler(choices[0].rates, limits, choices), checked=True)
+    replaced = [(at_s, d) for at_s, d in result.decisions if d.kind is not None]
+    assert [d.kind for _, d in replaced] == ["large"]
+    at_s, decision = replaced[0]
+    assert at_s > 1500.0
+    assert "large instead of small" in decision.reason
+    assert result.requests.completed.all()
+    gpus, seen_s = result.series["gpus"], result.series["at_s"]
+    alone = run(config, trace, policy=Scaler(choices[0].rates, limits), checked=True)
+    assert np.mean(gpus[seen_s > 4000.0]) < 0.8 * np.mean(alone.series["gpus"][alone.series["at_s"] > 4000.0])
+    serving = result.series["prefill_workers"], result.series["decode_workers"]
+    rolling = (seen_s > at_s) & (seen_s < at_s + 300.0)
+    assert min(np.min(count[rolling]) for count in serving) >= 1
+    late = result.requests.arrival_s > at_s
+    assert np.nanpercentile(result.requests.ttft_s[late], 90) < 1.0
+
+
 def test_each_pools_rates_are_those_of_its_own_workers() -> None:
     slow, fast = kind("slow"), kind("fast", max_batch=8)
     config = SimConfig(
@@ -76,3 +105,11 @@ def test_each_pools_rates_are_those_of_its_own_workers() -> None:
     wide = SimConfig(groups=(Group(kind=kind(gpus=2), role="prefill", count=1), config.groups[1]), routing=FAR)
     with pytest.raises(SpecError, match="2 to prefill and 1 to decode"):
         make_policy("elastic", wide, Slo(tpot_s=0.05), 4)
+
+
+def test_a_replacement_must_save_more_than_its_start_up_costs() -> None:
+    windows = [(8, 6), (10, 6)]
+    assert pays(windows, 0, 1, margin=0.1, start_up_s=60.0, held_s=600.0)
+    assert not pays(windows, 0, 1, margin=0.1, start_up_s=600.0, held_s=600.0)  # 4 GPUs for 600 s against 6 for 600 s
+    assert not pays(windows, 0, 1, margin=0.5, start_up_s=60.0, held_s=600.0)
+    assert not pays(windows, 1, 0, margin=0.1, start_up_s=60.0, held_s=600.0)

@@ -52,7 +52,9 @@ def digest(result: SimResult) -> str:
     clients=st.sampled_from([None, 3]),
     pass_tokens=st.sampled_from([1, 64]),
     deaths=st.lists(st.tuples(st.floats(0.1, 8.0), st.integers(0, 5)), max_size=3),
-    changes=st.lists(st.tuples(st.floats(0.1, 30.0), st.integers(1, 4), st.integers(1, 4)), max_size=3),
+    changes=st.lists(
+        st.tuples(st.floats(0.1, 60.0), st.integers(1, 4), st.integers(1, 4), st.sampled_from([None, "k", "other"])), max_size=4
+    ),
 )
 def test_whatever_happens_every_request_is_served_once(
     seed: int,
@@ -63,19 +65,21 @@ def test_whatever_happens_every_request_is_served_once(
     clients: int | None,
     pass_tokens: int,
     deaths: list[tuple[float, int]],
-    changes: list[tuple[float, int, int]],
+    changes: list[tuple[float, int, int, str | None]],
 ) -> None:
     each = kind(blocks=blocks, pass_tokens=pass_tokens)
     told = tuple(Death(at_s=at_s, worker=worker) for at_s, worker in deaths)
+    other = kind("other", blocks=blocks, pass_tokens=pass_tokens, gpus=2)
     if prefill:
-        config = pools(prefill, decode, of=each, deaths=told, window_s=2.0)
+        config = pools(prefill, decode, of=each, deaths=told, window_s=2.0, kinds=(other,))
     else:
-        config = shared(decode, of=each, deaths=told, window_s=2.0)
+        config = shared(decode, of=each, deaths=told, window_s=2.0, kinds=(other,))
     trace = traffic(60, rate, seed=seed, clients=clients)
-    targets = [(at_s, {"prefill": p, "decode": d} if prefill else {"colocated": d}) for at_s, p, d in sorted(changes)]
-    result = run(config, trace, policy=Script(*targets), checked=True)
+    steps = [(at_s, {"prefill": p, "decode": d} if prefill else {"colocated": d}) for at_s, p, d, _ in changes]
+    kinds = {at_s: name for at_s, _, _, name in changes if name is not None}
+    result = run(config, trace, policy=Script(*steps, kinds=kinds), checked=True)
     assert_sound(result, trace)
-    assert digest(result) == digest(run(config, trace, policy=Script(*targets)))
+    assert digest(result) == digest(run(config, trace, policy=Script(*steps, kinds=kinds)))
 
 
 def test_a_request_that_outgrows_every_worker_is_refused_and_the_others_are_served() -> None:
@@ -154,6 +158,25 @@ def test_prompts_that_have_not_begun_move_to_a_worker_that_comes_up_and_from_one
     gpus, at_s = shrinks.series["gpus"], shrinks.series["at_s"]
     assert at_s[np.argmax(gpus == 2)] <= 4.0  # what it had not begun did not hold it up
     assert shrinks.requests.retries.sum() == 0
+
+
+def test_workers_are_replaced_one_after_another() -> None:
+    other = kind("other", gpus=2)
+    script = Script((5.0, {"prefill": 1, "decode": 2}), kinds={5.0: "other"})
+    trace = traffic(1500, 10.0)
+    result = run(pools(2, 4, window_s=1.0, kinds=(other,)), trace, policy=script, checked=True)
+    assert_sound(result, trace)
+    assert result.requests.retries.sum() == 0
+    counts = [{(p.role, p.kind): (p.up, p.starting) for p in seen.pools} for seen in script.seen]
+    assert counts[5] == {
+        ("prefill", "k"): (2, 0),
+        ("prefill", "other"): (0, 1),
+        ("decode", "k"): (4, 0),
+        ("decode", "other"): (0, 1),
+    }
+    half = next(c for c in counts if c.get(("decode", "other"), (0, 0))[0] == 1)
+    assert half["decode", "k"][0] == 2  # the first of two new ones lets half of the old ones go
+    assert counts[-1] == {("prefill", "other"): (1, 0), ("decode", "other"): (2, 0)}
 
 
 def test_workers_start_after_their_start_up_and_are_paid_from_the_decision() -> None:
