@@ -23,6 +23,8 @@ class Board:
         self._limits = limits
         self.prefillers: list[SimWorker] = []
         self.decoders: list[SimWorker] = []
+        for worker in self.decoders:
+            worker.set_floor()
         self._one_kind = True
         self._slope_s = 0.0
         self._colocated = False

@@ -236,8 +236,9 @@ class Simulation:
         for death in self.config.deaths:
             self.later(death.at_s, self.fleet.kill, death.worker)
         self.later(self.config.window_s, self._observe)
-        row, next_s = 0, arrivals[0]
+        row, next_s, events = 0, arrivals[0], 0
         self._next_s = next_s
+        serial, checked = self._serial, self._checked
         while self._open and self._idle < IDLE_WINDOWS:
             if next_s <= heap[0][0]:
                 if next_s > until_s:
@@ -246,7 +247,7 @@ class Simulation:
                 self._arrive(row)
                 row += 1
                 self._next_s = next_s = arrivals[row] if row < total else inf
-                self.events += 1
+                events += 1
                 continue
             at_s, kind, _, what, argument = heappop(heap)
             if at_s > until_s:
@@ -256,7 +257,9 @@ class Simulation:
                     continue
                 self.now_s = at_s
                 what.wake()
-                self.schedule(what)
+                if what.end_s != inf:
+                    what.pushed = what.epoch
+                    heappush(heap, (what.end_s, BOUNDARY, next(serial), what, what.epoch))
                 if what.status == "draining" and what.empty:
                     self.fleet.drained(what)
             elif kind == ARRIVES:
@@ -265,10 +268,11 @@ class Simulation:
             else:
                 self.now_s = at_s
                 what(argument)
-            self.events += 1
-            if self._checked:
+            events += 1
+            if checked:
                 for worker in self.fleet.workers:
                     check(worker)
+        self.events = events
         if until_s != inf and self._open:
             self.now_s = until_s
         return self._result()

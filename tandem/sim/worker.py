@@ -119,8 +119,9 @@ class SimWorker(DecodeBatch):
     def stays(self, request: SimRequest) -> None:
         """It waits here as before."""
         self.waiting.append(request)
-        self.queued_tokens += request.to_prefill
-        self.pending_tokens += request.to_prefill
+        tokens = request.to_prefill
+        self.queued_tokens += tokens
+        self.pending_tokens += tokens
 
     def leaves(self, request: SimRequest) -> None:
         """It goes on elsewhere, or is done."""
@@ -132,7 +133,7 @@ class SimWorker(DecodeBatch):
         self.incoming += 1
         self.incoming_tokens += request.context
         self.pending_tokens += request.context
-        self._set_floor()
+        self.set_floor()
 
     def accept(self, request: SimRequest, now_s: float) -> None:
         """Its state is here."""
@@ -140,7 +141,8 @@ class SimWorker(DecodeBatch):
         self.arrived.append(request)
         self.disturb(now_s)
 
-    def _set_floor(self) -> None:
+    def set_floor(self) -> None:
+        """`floor_s` as of now; only where sequences decode does anybody ask."""
         batch = self.running + self.incoming
         if batch >= self.max_batch:
             self.floor_s = inf
@@ -208,16 +210,14 @@ class SimWorker(DecodeBatch):
     def _plan(self, now_s: float) -> None:
         """What runs from this boundary on."""
         self._choose(now_s)
-        self._set_floor()
+        if self.role != "prefill":
+            self.set_floor()
 
     def _choose(self, now_s: float) -> None:
         self.start_s = now_s
         self.epoch += 1
         self.decode_only, self.chunks = True, []
         running, prompts = self.running, self.waiting or self.begun or self.resumed
-        if not (running or prompts or self.arrived):
-            self.span, self.end_s = 0, inf
-            return
         if prompts or self.arrived:
             size = self.limits.block_size
             demand = self._hist[-self._steps % size]
@@ -392,7 +392,7 @@ class SimWorker(DecodeBatch):
         self._hist = [0] * self.limits.block_size
         self.free_blocks = self.kind.blocks
         self.span, self.end_s, self._charged = 0, inf, 0
-        self._set_floor()
+        self.set_floor()
         self.epoch += 1
         self._share = None if self._share is None else FairShare()
         if self._cache is not None:
