@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import resources
+from importlib.resources.abc import Traversable
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +21,11 @@ from numpy.typing import NDArray
 from tandem.spec.errors import SpecError, TraceError
 from tandem.spec.units import require_int, require_number
 
-BUNDLED_TRACES = {"azure-conversation-2023": "azure_conversation_2023.csv.gz"}
+BUNDLED_TRACES = {
+    "azure-code-2023": "azure_code_2023.csv.gz",
+    "azure-conversation-2023": "azure_conversation_2023.csv.gz",
+}
+"""Recordings that ship as CSV; `tandem.sim.traces.BUNDLED` has those of other forms as well."""
 MAX_TOKENS = 16_777_216
 """Longest prompt or output that is taken for a real one."""
 
@@ -129,6 +138,24 @@ class Trace:
     def __len__(self) -> int:
         return len(self.isl)
 
+    def rows(self, order: NDArray[np.intp] | NDArray[np.bool_]) -> Trace:
+        """These requests of it, by their places or by a mask, with the arrival times they have."""
+        places = np.flatnonzero(order) if order.dtype == np.bool_ else order
+        taken = replace(
+            self,
+            arrival_s=self.arrival_s[places],
+            isl=self.isl[places],
+            osl=self.osl[places],
+            client=None if self.client is None else self.client[places],
+        )
+        if self.prefix_hash is None or self.prefix_end is None:
+            return taken
+        begin = np.concatenate(([0], self.prefix_end[:-1]))[places]
+        counts = self.prefix_end[places] - begin
+        ends = np.cumsum(counts)
+        hashes = self.prefix_hash[np.arange(int(counts.sum())) + np.repeat(begin - ends + counts, counts)]
+        return replace(taken, prefix_hash=hashes, prefix_end=ends)
+
     def workload(self) -> Workload:
         """Its lengths and its mean request rate."""
         span = float(self.arrival_s[-1] - self.arrival_s[0])
@@ -136,55 +163,155 @@ class Trace:
         return Workload.from_lengths(self.name, self.isl.tolist(), self.osl.tolist(), requests_per_s=rate)
 
 
-def read_trace(name_or_path: str | Path) -> Trace:
-    """A bundled trace by name, or a CSV file (plain or .gz) with the columns arrival_s, isl, osl.
+class TraceRows:
+    """Requests as a reader finds them, put together into a Trace at the end."""
 
-    Raises TraceError that names the file, the row and what is wrong with it.
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._arrival_s, self._isl, self._osl = array("d"), array("q"), array("q")
+        self._hashes, self._ends, self._clients = array("q"), array("q"), array("i")
+        self._numbers: dict[str, int] = {}
+        self.answerless = 0
+        """Requests with an answer of 0 tokens, which are taken to have had one of 1."""
+
+    def __len__(self) -> int:
+        return len(self._isl)
+
+    @property
+    def last_s(self) -> float:
+        """Arrival of the latest one added; minus infinity before the first."""
+        return self._arrival_s[-1] if self._arrival_s else -np.inf
+
+    def add(
+        self, arrival_s: float, isl: int, osl: int, *, hashes: Iterable[int] | None = None, client: str | None = None
+    ) -> None:
+        """One request whose values are in range; either all have hashes and a client, or none."""
+        self._arrival_s.append(arrival_s)
+        self._isl.append(isl)
+        self._osl.append(max(osl, 1))
+        self.answerless += osl == 0
+        if hashes is not None:
+            self._hashes.extend(hashes)
+            self._ends.append(len(self._hashes))
+        if client is not None:
+            self._clients.append(self._numbers.setdefault(client, len(self._numbers)))
+
+    def trace(self, *, note: str = "", prefix_block: int = 512) -> Trace:
+        """All of them in order of arrival, those of the same time as added. TraceError if there are none."""
+        if not len(self):
+            raise TraceError(f"{self.name}: holds no requests")
+        at_s = np.array(self._arrival_s)
+        notes = [note] if note else []
+        if self.answerless:
+            notes.append(f"{self.answerless:,} answers of 0 tokens are taken for 1")
+        found = Trace(
+            name=self.name, arrival_s=at_s - at_s.min(), isl=np.array(self._isl), osl=np.array(self._osl),
+            client=np.array(self._clients, dtype=np.int32) if self._clients else None,
+            prefix_hash=np.array(self._hashes) if self._hashes else None,
+            prefix_end=np.array(self._ends) if self._hashes else None,
+            prefix_block=prefix_block, note="; ".join(notes),
+        )  # fmt: skip
+        return found if bool((np.diff(at_s) >= 0).all()) else found.rows(np.argsort(at_s, kind="stable"))
+
+
+def trace_number(value: object, field: str, where: str, *, low: float, high: float = 1e12, whole: bool = False) -> float:
+    """A number of a trace's row within [low, high], from text or JSON; TraceError names the row, the field and the value."""
+    shown = repr(value) if isinstance(value, str) else str(value)
+    try:
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool) or (whole and isinstance(value, float)):
+            raise ValueError
+        number = int(value) if whole else float(value)
+    except ValueError:
+        raise TraceError(f"{where}: {field}={shown:.80}: must be a number{', a whole one' if whole else ''}") from None
+    if not low <= number <= high:
+        raise TraceError(f"{where}: {field}={value!s:.80}: must be at least {low:g} and at most {high:,.0f}")
+    return number
+
+
+@contextmanager
+def open_trace(source: Path | Traversable, kind: str = "CSV") -> Iterator[TextIO]:
+    """A trace file as text, unpacked if it ends in .gz. TraceError where it is not there or not text of this `kind`."""
+    if not source.is_file():
+        raise TraceError(f"trace={str(source)!r}: no such file; bundled traces are {', '.join(BUNDLED_TRACES)}")
+    try:
+        with source.open("rb") as raw:
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if source.name.endswith(".gz") else raw)
+            with TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+                yield text
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, csv.Error) as wrong:
+        raise TraceError(f"{source}: not a readable {kind} file ({wrong})") from None
+
+
+def read_trace(name_or_path: str | Path) -> Trace:
+    """A bundled CSV trace by name, or a CSV file (plain or .gz) with the columns arrival_s, isl, osl; and, where it has them,
+    client (any text) and prefix_hashes (whole numbers between spaces or semicolons). Times count from the first request.
+
+    `tandem.sim.traces.load_trace` reads other forms too. Raises TraceError that names the file, the row and what is wrong.
     """
     text = str(name_or_path)
-    if text in BUNDLED_TRACES:
+    bundled = text in BUNDLED_TRACES
+    source: Path | Traversable = Path(text)
+    if bundled:
         source = resources.files("tandem.spec") / "data" / "traces" / BUNDLED_TRACES[text]
-        with source.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8", newline="") as stream:
-            return _read_csv(stream, text)
-    path = Path(text)
-    if not path.is_file():
-        raise TraceError(f"trace={text!r}: no such file; bundled traces are {', '.join(BUNDLED_TRACES)}")
-    try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            return _read_csv(stream, path.name)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as wrong:
-        raise TraceError(f"{path}: not a readable CSV file ({wrong})") from None
+    with open_trace(source) as stream:
+        return read_csv(stream, text if bundled else source.name)
 
 
-def _read_csv(stream: TextIO, name: str) -> Trace:
-    reader = csv.DictReader(stream)
-    missing = {"arrival_s", "isl", "osl"} - set(reader.fieldnames or ())
+COLUMNS = ("arrival_s", "isl", "osl")
+
+
+def read_csv(
+    stream: TextIO,
+    name: str,
+    *,
+    columns: tuple[str, str, str] = COLUMNS,
+    stamp: Callable[[str, str], float] | None = None,
+    least_osl: int = 1,
+    in_order: bool = True,
+    note: str = "",
+) -> Trace:
+    """Requests of a CSV file, row by row: `columns` hold arrival, isl and osl; others than client and prefix_hashes are left.
+
+    `stamp(cell, where)` turns an arrival that is no number into seconds. Rows that are not `in_order` of arrival are sorted.
+    Raises TraceError that names the row, the column and the value.
+    """
+    reader = csv.reader(stream)
+    head = next(reader, [])
+    missing = [column for column in columns if column not in head]
     if missing:
-        raise TraceError(f"{name}: has no column {', '.join(sorted(missing))}; needs arrival_s, isl, osl")
-    rows: list[tuple[float, int, int]] = []
+        raise TraceError(f"{name}: has no column {', '.join(sorted(missing))}; needs {', '.join(columns)}")
+    places = [head.index(column) for column in columns]
+    client, prefixes = (head.index(field) if field in head else None for field in ("client", "prefix_hashes"))
+    rows = TraceRows(name)
     for line, row in enumerate(reader, start=2):
-        rows.append(_read_row(row, f"{name} line {line}"))
-        if len(rows) > 1 and rows[-1][0] < rows[-2][0]:
-            raise TraceError(f"{name} line {line}: arrival_s={rows[-1][0]}: must not be before the row above ({rows[-2][0]})")
-    if not rows:
-        raise TraceError(f"{name}: holds no requests")
-    arrival, isl, osl = zip(*rows, strict=True)
-    return Trace(name=name, arrival_s=np.array(arrival), isl=np.array(isl), osl=np.array(osl))
+        if not row:
+            continue
+        where = f"{name} line {line}"
+        if len(row) > len(head):
+            raise TraceError(f"{where}: has more cells than the first line has columns")
+        cells = row if len(row) == len(head) else [*row, *[None] * (len(head) - len(row))]
+        at, isl, osl = (cells[place] for place in places)
+        at_s = stamp(at or "", where) if stamp else trace_number(at, columns[0], where, low=0.0)
+        if in_order and at_s < rows.last_s:
+            raise TraceError(f"{where}: {columns[0]}={at_s}: must not be before the row above ({rows.last_s})")
+        rows.add(
+            at_s,
+            int(trace_number(isl, columns[1], where, low=1, high=MAX_TOKENS, whole=True)),
+            int(trace_number(osl, columns[2], where, low=least_osl, high=MAX_TOKENS, whole=True)),
+            hashes=None if prefixes is None else _hashes(cells[prefixes], where),
+            client=None if client is None else _client(cells[client], where),
+        )
+    return rows.trace(note=note)
 
 
-def _read_row(row: dict[str, str], where: str) -> tuple[float, int, int]:
-    if None in row:
-        raise TraceError(f"{where}: has more cells than the first line has columns")
-    values = []
-    for field, kind, low in (("arrival_s", float, 0.0), ("isl", int, 1), ("osl", int, 1)):
-        text = row[field]
-        try:
-            value = kind(text)
-        except (TypeError, ValueError):
-            raise TraceError(f"{where}: {field}={text!r}: must be a number") from None
-        high = MAX_TOKENS if kind is int else 1e12
-        if not low <= value <= high:
-            raise TraceError(f"{where}: {field}={text}: must be at least {low:g} and at most {high:,.0f}")
-        values.append(value)
-    return float(values[0]), int(values[1]), int(values[2])
+def _client(cell: str | None, where: str) -> str:
+    if not cell:
+        raise TraceError(f"{where}: client={cell!r}: must not be empty")
+    return cell
+
+
+def _hashes(cell: str | None, where: str) -> list[int]:
+    return [
+        int(trace_number(each, "prefix_hashes", where, low=-(2.0**62), high=2.0**62, whole=True))
+        for each in (cell or "").replace(";", " ").split()
+    ]
