@@ -29,15 +29,46 @@ def serve(
     max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and output; default: the model's.")] = None,
     cache_bytes: Annotated[int | None, typer.Option(help="Of each worker's cache; default: a quarter of free memory.")] = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that run or wait; more are told to come back (429).")] = 1024,
+    emulate: Annotated[str | None, typer.Option(help="Hardware whose time workers take without computing; no weights.")] = None,
+    emulate_tp: Annotated[int, typer.Option(help="GPUs of each emulated worker (tensor parallelism).")] = 1,
+    emulate_stride: Annotated[float, typer.Option(help="Seconds of decode steps that are told of together.")] = 0.0,
+    scale: Annotated[str | None, typer.Option(help="fixed: workers change roles; elastic: they come and go too.")] = None,
+    max_workers: Annotated[int | None, typer.Option(help="Most workers of --scale elastic; default: as at first.")] = None,
+    scale_dry_run: Annotated[bool, typer.Option(help="Only say what --scale would change.")] = False,
+    scale_window: Annotated[float, typer.Option(help="Seconds between two decisions of --scale.")] = 30.0,
+    ttft: Annotated[float | None, typer.Option(help="Largest time to first token that --scale aims at, seconds.")] = None,
+    tpot: Annotated[float | None, typer.Option(help="Largest time per output token that --scale aims at, seconds.")] = None,
     drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
     json_out: Annotated[bool, typer.Option("--json", help="Log in JSON lines on stderr.")] = False,
 ) -> None:
     """Serve a model through OpenAI's HTTP API (extra `[serve]`). One JSON line with the url says that it is ready."""
     from tandem.spec.catalog import find_weights, load_spec
+    from tandem.spec.workload import Slo
 
-    if find_weights(model).is_dir():
+    if emulate is None and find_weights(model).is_dir():
         load_spec(model)  # names what is wrong with a folder that is no checkpoint
     launch = _launch()
+    emulation = None
+    if emulate is not None:
+        deployment = launch.deployment_of(
+            model, emulate, prefill=prefill, decode=decode, max_batch=max_batch, tp=emulate_tp, plan=plan
+        )
+        prefill = 0 if deployment.prefill is None else deployment.prefill.replicas
+        decode = (deployment.decode or deployment.colocated).replicas
+        emulation = launch.Emulation(deployment=deployment, stride_s=emulate_stride)
+    elif emulate_tp != 1 or emulate_stride != 0.0:
+        raise SpecError("--emulate-tp, --emulate-stride: change nothing without --emulate")
+    scaling = None
+    if scale is not None:
+        scaling = launch.Scaling(
+            slo=Slo(ttft_s=ttft, tpot_s=tpot),
+            mode=scale,
+            max_workers=max_workers,
+            dry_run=scale_dry_run,
+            window_s=scale_window,
+        )
+    elif max_workers is not None or scale_dry_run or ttft is not None or tpot is not None:
+        raise SpecError("--max-workers, --scale-dry-run, --ttft, --tpot: change nothing without --scale")
     options = launch.ServeOptions(
         model=model,
         name=model if name is None else name,
@@ -56,8 +87,10 @@ def serve(
         cache_bytes=cache_bytes,
         max_waiting=max_waiting,
         drain_s=drain,
+        emulation=emulation,
+        scaling=scaling,
     )
-    if plan is not None:
+    if plan is not None and emulate is None:
         options = launch.as_planned(options, plan)
     launch.log_to_stderr(as_json=json_out)
     launch.run(options, on_ready=_print_ready)

@@ -23,11 +23,14 @@ from tandem.model.tokenizer import Tokenizer
 from tandem.serve import responses
 from tandem.serve.bodies import parse_body, read_body
 from tandem.serve.config import ServeConfig
+from tandem.serve.controller import Controller
 from tandem.serve.errors import ApiError, bad_request, refused
 from tandem.serve.frontend import Frontend
 from tandem.serve.generation import Generation, Serving
 from tandem.serve.limits import Limits
 from tandem.serve.metrics import CONTENT_TYPE, Metrics
+from tandem.serve.pool_paths import add_pool_paths
+from tandem.serve.pools import Pools
 from tandem.serve.requests import Preparer, Work
 from tandem.serve.schemas import ChatRequest, CompletionRequest, Sampling
 from tandem.serve.tracing import Tracing
@@ -40,6 +43,7 @@ _REFUSALS = {
     400: "A field has a value that will not do; `param` names it.",
     401: "No API key, or one that is not known.",
     404: "The model is not served here.",
+    409: "There is no controller to pause.",
     408: "The body took too long to arrive.",
     413: "The body is too long.",
     429: "Too much is running or waiting; Retry-After says how long to wait.",
@@ -58,8 +62,11 @@ def create_app(
     metrics: Metrics | None = None,
     clock: Callable[[], float] = time.monotonic,
     lifespan: Lifespan | None = None,
+    workers: Pools | None = None,
+    controller: Callable[[], Controller | None] = lambda: None,
 ) -> FastAPI:
-    """The application; `app.state.serving` is what `run_server` drains. `clock` counts seconds.
+    """The application; `app.state.serving` is what `run_server` drains. `clock` counts seconds. With `workers` there are paths
+    that tell of them, and of the controller that scales them, if there is one.
 
     Raises SpecError if `config` asks for a chat template that the model does not have.
     """
@@ -83,6 +90,8 @@ def create_app(
     _add_status(app, serving)
     _add_models(app, serving, config)
     _add_generation(app, serving, preparer, config)
+    if workers is not None:
+        add_pool_paths(app, workers, controller, client_of=_client_of(config), refusals=_refusals(401, 409))
     _describe(app)
     return app
 
@@ -201,7 +210,7 @@ def _described(body: type[Sampling], whole: type[responses.Answer]) -> dict[str,
     stream = {"text/event-stream": {"schema": event}}
     return {
         "response_model": whole,
-        "responses": {200: {"content": stream}, **_refusals(*_REFUSALS)},
+        "responses": {200: {"content": stream}, **_refusals(*(status for status in _REFUSALS if status != 409))},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}},
     }
 

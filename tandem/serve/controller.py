@@ -35,6 +35,14 @@ class Done:
     """What was done, or would have been in a dry run, in order."""
 
 
+def workers_of(pools: Pools) -> list[dict[str, Any]]:
+    """Workers as people and programs are told of them."""
+    return [
+        {"id": m.id, "role": m.role, "up": m.up, "draining": m.draining, "running": m.view.running}
+        for m in pools.workers.values()
+    ]
+
+
 class Controller:
     """Carries out what `policy` decides. `start` makes a worker for a role that is not yet up; without it workers change roles
     only. Workers that a person has drained are neither counted as there nor touched.
@@ -121,16 +129,12 @@ class Controller:
 
     def state(self) -> dict[str, Any]:
         """For people and programs: workers, and what was decided last."""
-        workers = [
-            {"id": m.id, "role": m.role, "up": m.up, "draining": m.draining, "running": m.view.running}
-            for m in self._pools.workers.values()
-        ]
         decisions = [
             {"at_s": d.at_s, "targets": dict(d.decision.targets), "reason": d.decision.reason, "steps": list(d.steps)}
             for d in list(self.history)[-16:]
         ]
         mode = "dry-run" if self.dry_run else "paused" if self.paused else "running"
-        return {"mode": mode, "changing": self.changing, "workers": workers, "decisions": decisions}
+        return {"mode": mode, "changing": self.changing, "workers": workers_of(self._pools), "decisions": decisions}
 
     async def _windows(self) -> None:
         while True:

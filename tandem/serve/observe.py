@@ -58,7 +58,7 @@ class Observer:
         return Observation(
             at_s=now,
             window_s=now - since_s,
-            pools=tuple(self._count(role) for role in ROLES),
+            pools=tuple(self._count(role) for role in ROLES if any(m.role == role for m in self._pools.workers.values())),
             arrived=len(arrived),
             isl=Lengths.of(arrived),
             osl=Lengths.of([r.osl for r in good]),

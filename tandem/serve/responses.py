@@ -164,6 +164,34 @@ class ModelList(Answer):
     data: list[ModelCard]
 
 
+class PoolWorker(Answer):
+    """One worker."""
+
+    id: str
+    role: Literal["prefill", "decode", "colocated"]
+    up: bool
+    draining: bool
+    running: int
+
+
+class ScalingDecision(Answer):
+    """What a scaling policy aimed at, why, and what was done."""
+
+    at_s: float
+    targets: dict[str, int]
+    reason: str
+    steps: list[str]
+
+
+class PoolState(Answer):
+    """Answer to GET /pools and to POST /pools/pause and /pools/resume."""
+
+    mode: Literal["off", "running", "paused", "dry-run"]
+    changing: bool
+    workers: list[PoolWorker]
+    decisions: list[ScalingDecision]
+
+
 class Status(Answer):
     """Answer to GET /health and /ready."""
 

@@ -1,0 +1,37 @@
+"""The controller of a server: the joint policy with the rates of its own workers."""
+
+from __future__ import annotations
+
+import time
+
+from tandem.sched.route import Role
+from tandem.sched.scale import ScaleLimits, Scaler
+from tandem.serve.controller import Controller
+from tandem.serve.hosts import WorkerHandle
+from tandem.serve.options import Scaling
+from tandem.serve.pools import Pools
+from tandem.serve.workplaces import Workplace
+
+
+def make_controller(pools: Pools, place: Workplace, scaling: Scaling, *, took_s: float) -> Controller:
+    """The joint policy over pools that are up, with the rates of their own workers; `took_s` is what their start took."""
+    capacity = next(m.capacity for m in pools.workers.values() if m.capacity is not None)
+    limits = ScaleLimits(
+        max_gpus=scaling.max_workers or len(pools.workers),
+        fixed=scaling.mode == "fixed",
+        start_up_s=place.start_up_s(took_s),
+    )
+
+    async def start(role: Role) -> WorkerHandle:
+        return place.worker(role, late=True)
+
+    return Controller(
+        pools,
+        Scaler(place.rates(scaling.slo, capacity), limits),
+        clock=time.monotonic,
+        window_s=scaling.window_s,
+        start=None if scaling.mode == "fixed" else start,
+        max_workers=limits.max_gpus,
+        dry_run=scaling.dry_run,
+        slo=scaling.slo,
+    )
