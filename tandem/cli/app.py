@@ -233,7 +233,7 @@ def plan(
     gpus: Annotated[int, typer.Option(help="GPU budget.")],
     isl: Annotated[int | None, typer.Option(help="Prompt tokens; with --osl.")] = None,
     osl: Annotated[int | None, typer.Option(help="Output tokens; with --isl.")] = None,
-    trace: Annotated[str | None, typer.Option(help="A bundled trace's name or a CSV with arrival_s, isl, osl.")] = None,
+    trace: Annotated[str | None, typer.Option(help="A bundled trace's name or a file; docs/traffic.md.")] = None,
     ttft: Annotated[float | None, typer.Option(help="Largest time to first token, seconds; without it 10.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Largest time per output token, seconds.")] = None,
     percentile: Annotated[float, typer.Option(help="Share of prompts that TTFT must hold for, percent.")] = 50.0,

@@ -9,9 +9,10 @@ from tandem.perf.backend import ServingFits
 from tandem.plan.export.folder import check_folder, export_plan
 from tandem.plan.planner import find_plan
 from tandem.report import html, text
+from tandem.sim.traces import load_trace
 from tandem.spec.errors import SpecError
 from tandem.spec.files import require_folder, write_whole
-from tandem.spec.workload import Slo, Workload, read_trace
+from tandem.spec.workload import Slo, Workload
 
 
 def read_workload(isl: int | None, osl: int | None, trace: str | None) -> Workload:
@@ -19,7 +20,7 @@ def read_workload(isl: int | None, osl: int | None, trace: str | None) -> Worklo
     if (trace is None) == (isl is None and osl is None):
         raise SpecError("--isl/--osl or --trace: give either both lengths or a trace")
     if trace is not None:
-        return read_trace(trace).workload()
+        return load_trace(trace).workload()
     if isl is None or osl is None:
         raise SpecError(f"--{'isl' if isl is None else 'osl'}: must be given with the other length")
     return Workload.fixed(isl, osl)

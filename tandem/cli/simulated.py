@@ -7,23 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import yaml
 
 from tandem.cli.simulating import refuse
-from tandem.sim.api import POLICIES, REQUESTS, SimRun, poisson_trace
+from tandem.sim.api import POLICIES, REQUESTS, SimRun
 from tandem.sim.api import simulate as simulate_one
+from tandem.sim.arrivals import make_trace, parse_arrivals
 from tandem.sim.export import write_requests, write_series
 from tandem.sim.policies import PolicyName
 from tandem.sim.replicate import deal, intervals, paired, seed_of
+from tandem.sim.traces import is_drawn, load_trace
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import Deployment
 from tandem.spec.errors import SpecError
 from tandem.spec.files import write_whole
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
-from tandem.spec.units import require_int, require_number
-from tandem.spec.workload import Slo, Trace, Workload, read_trace
+from tandem.spec.units import require_int
+from tandem.spec.workload import Slo, Trace, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,59 +43,54 @@ class Traffic:
 
     def __post_init__(self) -> None:
         drawn = {"--isl": self.isl, "--osl": self.osl, "--arrivals": self.arrivals, "--requests": self.requests}
-        cut = {"--trace-format": self.format, "--duration": self.duration_s}
-        cut |= {"--scale": None if self.scale == 1.0 else self.scale, "--start": self.start_s or None}
+        cut = {
+            "--trace-format": self.format,
+            "--scale": None if self.scale == 1.0 else self.scale,
+            "--start": self.start_s or None,
+        }
         wrong = drawn if self.trace is not None else cut
         for option, value in wrong.items():
             if value is not None:
                 other = "with --trace the trace says it" if self.trace is not None else "changes nothing without --trace"
                 raise refuse(option, value, f"{other}; leave it out")
         if self.trace is None:
+            if self.requests is not None and self.duration_s is not None:
+                raise refuse("--duration", self.duration_s, "cannot be had with --requests; leave one of them out")
             for option, value in list(drawn.items())[:3]:
                 if value is None:
                     raise SpecError(f"{option}: must be given with the other two of --isl, --osl and --arrivals, or --trace")
 
     def draw(self, seed: int, replications: int) -> list[Trace]:
-        """One trace a replication; those of a recorded one after the first are dealt anew (tandem.sim.replicate.deal)."""
+        """One trace a replication: those of a recorded one after the first are dealt anew (tandem.sim.replicate.deal), others
+        are drawn from seeds of their own."""
         require_int("replications", replications, high=1000)
         seeds = [seed_of(seed, k) for k in range(replications)]
-        if self.trace is not None:
-            recorded = self._cut(read_trace(self.trace))
-            return [recorded, *(deal(recorded, each) for each in seeds[1:])]
-        workload = Workload.fixed(cast(int, self.isl), cast(int, self.osl))
-        rate = _poisson_rate(self.arrivals or "")
-        return [poisson_trace(workload, rate, REQUESTS if self.requests is None else self.requests, each) for each in seeds]
+        try:
+            if self.trace is None:
+                return [self._drawn(each) for each in seeds]
+            if is_drawn(self.trace, self.format):
+                return [self._loaded(self.trace, each) for each in seeds]
+            recorded = self._loaded(self.trace, seed)
+        except SpecError as wrong:
+            raise SpecError(_as_options(str(wrong))) from None
+        return [recorded, *(deal(recorded, each) for each in seeds[1:])]
 
-    def _cut(self, trace: Trace) -> Trace:
-        require_number("scale", self.scale, high=1e6)
-        if self.format not in (None, "csv"):
-            raise refuse("--trace-format", self.format, "must be csv")
-        if self.start_s < 0:
-            raise refuse("--start", self.start_s, "must be 0 or more seconds")
-        end_s = np.inf if self.duration_s is None else self.start_s + require_number("duration", self.duration_s)
-        rows = (trace.arrival_s >= self.start_s) & (trace.arrival_s < end_s)
-        if not rows.any():
-            raise refuse(
-                "--start", self.start_s, f"no request of {trace.name} arrives between {self.start_s:g} and {end_s:g} s"
-            )
-        if rows.all() and self.scale == 1.0:
-            return trace
-        if trace.prefix_hash is not None:
-            raise refuse("--scale", self.scale, "a trace with prefixes is served as it is")
-        at_s = (trace.arrival_s[rows] - trace.arrival_s[rows][0]) / self.scale
-        client = None if trace.client is None else trace.client[rows]
-        return replace(trace, arrival_s=at_s, isl=trace.isl[rows], osl=trace.osl[rows], client=client)
+    def _drawn(self, seed: int) -> Trace:
+        process = parse_arrivals(self.arrivals or "", "--arrivals")
+        requests = REQUESTS if self.requests is None and self.duration_s is None else self.requests
+        lengths = (cast(int, self.isl), cast(int, self.osl))
+        return make_trace(process, lengths, count=requests, duration_s=self.duration_s, seed=seed)
+
+    def _loaded(self, trace: str, seed: int) -> Trace:
+        return load_trace(
+            trace, format=self.format, seed=seed, scale=self.scale, start_s=self.start_s, duration_s=self.duration_s
+        )  # fmt: skip
 
 
-def _poisson_rate(text: str) -> float:
-    kind, _, rate = text.partition(":")
-    try:
-        value = float(rate)
-    except ValueError:
-        value = 0.0
-    if kind != "poisson" or not 0.0 < value <= 1e6:
-        raise refuse("--arrivals", text, "must be poisson:RATE, with a rate of requests/s above 0 and at most 1,000,000")
-    return value
+def _as_options(message: str) -> str:
+    names = {"format": "--trace-format", "scale": "--scale", "start_s": "--start", "duration_s": "--duration"}
+    field, equals, rest = message.partition("=")
+    return f"{names.get(field, field)}{equals}{rest}"
 
 
 @dataclass(frozen=True, kw_only=True)

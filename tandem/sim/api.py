@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import floor, log10
 from typing import Any, get_args
 
-import numpy as np
-
 from tandem.perf.backend import ServingFits
 from tandem.sched.metrics import RunStats, Spread
 from tandem.sched.observation import Decision, ScalingPolicy
+from tandem.sim.arrivals import poisson_trace
 from tandem.sim.build import config_of, perf_of
 from tandem.sim.config import SimConfig
 from tandem.sim.policies import PolicyName, make_policy
@@ -21,7 +20,7 @@ from tandem.spec.design import Deployment
 from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
-from tandem.spec.units import require_int, require_number
+from tandem.spec.units import require_int
 from tandem.spec.workload import Slo, Trace, Workload
 
 REQUESTS = 1000
@@ -151,19 +150,6 @@ def simulate_config(
     seconds = time.perf_counter() - began_s
     stats = result.stats(slo)
     return SimRun(deployment=deployment, trace=trace, policy=name, slo=slo, stats=stats, result=result, seconds=seconds)
-
-
-def poisson_trace(workload: Workload, rate_rps: float, requests: int, seed: int) -> Trace:
-    """`requests` arrivals with exponential gaps; lengths are drawn from the workload's points, rounded to whole tokens."""
-    require_number("rate_rps", rate_rps, high=1e6)
-    require_int("requests", requests, high=10**7)
-    rng = np.random.default_rng(seed)
-    arrival_s = np.cumsum(rng.exponential(1.0 / rate_rps, requests))
-    weight = np.asarray(workload.weight)
-    points = rng.choice(len(weight), size=requests, p=weight / weight.sum())
-    isl, osl = (np.maximum(np.rint(np.asarray(side)[points]), 1).astype(np.int64) for side in (workload.isl, workload.osl))
-    note = f"Poisson arrivals at {rate_rps:g} requests/s, seed {seed}"
-    return Trace(name=workload.name, arrival_s=arrival_s - arrival_s[0], isl=isl, osl=osl, note=note)
 
 
 def _trace(workload: Workload | Trace, rate_rps: float | None, requests: int | None, seed: int) -> Trace:

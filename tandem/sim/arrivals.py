@@ -101,7 +101,7 @@ class Fixed:
     def until(self, rng: np.random.Generator, duration_s: float) -> Times:
         """The same, from a phase that is drawn."""
         begin = float(rng.random())
-        at_s: Times = (begin + np.arange(int(duration_s * self.rate_rps) + 1)) / self.rate_rps
+        at_s: Times = (begin + np.arange(int(duration_s * self.rate_rps) + 1, dtype=np.float64)) / self.rate_rps
         return at_s[at_s < duration_s]
 
 
@@ -267,32 +267,33 @@ PROCESSES: dict[str, Callable[..., ArrivalProcess]] = {
 """By the name that text gives them."""
 
 
-def parse_arrivals(text: str) -> ArrivalProcess:
+def parse_arrivals(text: str, field: str = "arrivals") -> ArrivalProcess:
     """A process out of text: its name, its rate in requests/s, and its parameters, as in `gamma:5:cv=4`.
 
-    Raises SpecError that says what there is.
+    Raises SpecError that calls it `field` and says what there is.
     """
+    said = f"{field}={text!r}"
     name, _, rest = text.partition(":")
     rate, _, given = rest.partition(":")
     if name not in PROCESSES:
-        raise SpecError(f"arrivals={text!r}: must be {', '.join(PROCESSES)}, then :RATE in requests/s, as in poisson:5")
+        raise SpecError(f"{said}: must be {', '.join(PROCESSES)}, then :RATE in requests/s, as in poisson:5")
     kind = PROCESSES[name]
     known = _parameters(kind)
     values: dict[str, float] = {}
     for part in given.split(",") if given else ():
-        field, _, value = part.partition("=")
-        if field not in known or field in values:
+        key, _, value = part.partition("=")
+        if key not in known or key in values:
             takes = f"takes each of {', '.join(known)} once" if known else "takes nothing after its rate"
-            raise SpecError(f"arrivals={text!r}: {name} {takes}")
-        values[field] = _number(text, field, value)
-    missing = [field for field, needed in known.items() if needed and field not in values]
+            raise SpecError(f"{said}: {name} {takes}")
+        values[key] = _number(said, key, value)
+    missing = [key for key, needed in known.items() if needed and key not in values]
     if missing:
-        raise SpecError(f"arrivals={text!r}: needs {missing[0]}, as in {name}:5:{missing[0]}=4")
-    rate_rps = _number(text, "rate", rate)
+        raise SpecError(f"{said}: needs {missing[0]}, as in {name}:5:{missing[0]}=4")
+    rate_rps = _number(said, "rate", rate)
     try:
         return kind(rate_rps=rate_rps, **values)
     except SpecError as wrong:
-        raise SpecError(f"arrivals={text!r}: {wrong}") from None
+        raise SpecError(f"{said}: {wrong}") from None
 
 
 def _parameters(kind: Any) -> dict[str, bool]:
@@ -300,11 +301,11 @@ def _parameters(kind: Any) -> dict[str, bool]:
     return {field.name: field.default is MISSING for field in fields(kind) if field.name != "rate_rps"}
 
 
-def _number(text: str, field: str, value: str) -> float:
+def _number(said: str, field: str, value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise SpecError(f"arrivals={text!r}: {field}={value!r}: must be a number") from None
+        raise SpecError(f"{said}: {field}={value!r}: must be a number") from None
 
 
 def make_trace(

@@ -12,7 +12,6 @@ from math import atan, cos, pi, sin, sqrt
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
@@ -139,23 +138,4 @@ def deal(trace: Trace, seed: int, window_s: float = DEAL_S) -> Trace:
     rng = np.random.default_rng(seed)
     window = np.floor((trace.arrival_s - trace.arrival_s[0]) / window_s)
     order = np.lexsort((rng.random(len(trace)), window))
-    dealt = replace(
-        trace,
-        isl=trace.isl[order],
-        osl=trace.osl[order],
-        client=None if trace.client is None else trace.client[order],
-    )
-    if trace.prefix_hash is None or trace.prefix_end is None:
-        return dealt
-    begin = np.concatenate(([0], trace.prefix_end[:-1]))
-    rows = _spans(begin[order], trace.prefix_end[order])
-    ends = np.cumsum(trace.prefix_end[order] - begin[order])
-    return replace(dealt, prefix_hash=trace.prefix_hash[rows], prefix_end=ends)
-
-
-def _spans(begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
-    """All whole numbers of [begin, end), span after span."""
-    counts = end - begin
-    starts = np.cumsum(counts) - counts
-    found: NDArray[np.int64] = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts - begin, counts)
-    return found
+    return replace(trace.rows(order), arrival_s=trace.arrival_s)
