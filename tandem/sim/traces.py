@@ -48,8 +48,6 @@ def load_trace(
         raise SpecError(f"start_s={start_s!r}: must be 0 or more seconds")
     if duration_s is not None:
         require_number("duration_s", duration_s)
-    if format is not None and format not in FORMATS:
-        raise SpecError(f"format={format!r}: must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     form, sources, name = _source(str(name_or_path), format)
     if form == SERVEGEN:
         rates, lengths = sources
@@ -66,6 +64,8 @@ def is_drawn(name_or_path: str | Path, format: str | None = None) -> bool:
 
 
 def _source(text: str, format: str | None) -> tuple[str, tuple[Source, ...], str]:
+    if format is not None and format not in FORMATS:
+        raise SpecError(f"format={format!r}: must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if text in BUNDLED:
         form, files = BUNDLED[text]
         if format not in (None, form):
