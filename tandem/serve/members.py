@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tandem.sched.route import Role, WorkerView
@@ -40,6 +41,8 @@ class Member:
         self._count = 0
         self._offset_s = math.inf
         self._view: WorkerView | None = None
+        self.watcher: Callable[[Member], None] | None = None
+        """Is told when what `view` says may have changed."""
 
     @property
     def id(self) -> str:
@@ -83,7 +86,7 @@ class Member:
         self.stats = stats
         while self._sent and self._sent[0].number <= stats.handled:
             self._sent.popleft()
-        self._view = None
+        self.changed()
 
     def heard_at(self, there_s: float, here_s: float) -> None:
         """A batch of events has come. The least difference of the clocks that was ever seen has the least of the way in it."""
@@ -94,8 +97,10 @@ class Member:
         return there_s + self._offset_s
 
     def changed(self) -> None:
-        """Role or draining was set."""
+        """Role, draining or its load has changed."""
         self._view = None
+        if self.watcher is not None:
+            self.watcher(self)
 
     @property
     def view(self) -> WorkerView:
@@ -107,13 +112,14 @@ class Member:
     def _add(self, queued_tokens: int, running: int, context_tokens: int) -> None:
         self._count += 1
         self._sent.append(_Sent(self._count, queued_tokens, running, context_tokens))
-        self._view = None
+        self.changed()
 
     def _reset(self) -> None:
-        self.stats, self._view = None, None
+        self.stats = None
         self._sent.clear()
         self._count = 0
         self._offset_s = math.inf
+        self.changed()
 
     def _seen(self) -> WorkerView:
         capacity, stats = self.capacity, self.stats
@@ -138,3 +144,50 @@ class Member:
             max_batch=capacity.max_batch,
             free_tokens=max(0, free - queued),
         )
+
+
+class Roster(Mapping[str, Member]):
+    """All members by name, and how the router sees them: only who has changed is looked at again."""
+
+    def __init__(self, members: Iterable[Member] = ()) -> None:
+        self._members: dict[str, Member] = {}
+        self._views: dict[str, WorkerView] = {}
+        self._listed: list[WorkerView] = []
+        self._stale: set[Member] = set()
+        for member in members:
+            self.add(member)
+
+    def __getitem__(self, worker_id: str) -> Member:
+        return self._members[worker_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def add(self, member: Member) -> None:
+        """One more."""
+        self._members[member.id] = member
+        self._views[member.id] = member.view
+        self._stale.add(member)
+        member.watcher = self._stale.add
+
+    def remove(self, worker_id: str) -> Member:
+        """One less; KeyError for one that is not here."""
+        member = self._members.pop(worker_id)
+        member.watcher = None
+        self._stale.discard(member)
+        del self._views[worker_id]
+        self._listed = list(self._views.values())
+        return member
+
+    @property
+    def views(self) -> Sequence[WorkerView]:
+        """Of all, in the order in which they came. A worker that died a moment ago may still seem to accept."""
+        if self._stale:
+            for member in self._stale:
+                self._views[member.id] = member.view
+            self._stale.clear()
+            self._listed = list(self._views.values())
+        return self._listed

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from tandem.engine.types import EngineRequest, TokenOutput
 from tandem.sched.route import ROLES, Role, StepTimes
 from tandem.serve.hosts import WorkerHandle
-from tandem.serve.members import Member
+from tandem.serve.members import Member, Roster
 from tandem.serve.messages import Batch, Export, Inspect, Inspected
 from tandem.serve.pool_limits import Observers, PoolLimits, PoolObserver
 from tandem.serve.records import Record
@@ -43,8 +43,8 @@ class Pools:
         clock: Callable[[], float] = time.monotonic,
         observer: PoolObserver | None = None,
     ) -> None:
-        self._members = {handle.id: Member(handle, role) for handle, role in workers}
         _check_workers(workers)
+        self._members = Roster(Member(handle, role) for handle, role in workers)
         self._needed = [able for able in _ABLE if able == "decode" or any(m.role in _ABLE[able] for m in self._all)]
         self._observers = Observers() if observer is None else Observers(observer)
         self._traffic = Traffic(
@@ -78,8 +78,8 @@ class Pools:
         """Whether there is a worker for every needed role that takes new work, and none drains but for a controller."""
         return (
             not self._closing
-            and not any(m.draining and not m.scaling for m in self._all)
-            and not self._missing(lambda m: m.accepting)
+            and not any(m.draining and not m.scaling for m in self._members.values())
+            and all(any(m.role in _ABLE[able] and m.accepting for m in self._members.values()) for able in self._needed)
         )
 
     @property
@@ -164,13 +164,14 @@ class Pools:
             raise SpecError(f"worker={handle.id!r}: cannot be added; the server is shutting down")
         there = [(m.handle, m.role) for m in self._all]
         _check_workers([*there, (handle, role)])
-        self._members[handle.id] = member = Member(handle, role)
+        member = Member(handle, role)
+        self._members.add(member)
         self._supervised[handle.id] = self._supervise(member)
         try:
             await self._supervised[handle.id].start()
         except BaseException:
             self._supervised.pop(handle.id, None)
-            self._members.pop(handle.id, None)
+            self._members.remove(handle.id)
             raise
 
     async def remove(self, worker_id: str) -> None:
@@ -179,7 +180,8 @@ class Pools:
         if not member.draining or not self._drained(member):
             raise SpecError(f"worker={worker_id!r}: is not drained; await drain() first")
         await self._supervised[worker_id].stop(STOP_S)
-        del self._supervised[worker_id], self._members[worker_id]
+        del self._supervised[worker_id]
+        self._members.remove(worker_id)
         self._traffic.on_death(member, "was removed")
         self._changed()
 
@@ -286,7 +288,7 @@ class Pools:
 
     @property
     def _hopeless(self) -> bool:
-        return all(m.hopeless for m in self._all if m.role in _ABLE["decode"])
+        return all(m.hopeless for m in self._members.values() if m.role in _ABLE["decode"])
 
     def _changed(self) -> None:
         waiters, self._waiters = self._waiters, []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from tandem.engine.handoff import Handoff
@@ -16,9 +16,9 @@ from tandem.engine.types import EngineRequest, TokenOutput
 from tandem.sched.fair import FairShare
 from tandem.sched.prefix import PrefixIndex, prefix_hashes
 from tandem.sched.request import FinishReason, Request
-from tandem.sched.route import StepTimes, route_decode, route_prompt
+from tandem.sched.route import Route, StepTimes, WorkerView, route_decode, route_prompt
 from tandem.sched.times import MeasuredTimes
-from tandem.serve.members import Member
+from tandem.serve.members import Member, Roster
 from tandem.serve.messages import (
     Accept,
     Batch,
@@ -51,7 +51,7 @@ class Traffic:
 
     def __init__(
         self,
-        members: Mapping[str, Member],
+        members: Roster,
         *,
         times: StepTimes,
         limits: PoolLimits,
@@ -210,11 +210,14 @@ class Traffic:
 
     def _send_prompt(self, record: Record) -> bool:
         cached = {name: cells * self._limits.prefix_tokens for name, cells in self._prefixes.matched(record.hashes).items()}
-        views = [member.view for member in self._members.values()]
-        route = route_prompt(record.context, cached, views, self._times, self._limits.routing)
-        if isinstance(route, Infeasible):
+
+        def choose(views: Sequence[WorkerView]) -> Route | Infeasible:
+            return route_prompt(record.context, cached, views, self._times, self._limits.routing)
+
+        found = self._routed(choose)
+        if found is None:
             return False
-        member = self._members[route.worker_id]
+        route, member = found
         if member.view.queued_tokens >= self._limits.queued_tokens:
             return False
         if route.hand_off and len(self._leaving) + len(self._held) >= self._limits.states(len(self._members)):
@@ -234,12 +237,10 @@ class Traffic:
 
     def _send_state(self, record: Record) -> bool:
         held = self._held[record.key]
-        # By reference a state goes anywhere in this process; what lies in shared memory, to those who can open it.
-        views = [m.view for m in self._members.values() if m.handle.by_reference != held.remote]
-        route = route_decode(record.context, views, self._times)
-        if isinstance(route, Infeasible):
+        found = self._routed(lambda views: route_decode(record.context, views, self._times))
+        if found is None:
             return False
-        member = self._members[route.worker_id]
+        route, member = found
         view = member.view
         if view.running and not (view.running < view.max_batch + self._limits.ahead and view.free_tokens > record.context):
             return False
@@ -251,6 +252,17 @@ class Traffic:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("request %s: %s", record.key, route.reason)
         return True
+
+    def _routed(self, choose: Callable[[Sequence[WorkerView]], Route | Infeasible]) -> tuple[Route, Member] | None:
+        """A route to a worker that is there; None where there is none."""
+        while True:
+            route = choose(self._members.views)
+            if isinstance(route, Infeasible):
+                return None
+            member = self._members[route.worker_id]
+            if member.accepting:
+                return route, member
+            member.changed()  # it has died, and nobody has said so yet
 
     def _told(self, member: Member, stats: WorkerStats) -> None:
         member.told(stats)

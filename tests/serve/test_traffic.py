@@ -16,7 +16,7 @@ from pool_cases import PREFILL_ELSEWHERE, Log, request, times
 from tandem.engine.types import EngineRequest, TokenOutput
 from tandem.sched.route import Role
 from tandem.serve.hosts import Listener
-from tandem.serve.members import Member
+from tandem.serve.members import Member, Roster
 from tandem.serve.messages import Accept, Batch, Capacity, Command
 from tandem.serve.pool_limits import PoolLimits
 from tandem.serve.records import Record
@@ -110,7 +110,7 @@ class World:
         for member, hand in zip(self.members, self.hands, strict=True):
             member.began(hand.engine.capacity())
         limits = PoolLimits(queued_tokens=64, held_states=5, max_retries=1000, prefix_tokens=16, routing=PREFILL_ELSEWHERE)
-        self.traffic = Traffic({m.id: m for m in self.members}, times=times(), limits=limits, clock=clock, observer=self.log)
+        self.traffic = Traffic(Roster(self.members), times=times(), limits=limits, clock=clock, observer=self.log)
         self.records: list[Record] = []
         self.left: set[int] = set()
 
