@@ -207,6 +207,8 @@ class Bursts:
         phase = int(rng.random() < self.on_s / (self.on_s + self.off_s))
         at_s, passed = [np.zeros(1)], [np.zeros(1)]
         while (at_s[-1][-1] < duration_s) if duration_s is not None else (due is not None and passed[-1][-1] < due[-1]):
+            if len(at_s) * CHUNK > MAX_REQUESTS:
+                raise SpecError(f"on_s={self.on_s:g}: changes rate more than {MAX_REQUESTS:,} times; take longer bursts")
             phases = (phase + np.arange(CHUNK)) % 2
             lasting_s = rng.exponential(means[phases])
             at_s.append(at_s[-1][-1] + np.cumsum(lasting_s))

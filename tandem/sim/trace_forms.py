@@ -117,8 +117,8 @@ def spread(trace: Trace, seed: int) -> Trace:
 
 def read_vllm(source: Source, name: str, seed: int) -> Trace:
     """A log of served requests as CSV (arrival_s, input_tokens, output_tokens), or what `vllm bench serve --save-result
-    --save-detailed` writes. Requests that failed are left out, which the note says. A JSON result is one object, which is read
-    as a whole."""
+    --save-detailed` writes: one JSON object, which is read as a whole and whose failed requests are left out, as the note
+    says."""
     with open_trace(source, "CSV or JSON") as stream:
         if stream.read(1) != "{":
             stream.seek(0)

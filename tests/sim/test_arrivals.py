@@ -208,6 +208,7 @@ def test_what_is_no_process_is_one_line(text: str, says: str) -> None:
         (lambda: make_trace(Poisson(rate_rps=1e6), (1, 1), duration_s=1e6), "at most 20,000,000"),
         (lambda: make_trace(Poisson(rate_rps=1e-6), (1, 1), duration_s=1e-3), "no request arrives"),
         (lambda: make_trace(Poisson(rate_rps=1.0), (0, 1), count=1), "isl=0"),
+        (lambda: make_trace(Bursts(rate_rps=1.0, on_s=2e-3, off_s=2e-3), (1, 1), duration_s=1e6), "on_s=0.002: changes rate"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(call: Callable[[], object], says: str) -> None:

@@ -142,8 +142,8 @@ MOONCAKE = [
     {"timestamp": 30, "input_" + "length": 600, "output_" + "length": 0, "hash_ids": [7, 9]},
 ]
 VLLM = {
-    "date": "20260101", "backend": "vllm", "num_prompts": 3, "start_times": [30.0, 10.0, 20.0], "input_" + "lens": [3, 1, 2],
-    "output_" + "lens": [6, 4, 0], "errors": ["", "", "timed out"],
+    "date": "20260101", "backend": "vllm", "num_prompts": 4, "start_times": [30.0, 10.0, 20.0, 5.0], "input_" + "lens": [3, 1, 2, 8],
+    "output_" + "lens": [6, 4, 0, 8], "errors": ["", "", "", "timed out"],
 }  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_a_log_of_served_requests_in_order_of_arrival(tmp_path: Path) -> None:
 def test_vllms_detailed_result_without_what_failed(tmp_path: Path) -> None:
     trace = load_trace(jsonl(tmp_path / "v.json", [VLLM]))
     assert (trace.arrival_s.tolist(), trace.isl.tolist(), trace.osl.tolist()) == ([0.0, 20.0], [1, 3], [4, 6])
-    assert trace.note == "1 requests that failed are left out"
+    assert trace.note == "2 requests that failed are left out"
 
 
 def test_aiperfs_records_without_the_warm_up_and_what_failed(tmp_path: Path) -> None:
@@ -251,8 +251,8 @@ BAD: list[tuple[str, str, str, str]] = [
     ("azure", "a.csv", "x,y\n1,2\n", "a.csv: has no column ContextTokens, GeneratedTokens, TIMESTAMP; needs"),
     ("vllm", "l.csv", LOG.replace("20,2", "20,0"), "l.csv line 2: output_tokens=0: must be at least 1"),
     ("vllm", "v.json", json.dumps({**VLLM, "start_times": None}), "start_times: must be a list; write .* --save-detailed"),
-    ("vllm", "v.json", json.dumps({**VLLM, "start_times": [1.0]}), "has 3 entries; start_times has 1"),
-    ("vllm", "v.json", json.dumps({**VLLM, "start_times": [None] * 3}), "v.json line 1 request 0: start_times=None: must be a"),
+    ("vllm", "v.json", json.dumps({**VLLM, "start_times": [1.0]}), "has 4 entries; start_times has 1"),
+    ("vllm", "v.json", json.dumps({**VLLM, "start_times": [None] * 4}), "v.json line 1 request 0: start_times=None: must be a"),
     ("mooncake", "m.jsonl", '{"timestamp": 1}\n', "m.jsonl line 1: .*=None: must be a number, a whole one"),
     ("mooncake", "m.jsonl", '{"timestamp": true}\n', "line 1: timestamp=True: must be a number"),
     ("mooncake", "m.jsonl", '{"timestamp": NaN}\n', "line 1: timestamp=nan: must be at least 0"),
