@@ -142,9 +142,14 @@ MOONCAKE = [
     {"timestamp": 30, "input_" + "length": 600, "output_" + "length": 0, "hash_ids": [7, 9]},
 ]
 VLLM = {
-    "date": "20260101", "backend": "vllm", "num_prompts": 4, "start_times": [30.0, 10.0, 20.0, 5.0], "input_" + "lens": [3, 1, 2, 8],
-    "output_" + "lens": [6, 4, 0, 8], "errors": ["", "", "", "timed out"],
-}  # fmt: skip
+    "date": "20260101",
+    "backend": "vllm",
+    "num_prompts": 4,
+    "start_times": [30.0, 10.0, 20.0, 5.0],
+    "input_" + "lens": [3, 1, 2, 8],
+    "output_" + "lens": [6, 4, 0, 8],
+    "errors": ["", "", "", "timed out"],
+}
 
 
 def record(start_ns: int, isl: int, osl: int, **about: Any) -> dict[str, Any]:
