@@ -36,6 +36,7 @@ def serve(
     max_workers: Annotated[int | None, typer.Option(help="Most workers of --scale elastic; default: as at first.")] = None,
     scale_dry_run: Annotated[bool, typer.Option(help="Only say what --scale would change.")] = False,
     scale_window: Annotated[float, typer.Option(help="Seconds between two decisions of --scale.")] = 30.0,
+    scale_log: Annotated[Path | None, typer.Option(help="Append what --scale is told to this file, as lines of JSON.")] = None,
     ttft: Annotated[float | None, typer.Option(help="Largest time to first token that --scale aims at, seconds.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Largest time per output token that --scale aims at, seconds.")] = None,
     drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
@@ -66,9 +67,10 @@ def serve(
             max_workers=max_workers,
             dry_run=scale_dry_run,
             window_s=scale_window,
+            log=scale_log,
         )
-    elif max_workers is not None or scale_dry_run or ttft is not None or tpot is not None:
-        raise SpecError("--max-workers, --scale-dry-run, --ttft, --tpot: change nothing without --scale")
+    elif max_workers is not None or scale_dry_run or scale_log is not None or ttft is not None or tpot is not None:
+        raise SpecError("--max-workers, --scale-dry-run, --scale-log, --ttft, --tpot: change nothing without --scale")
     options = launch.ServeOptions(
         model=model,
         name=model if name is None else name,

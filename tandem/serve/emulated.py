@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tandem.engine.handoff import Handoff, StateSink
@@ -18,19 +18,10 @@ from tandem.sched.batch import BatchLimits, Chunk, Room, StepPlan, plan_step
 from tandem.sched.fair import FairShare
 from tandem.sched.prefix import prefix_hashes
 from tandem.sched.request import Request
-from tandem.serve.emulated_state import EmulatedState, Letters
+from tandem.serve.emulated_state import EmulatedState, EmulatedStep, Letters
 from tandem.sim.times import StepTable
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
-
-
-@dataclass(slots=True)
-class EmulatedStep:
-    """What one step brought."""
-
-    outputs: list[TokenOutput] = field(default_factory=list)
-    handoffs: list[Handoff] = field(default_factory=list)
-    finished: list[Request] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +66,7 @@ class EmulatedEngine:
         self.max_context = max_context
         self._times, self._limits, self._blocks, self._letters = times, limits, blocks, letters
         self._cell, self._cells, self._stride_s = cell_tokens, prefix_tokens // cell_tokens, stride_s
+        self._sent_s: dict[str, float] = {}
         self._known: OrderedDict[int, None] = OrderedDict()
         self._waiting: dict[str, _Sequence] = {}
         self._arrived: dict[str, _Sequence] = {}
@@ -106,16 +98,22 @@ class EmulatedEngine:
         self._waiting[request.id] = self._sequence(request, life, hand_off)
         self._share.arrive(request.client)
 
+    def announce_state(self, request_id: str, at_s: float) -> None:
+        """A state sets out now, though `import_state` comes only between two steps."""
+        self._sent_s[request_id] = at_s
+
     def import_state(self, handoff: Handoff) -> None:
         """Go on with a request of another engine, once its state has had the time to come."""
         request, state = handoff.request, handoff.state
+        sent_s = self._sent_s.pop(request.id, self.now_s)
         self._check(request)
         known = len(request.prompt_ids) + len(request.output_ids) - 1
         if not isinstance(state, EmulatedState) or state.tokens != known or not request.output_ids:
             raise SpecError(f"request {request.id!r}: its state is not that of an emulated worker with {known} tokens")
         life = replace(handoff.life, computed=known, osl=len(request.output_ids))
         sequence = self._sequence(request, life, False)
-        sequence.arrived, sequence.ready_s = handoff, self.now_s + self._times.transfer_s(known)
+        sequence.arrived = handoff
+        sequence.ready_s = sent_s + self._times.transfer_s(known)
         self._arrived[request.id] = sequence
         self._share.arrive(request.client)
 

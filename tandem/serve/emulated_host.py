@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tandem.serve.emulated import EmulatedEngine
 from tandem.serve.hosts import Listener, WorkerDied, describe
-from tandem.serve.messages import Batch, Capacity, Command, Stop
+from tandem.serve.messages import Accept, Batch, Capacity, Command, Stop
 from tandem.serve.worker import Worker
 
 Build = Callable[[], tuple[EmulatedEngine, Capacity]]
@@ -96,6 +96,8 @@ class _Life:
 
     def send(self, command: Command) -> None:
         self._commands.append(command)
+        if isinstance(command, Accept):
+            self._engine.announce_state(command.handoff.request.id, self._clock())
         if not self._stepping and not self._waking:
             if self._timer is not None:
                 self._timer.cancel()

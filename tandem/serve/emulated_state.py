@@ -1,9 +1,12 @@
-"""What emulated workers give in place of answers and states."""
+"""What emulated engines give: answers of letters, states that are sizes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from tandem.engine.handoff import Handoff
+from tandem.engine.types import TokenOutput
+from tandem.sched.request import Request
 from tandem.spec.errors import SpecError
 
 
@@ -25,3 +28,12 @@ class Letters:
     def __post_init__(self) -> None:
         if not self.ids or len(self.ids) != len(self.texts):
             raise SpecError(f"ids has {len(self.ids)}, texts {len(self.texts)} entries: need equal, >= 1")
+
+
+@dataclass(slots=True)
+class EmulatedStep:
+    """What one step brought."""
+
+    outputs: list[TokenOutput] = field(default_factory=list)
+    handoffs: list[Handoff] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -50,18 +53,17 @@ def letters_of(tokenizer: Tokenizer) -> Letters:
 class Emulating:
     """Makes emulated workers of the kinds that a deployment has, all in this process."""
 
-    def __init__(self, options: ServeOptions, emulation: Emulation) -> None:
+    def __init__(self, options: ServeOptions, emulation: Emulation, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.spec = load_spec(options.model)
         self.tokenizer = byte_tokenizer()
         self._letters, self._options, self._emulation = letters_of(self.tokenizer), options, emulation
         self._config = config_of(emulation.deployment, context=emulation.context)
         self._kinds: dict[Role, WorkerKind] = {group.role: group.kind for group in self._config.groups}
-        self.routing = self._config.routing
         kinds = list(self._kinds.values())
         if options.scaling is not None and len({kind.gpus for kind in kinds}) > 1:
             raise SpecError("scale: workers of both roles must have as many GPUs, so that one can take the other role")
         self.times: StepTimes = _RoutingTimes(self._kinds)
-        self._count = 0
+        self._clock, self._count = clock, 0
 
     def worker(self, role: Role, *, late: bool = False) -> WorkerHandle:
         """One more worker."""
@@ -71,7 +73,7 @@ class Emulating:
         if late:
             asked = self._emulation.start_up_s
             start_up_s = kind.start_up_s if asked is None else asked
-        return EmulatedHost(f"{role}-{number}", lambda: self._build(kind), start_up_s=start_up_s)
+        return EmulatedHost(f"{role}-{number}", lambda: self._build(kind), start_up_s=start_up_s, clock=self._clock)
 
     def rates(self, slo: Slo, capacity: Capacity) -> PoolRates:
         """From the tables by which the workers take their time."""

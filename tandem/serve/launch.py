@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -79,6 +79,7 @@ class Launched:
 
     def __init__(self, options: ServeOptions) -> None:
         self.options = o = options
+        self._files = ExitStack()
         self.failure: Exception | None = None
         """Why the workers do not start."""
         self.controller: Controller | None = None
@@ -119,6 +120,16 @@ class Launched:
             counts["emulated"] = o.emulation.deployment.hardware
         return {"url": url, "model": o.name, **counts, "max_context": self.pools.max_context, "pid": os.getpid()}
 
+    def _scale_log(self, scaling: Scaling) -> Callable[[str], None]:
+        if scaling.log is None:
+            return lambda line: None
+        try:
+            file = self._files.enter_context(scaling.log.open("a", encoding="utf-8", buffering=1))
+        except OSError as wrong:
+            self.failure = SpecError(f"scale_log={str(scaling.log)!r}: cannot be written ({wrong.strerror})")
+            raise self.failure from None
+        return lambda line: print(line, file=file)
+
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         try:
@@ -130,7 +141,9 @@ class Launched:
                 raise
             if self.options.scaling is not None:
                 took_s = time.monotonic() - began_s
-                self.controller = make_controller(self.pools, self.place, self.options.scaling, took_s=took_s)
+                record = self._scale_log(self.options.scaling)
+                scaling = self.options.scaling
+                self.controller = make_controller(self.pools, self.place, scaling, took_s=took_s, record=record)
                 self.controller.run()
             yield
         finally:
@@ -138,6 +151,7 @@ class Launched:
                 await self.controller.close()
             await self.pools.close()
             self.place.close()
+            self._files.close()
 
 
 def run(options: ServeOptions, *, on_ready: Callable[[dict[str, Any]], None]) -> None:

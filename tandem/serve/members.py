@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 
 from tandem.sched.route import Role, WorkerView
@@ -165,6 +165,10 @@ class Roster(Mapping[str, Member]):
 
     def __len__(self) -> int:
         return len(self._members)
+
+    def values(self) -> ValuesView[Member]:
+        """The members, in the order in which they came."""
+        return self._members.values()
 
     def add(self, member: Member) -> None:
         """One more."""

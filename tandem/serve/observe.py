@@ -81,7 +81,7 @@ class Observer:
             role=role,
             up=sum(m.accepting for m in members),
             starting=sum(not m.up and not m.draining for m in members),
-            draining=sum(m.draining for m in members),
+            draining=sum(m.scaling for m in members),
             running=sum(view.running for view in views),
             queued_tokens=sum(view.queued_tokens for view in views),
         )

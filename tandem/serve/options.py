@@ -12,6 +12,7 @@ import yaml
 from tandem.model.inputs import known_device
 from tandem.spec.design import Deployment, Parallelism, Pool
 from tandem.spec.errors import SpecError
+from tandem.spec.files import require_folder
 from tandem.spec.units import require_int, require_number
 from tandem.spec.workload import Slo
 
@@ -53,6 +54,8 @@ class Scaling:
     dry_run: bool = False
     """Say what would be done, and do nothing."""
     window_s: float = 30.0
+    log: Path | None = None
+    """Gets what the policy is told, a line of JSON for each window; replayed, it decides the same."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("fixed", "elastic"):
@@ -64,6 +67,7 @@ class Scaling:
             if self.mode == "fixed":
                 raise SpecError(f"max_workers={self.max_workers}: changes nothing with scale='fixed'; leave it out")
         require_number("window_s", self.window_s, high=86_400.0)
+        require_folder("scale_log", self.log)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

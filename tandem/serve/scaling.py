@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from tandem.sched.route import Role
 from tandem.sched.scale import ScaleLimits, Scaler
@@ -13,8 +14,19 @@ from tandem.serve.pools import Pools
 from tandem.serve.workplaces import Workplace
 
 
-def make_controller(pools: Pools, place: Workplace, scaling: Scaling, *, took_s: float) -> Controller:
-    """The joint policy over pools that are up, with the rates of their own workers; `took_s` is what their start took."""
+def make_controller(
+    pools: Pools,
+    place: Workplace,
+    scaling: Scaling,
+    *,
+    took_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    record: Callable[[str], None] = lambda line: None,
+) -> Controller:
+    """The joint policy over pools that are up, with the rates of their own workers; `took_s` is what their start took.
+
+    `clock` is that of the pools; `record` gets each observation as a line, see `Controller`.
+    """
     capacity = next(m.capacity for m in pools.workers.values() if m.capacity is not None)
     limits = ScaleLimits(
         max_gpus=scaling.max_workers or len(pools.workers),
@@ -28,10 +40,11 @@ def make_controller(pools: Pools, place: Workplace, scaling: Scaling, *, took_s:
     return Controller(
         pools,
         Scaler(place.rates(scaling.slo, capacity), limits),
-        clock=time.monotonic,
+        clock=clock,
         window_s=scaling.window_s,
         start=None if scaling.mode == "fixed" else start,
         max_workers=limits.max_gpus,
         dry_run=scaling.dry_run,
         slo=scaling.slo,
+        record=record,
     )

@@ -101,7 +101,7 @@ def test_a_worker_that_a_person_drained_is_not_touched() -> None:
             assert pools.workers["p1"].role == "prefill"  # the last that prefills
             assert scaled.history[-1].steps[0].startswith("not done: ")
             seen = {pool.role: (pool.up, pool.draining) for pool in script.seen[-1].pools}
-            assert seen == {"prefill": (1, 1), "decode": (2, 0)}
+            assert seen == {"prefill": (1, 0), "decode": (2, 0)}
 
     asyncio.run(main())
 
