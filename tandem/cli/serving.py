@@ -46,6 +46,11 @@ def serve(
     from tandem.spec.catalog import find_weights, load_spec
     from tandem.spec.workload import Slo
 
+    if emulate is None and (emulate_tp != 1 or emulate_stride != 0.0):
+        raise SpecError("--emulate-tp, --emulate-stride: change nothing without --emulate")
+    bounds = (max_workers, scale_log, ttft, tpot)
+    if scale is None and (scale_dry_run or any(bound is not None for bound in bounds)):
+        raise SpecError("--max-workers, --scale-dry-run, --scale-log, --ttft, --tpot: change nothing without --scale")
     if emulate is None and find_weights(model).is_dir():
         load_spec(model)  # names what is wrong with a folder that is no checkpoint
     launch = _launch()
@@ -57,8 +62,6 @@ def serve(
         prefill = 0 if deployment.prefill is None else deployment.prefill.replicas
         decode = (deployment.decode or deployment.colocated).replicas
         emulation = launch.Emulation(deployment=deployment, stride_s=emulate_stride)
-    elif emulate_tp != 1 or emulate_stride != 0.0:
-        raise SpecError("--emulate-tp, --emulate-stride: change nothing without --emulate")
     scaling = None
     if scale is not None:
         scaling = launch.Scaling(
@@ -69,8 +72,6 @@ def serve(
             window_s=scale_window,
             log=scale_log,
         )
-    elif max_workers is not None or scale_dry_run or scale_log is not None or ttft is not None or tpot is not None:
-        raise SpecError("--max-workers, --scale-dry-run, --scale-log, --ttft, --tpot: change nothing without --scale")
     options = launch.ServeOptions(
         model=model,
         name=model if name is None else name,

@@ -119,6 +119,9 @@ class ServeOptions:
             raise SpecError("workers='processes': leave it out with cluster, whose workers are Ray's actors")
         if self.emulation is not None and (self.cluster is not None or self.workers != "embedded"):
             raise SpecError("emulate: emulated workers live in this process; leave workers and cluster out")
+        computing = (self.dtype, self.device, self.threads, self.cache_bytes)
+        if self.emulation is not None and computing != ("auto", "cpu", None, None):
+            raise SpecError("emulate: nothing is computed; leave dtype, device, threads and cache_bytes out")
         most = None if self.scaling is None else self.scaling.max_workers
         if most is not None and most < self.prefill + self.decode:
             raise SpecError(f"max_workers={most}: is less than the {self.prefill + self.decode} workers at the start")
