@@ -373,6 +373,18 @@ def study_hybrids(
     studying.run_hybrids(out, json_out)
 
 
+@study.command("elastic")
+def study_elastic(
+    out: Annotated[Path | None, typer.Option(help="Folder for the HTML report and claims.json.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One short synthetic traffic for one model, in seconds.")] = False,
+    json_out: Json = False,
+) -> None:
+    """Scaling policies on the same arrivals: constant sizes, published controllers, the joint policy, a clairvoyant."""
+    from tandem.cli import studying
+
+    studying.run_elastic(out, quick, json_out)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the HTML report.")] = Path("out/demo"),

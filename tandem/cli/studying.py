@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem.cli.app import emit
 from tandem.report import text
 from tandem.report.study_text import claims_table, study_sentences
 from tandem.spec.errors import SpecError
 from tandem.spec.files import write_whole
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PAPER_B_TITLE = "Beyond the Buzz, re-derived"
 PAPER_B_LEAD = (
@@ -23,6 +27,14 @@ HYBRIDS_LEAD = (
     "Four Mamba-2 hybrids beside Transformers of their size on H100: what splitting prefill from decode gains each, in which "
     "proportion, what moves between the pools, and which traffic changes the answer. Nobody has published this; most claims "
     "have no printed number, and no measured serving row of a Mamba-2 hybrid stands behind the predictions."
+)
+
+
+ELASTIC_TITLE = "Elastic scaling: policies on the same arrivals"
+ELASTIC_LEAD = (
+    "Constant sizes, sizes for the peak, independent prefill and decode controllers as published, Tandem's joint policy and a "
+    "clairvoyant serve the same requests, one by one: what share meets its objective, for how many GPU hours. And what a fixed "
+    "prefill:decode ratio loses when the latency target or the traffic moves."
 )
 
 
@@ -46,26 +58,59 @@ def run_hybrids(out: Path | None, json_out: bool) -> None:
     _finish("hybrids", HYBRIDS_TITLE, HYBRIDS_LEAD, data, out, json_out)
 
 
+def run_elastic(out: Path | None, quick: bool, json_out: bool) -> None:
+    """Run the study of elastic scaling; the exit code does not depend on which claims hold."""
+    from tandem.report.elastic_html import elastic_page, elastic_sentences, policies_table
+    from tandem.study.elastic import study_elastic
+
+    _require_new_folder(out)
+    with text.progress("simulating") as step:
+        data = study_elastic(progress=step, quick=quick).to_json()
+    _finish(
+        "elastic",
+        ELASTIC_TITLE,
+        ELASTIC_LEAD,
+        data,
+        out,
+        json_out,
+        page=elastic_page,
+        also=policies_table,
+        closing=elastic_sentences,
+    )
+
+
 def _require_new_folder(out: Path | None) -> None:
     if out is not None and out.exists() and not out.is_dir():
         raise SpecError(f"--out {out}: is a file; give a folder")
 
 
-def _finish(name: str, title: str, lead: str, data: dict[str, Any], out: Path | None, json_out: bool) -> None:
-    """Write the page and claims.json, then print."""
+def _finish(
+    name: str,
+    title: str,
+    lead: str,
+    data: dict[str, Any],
+    out: Path | None,
+    json_out: bool,
+    page: Callable[[str, str, dict[str, Any]], str] | None = None,
+    also: Callable[[dict[str, Any]], Table] | None = None,
+    closing: Callable[[dict[str, Any]], list[str]] = study_sentences,
+) -> None:
+    """Write the page and claims.json, then print; `page`, `also`, `closing`: a study's own page, table and last lines."""
     target = None
     if out is not None:
         from tandem.report.study_html import study_page
 
         out.mkdir(parents=True, exist_ok=True)
         target = out / f"study-{name}.html"
-        write_whole(target, study_page(title, lead, data))
+        write_whole(target, (page or study_page)(title, lead, data))
         write_whole(out / "claims.json", json.dumps(data, allow_nan=False, indent=1) + "\n")
     if json_out:
         return emit(data)
     console = text.console()
     console.print(claims_table(title, data["claims"], list(data["backends"])))
-    for line in study_sentences(data):
+    if also is not None:
+        console.print(also(data))
+    for line in closing(data):
         console.print(f"- {line}", markup=False)
     if target is not None:
         console.print(f"report: {target.resolve()}", soft_wrap=True, markup=False)

@@ -78,6 +78,8 @@ class Ready:
     """Workers that prefill and decode at the start."""
     peak: tuple[int, int]
     """What the sizing functions give for the busiest windows."""
+    context: float
+    """Mean tokens of a sequence in a decode batch."""
 
     @property
     def slo(self) -> Slo:
@@ -121,13 +123,13 @@ SERVICES: dict[str, Service] = {
     s.name: s
     for s in (
         Service(name="nano-9b-v2", model="nemotron-nano-9b-v2", hardware="h100-sxm", parallelism=Parallelism(), batch=256,
-                slo=Slo(ttft_s=2.0, tpot_s=0.025, percentile=95.0), start_up_s=60.0),
+                slo=Slo(ttft_s=2.0, tpot_s=0.010, percentile=95.0), start_up_s=60.0),
         Service(name="qwen3-8b", model="qwen3-8b", hardware="h100-sxm", parallelism=Parallelism(), batch=512,
-                slo=Slo(ttft_s=2.0, tpot_s=0.025, percentile=95.0), start_up_s=60.0),
+                slo=Slo(ttft_s=2.0, tpot_s=0.010, percentile=95.0), start_up_s=60.0),
         Service(name="llama-3.1-70b", model="llama-3.1-70b", hardware="h200-sxm", parallelism=Parallelism(tp=4), batch=512,
-                slo=Slo(ttft_s=3.0, tpot_s=0.04, percentile=95.0), start_up_s=120.0),
+                slo=Slo(ttft_s=3.0, tpot_s=0.015, percentile=95.0), start_up_s=120.0),
         Service(name="deepseek-r1", model="deepseek-r1", hardware="h200-sxm", parallelism=Parallelism(dp=8, ep=8), batch=1024,
-                slo=Slo(ttft_s=4.0, tpot_s=0.05, percentile=95.0), start_up_s=180.0),
+                slo=Slo(ttft_s=5.0, tpot_s=0.03, percentile=95.0), start_up_s=180.0),
     )
 }  # fmt: skip
 """Objectives: TTFT and TPOT that an idle worker meets for the longest prompts of the traffic with room to spare."""
@@ -169,12 +171,14 @@ def ready(cell: Cell | str, *, seed: int = 0, trace: Trace | None = None) -> Rea
     needs = window_needs(trace, rates, WINDOW_S)
     peak = tuple(max(1, ceil(max(n[i] for n in needs))) for i in range(2))
     first = tuple(max(1, ceil(n)) for n in needs[0])
-    return Ready(cell=cell, trace=trace, kind=kind, rates=rates, first=(first[0], first[1]), peak=(peak[0], peak[1]))
+    return Ready(
+        cell=cell, trace=trace, kind=kind, rates=rates, first=(first[0], first[1]), peak=(peak[0], peak[1]), context=context
+    )
 
 
 def window_needs(trace: Trace, rates: TableRates, window_s: float) -> list[tuple[float, float]]:
     """Workers, not rounded, that prefill and decode what arrives in each window, by the sizing functions of the policy."""
-    edges = np.arange(0.0, float(trace.arrival_s[-1]) + window_s, window_s)
+    edges = np.arange(int(trace.arrival_s[-1] // window_s) + 2) * window_s
     at = np.searchsorted(trace.arrival_s, edges)
     needs = []
     for begin, end in pairwise(at.tolist()):

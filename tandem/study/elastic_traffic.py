@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from tandem.sim.traces import load_trace
 from tandem.spec.units import require_int, require_number
-from tandem.spec.workload import Trace, read_trace
+from tandem.spec.workload import Trace
 
 DAY_S = 86_400.0
 JITTER_S = 2.0
@@ -32,12 +33,21 @@ TRAFFIC: dict[str, Traffic] = {
     t.name: t
     for t in (
         Traffic(
-            name="azure-conversation-2023",
-            scale={"nano-9b-v2": 8, "qwen3-8b": 8, "llama-3.1-70b": 6, "deepseek-r1": 6},
+            name="servegen-deepseek-r1", drawn=True,
+            scale={"nano-9b-v2": 0.08, "qwen3-8b": 0.08, "llama-3.1-70b": 0.08, "deepseek-r1": 0.06},
         ),
-        Traffic(name=SYNTHETIC, drawn=True, duration_s=7200.0),
+        Traffic(
+            name="azure-code-2023",
+            scale={"nano-9b-v2": 10, "qwen3-8b": 10, "llama-3.1-70b": 6, "deepseek-r1": 5},
+        ),
+        Traffic(
+            name="azure-conversation-2023",
+            scale={"nano-9b-v2": 4, "qwen3-8b": 5, "llama-3.1-70b": 3, "deepseek-r1": 3},
+        ),
+        Traffic(name=SYNTHETIC, drawn=True, duration_s=1800.0),
     )
-}
+}  # fmt: skip
+"""What is served; the last one is for tests and trials, not for the study."""
 
 
 def denser(trace: Trace, scale: float, *, seed: int = 0) -> Trace:
@@ -89,21 +99,13 @@ def synthetic_day(
     )  # fmt: skip
 
 
-def cut(trace: Trace, start_s: float, duration_s: float | None) -> Trace:
-    """The part of a trace that begins at `start_s` and lasts `duration_s` (None: to its end), from 0 s on."""
-    end_s = float("inf") if duration_s is None else start_s + duration_s
-    keep = (trace.arrival_s >= start_s) & (trace.arrival_s < end_s)
-    arrival = trace.arrival_s[keep]
-    return replace(
-        trace, arrival_s=arrival - (arrival[0] if len(arrival) else 0.0), isl=trace.isl[keep], osl=trace.osl[keep],
-        client=None, prefix_hash=None, prefix_end=None,
-    )  # fmt: skip
-
-
 def traffic_trace(traffic: Traffic, service: str, *, seed: int = 0) -> Trace:
-    """The requests of a traffic for a service; `seed` draws what is drawn."""
+    """The requests of a traffic for a service; `seed` draws what is drawn. Who asked is left out: prompts queue by arrival."""
     scale = traffic.scale.get(service, 1.0)
     if traffic.name == SYNTHETIC:
         return synthetic_day(traffic.duration_s or DAY_S, 20.0 * scale, seed=seed)
-    trace = cut(read_trace(traffic.name), traffic.start_s, traffic.duration_s)
-    return denser(trace, scale, seed=seed)
+    begin_s, lasts_s = traffic.start_s, traffic.duration_s
+    if traffic.drawn:
+        drawn = load_trace(traffic.name, seed=seed, scale=scale, start_s=begin_s, duration_s=lasts_s)
+        return replace(drawn, client=None)
+    return denser(load_trace(traffic.name, start_s=begin_s, duration_s=lasts_s), scale, seed=seed)
