@@ -149,7 +149,7 @@ def study_elastic(*, progress: Callable[[str], None] = lambda _: None, quick: bo
     jobs += [(seeded, seed, SEEDED_POLICIES, 0) for seed in SEEDS[1:]]
     if quick:
         outcomes = [study_cell(*job) for job in jobs]
-        split = ratios(workers=4, tpots_s=TPOTS_S[1:3], mixes=MIXES[:2], holds=1.0)
+        split = ratios(workers=3, tpots_s=TPOTS_S[1:3], mixes=MIXES[1:], holds=0.5)
     else:
         outcomes, split = _in_processes(jobs, progress)
     main = [o for o in outcomes if o.seed == 0]

@@ -44,7 +44,7 @@ TRAFFIC: dict[str, Traffic] = {
             name="azure-conversation-2023",
             scale={"nano-9b-v2": 4, "qwen3-8b": 5, "llama-3.1-70b": 3, "deepseek-r1": 3},
         ),
-        Traffic(name=SYNTHETIC, drawn=True, duration_s=1800.0),
+        Traffic(name=SYNTHETIC, drawn=True, duration_s=300.0),
     )
 }  # fmt: skip
 """What is served; the last one is for tests and trials, not for the study."""
