@@ -64,6 +64,11 @@ class WorkerView:
         require_int("max_batch", self.max_batch)
 
 
+LOCAL_TOKENS = 128
+"""Longest uncached prompt that decode workers prefill themselves where there are prefill workers, in Tandem's server and in
+simulations of it. A longer one would hold up whoever comes to decode meanwhile, whom no prediction knows yet."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingLimits:
     """How the router weighs and what it never does."""

@@ -33,7 +33,7 @@ class Board:
         """The workers that accept requests, after one has come or gone or changed its role."""
         self.prefillers = [w for w in workers if w.accepting and w.role == "prefill"]
         self.decoders = [w for w in workers if w.accepting and w.role != "prefill"]
-        self._one_kind = len({id(w.kind) for w in self.prefillers or self.decoders}) < 2
+        self._one_kind = len({id(w.kind) for w in self.prefillers + self.decoders}) < 2
         self._slope_s = min((min(w.times.per_token_s[1:]) for w in self.decoders[:1]), default=0.0)
         for worker in self.decoders[1:]:
             if worker.kind is not self.decoders[0].kind:
@@ -43,30 +43,34 @@ class Board:
     def prompt(self, isl: int, cached: Mapping[str, int], now_s: float) -> SimWorker | None:
         """Where a prompt goes, by the rule of `route_prompt`; None where nobody accepts.
 
-        Of prefill workers with nothing of the prompt cached, where nobody decodes, the one with the least queue costs least;
-        so with no cached prefix, and a prompt too long to stay where it decodes, no costs need be compared.
+        Of prefill workers with nothing of the prompt cached, where nobody decodes, the one with the least queue costs least.
         """
         if not self.decoders:
             return None
-        local = self._limits.max_local_tokens
-        if self.prefillers and self._one_kind and not cached and not self._colocated and local is not None and isl > local:
-            queues = [worker.queued_tokens for worker in self.prefillers]
-            return self.prefillers[queues.index(min(queues))]
-        if not self.prefillers and not cached and self._one_kind:
-            return self._shared(isl, now_s)
+        if not cached and self._one_kind:
+            return self._uncached(isl, now_s)
         workers = self.prefillers + self.decoders
         views = [_view(w, now_s) for w in workers]
         times = workers[0].times  # of the role asked first; kinds that differ are compared by one of them
         found = route_prompt(isl, cached, views, times, self._limits)
         return None if isinstance(found, Infeasible) else next(w for w in workers if w.id == found.worker_id)
 
-    def _shared(self, isl: int, now_s: float) -> SimWorker:
-        """The same where all workers are of one kind and decode, and none has anything cached: the terms of `prompt_cost`, what
-        they have in common left out or taken once."""
-        times, limits = self.decoders[0].times, self._limits
+    def _uncached(self, isl: int, now_s: float) -> SimWorker:
+        """The same where all workers are of one kind and none has anything cached, by the terms of `prompt_cost` that vary."""
+        limits, decoders = self._limits, self.decoders
+        best, least = decoders[0], (True, inf, 0)
+        if self.prefillers:
+            queues = [worker.queued_tokens for worker in self.prefillers]
+            best = self.prefillers[queues.index(min(queues))]
+            if limits.max_local_tokens is not None and isl > limits.max_local_tokens:
+                if not self._colocated:
+                    return best
+                decoders = [w for w in decoders if w.role == "colocated"]
+            queued_s = best.times.prefill_s(best.queued_tokens, 0) if best.queued_tokens else 0.0
+            least = (False, queued_s + best.times.transfer_s(isl), best.number)
+        times = decoders[0].times
         pause_s = limits.pause_weight * times.prefill_s(isl, 0)
-        best, least = self.decoders[0], (True, inf)
-        for worker in self.decoders:
+        for worker in decoders:
             batch, queued = worker.running + worker.incoming, worker.queued_tokens
             cost_s = times.prefill_s(queued, 0) if queued else 0.0
             if batch:
@@ -74,10 +78,10 @@ class Board:
                 cost_s += batch * pause_s
                 # Contexts only grow in a run of steps, so that this is the least that it can cost.
                 tokens = worker.decoding_tokens + worker.incoming_tokens
-                if least < (False, cost_s + steps * times.decode_s(batch, tokens)):
+                if least < (False, cost_s + steps * times.decode_s(batch, tokens), 0):
                     continue
                 cost_s += steps * times.decode_s(batch, worker.context_at(now_s))
-            cost = (batch >= worker.max_batch or not worker.has_room(isl, now_s), cost_s)
+            cost = (batch >= worker.max_batch or not worker.has_room(isl, now_s), cost_s, worker.number)
             if cost < least:
                 best, least = worker, cost
         return best

@@ -18,7 +18,7 @@ from tandem.perf.estimate import check_fits, perf_model
 from tandem.perf.memory import DEFAULT_STEP_TOKENS, LARGEST_STEP_TOKENS
 from tandem.perf.phases import PerfModel
 from tandem.sched.batch import BatchLimits
-from tandem.sched.route import RoutingLimits
+from tandem.sched.route import LOCAL_TOKENS, RoutingLimits
 from tandem.sim.config import Group, SimConfig, WorkerKind
 from tandem.sim.times import StepTable
 from tandem.spec.design import Deployment, Pool
@@ -121,7 +121,7 @@ def config_of(
         for pool in deployment.pools
     )
     if routing is None:
-        routing = RoutingLimits(step_tokens=groups[-1].kind.limits.step_tokens)
+        routing = RoutingLimits(step_tokens=groups[-1].kind.limits.step_tokens, max_local_tokens=LOCAL_TOKENS)
     return SimConfig(groups=groups, routing=routing, window_s=window_s)
 
 

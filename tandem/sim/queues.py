@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 
+from tandem.sched.fair import FairShare
 from tandem.sim.decoding import SimRequest
 
 
@@ -25,6 +26,41 @@ class Fifo:
 
     def charge(self, client: str, tokens: float) -> None:
         """Nobody to compare with."""
+
+
+class ClientTurns(FairShare):
+    """What clients were served by a worker that takes runs of decode steps at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._decoding: Counter[str] = Counter()
+        self._charged = 0
+        """Steps of the present run that all in it were charged for."""
+
+    def starts(self, client: str) -> None:
+        """One more of its sequences decodes."""
+        self._decoding[client] += 1
+
+    def stops(self, client: str) -> None:
+        """One fewer."""
+        self._decoding[client] -= 1
+        if not self._decoding[client]:
+            del self._decoding[client]
+
+    def comes(self, client: str, steps: int) -> None:
+        """A request of `client` comes after so many steps of the present run."""
+        self._charge_until(steps)
+        self.arrive(client)
+
+    def end_run(self, steps: int) -> None:
+        """The run is over after so many steps."""
+        self._charge_until(steps)
+        self._charged = 0
+
+    def _charge_until(self, steps: int) -> None:
+        for client, count in self._decoding.items():
+            self.charge(client, count * (steps - self._charged))
+        self._charged = steps
 
 
 class PrefixCache:

@@ -6,18 +6,18 @@ steps. A step with prompt chunks is planned by `tandem.sched.batch`, as the engi
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop
 from math import inf, isnan
 from typing import Any, Literal, cast
 
 from tandem.sched.batch import Chunk, Room, StepAccount, fill_step, plan_step
-from tandem.sched.fair import FairQueue, FairShare, by_age
+from tandem.sched.fair import FairQueue, by_age
 from tandem.sched.route import Role
 from tandem.sim.config import WorkerKind
 from tandem.sim.decoding import DecodeBatch, SimRequest, steps_for
-from tandem.sim.queues import Fifo, PrefixCache
+from tandem.sim.queues import ClientTurns, Fifo, PrefixCache
 from tandem.sim.result import Columns
 
 Status = Literal["starting", "up", "draining", "flipping", "gone"]
@@ -45,8 +45,7 @@ class SimWorker(DecodeBatch):
         self.flip_to: Role | None = None
         self.on_prefilled, self.on_done = on_prefilled, on_done
         self._columns, self._cache = columns, cache
-        self._share = FairShare() if fair else None
-        self._charged = 0
+        self._share = ClientTurns() if fair else None
         self.waiting: deque[SimRequest] = deque()
         self.resumed: list[SimRequest] = []
         self.begun: list[SimRequest] = []
@@ -98,14 +97,22 @@ class SimWorker(DecodeBatch):
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         """A prompt, to be prefilled from its first token on."""
-        self._joins(request.client, now_s)
+        if self._share is not None:
+            self._share.comes(request.client, self.steps_done(now_s))
         self.stays(request)
         self.disturb(now_s)
 
-    def _joins(self, client: str, now_s: float) -> None:
+    def join(self, request: SimRequest) -> None:
+        """It decodes from the next step on; its newest token is not yet computed."""
+        super().join(request)
         if self._share is not None:
-            self._charge(self.steps_done(now_s))
-            self._share.arrive(client)
+            self._share.starts(request.client)
+
+    def leave(self, request: SimRequest) -> None:
+        """It decodes no more, and its blocks are free."""
+        super().leave(request)
+        if self._share is not None:
+            self._share.stops(request.client)
 
     def recall(self) -> list[SimRequest]:
         """The prompts that have not begun, oldest first; each is then told to `stays` or `leaves`."""
@@ -137,7 +144,8 @@ class SimWorker(DecodeBatch):
 
     def accept(self, request: SimRequest, now_s: float) -> None:
         """Its state is here."""
-        self._joins(request.client, now_s)
+        if self._share is not None:
+            self._share.comes(request.client, self.steps_done(now_s))
         self.arrived.append(request)
         self.disturb(now_s)
 
@@ -158,8 +166,7 @@ class SimWorker(DecodeBatch):
 
     def _cut(self, now_s: float) -> None:
         """End a run of decode steps with the one that is under way."""
-        growth = self._slope_s[self.running] * self.running
-        steps = max(1, steps_for(now_s - self.start_s, self.run_s(1), growth))
+        steps = max(1, steps_for(now_s - self.start_s, self.run_s(1), self._slope_s[self.running] * self.running))
         if steps < self.span:
             self.span = steps
             self.end_s = self.start_s + self.run_s(steps)
@@ -193,15 +200,7 @@ class SimWorker(DecodeBatch):
         self._steps += steps
         self.decoding_tokens += self.running * steps
         if self._share is not None:
-            self._charge(steps)
-            self._charged = 0
-
-    def _charge(self, steps: int) -> None:
-        """Clients have had this many steps of the present run; what was charged already is not charged again."""
-        assert self._share is not None
-        for client, count in Counter(request.client for _, _, request in self.finishes).items():
-            self._share.charge(client, count * (steps - self._charged))
-        self._charged = steps
+            self._share.end_run(steps)
 
     def _finish(self, request: SimRequest, now_s: float) -> None:
         self.leaves(request)
@@ -387,14 +386,15 @@ class SimWorker(DecodeBatch):
         everyone = [*self.recall(), *self.begun, *self.resumed, *self.arrived, *(request for _, _, request in self.finishes)]
         self.arrived.clear()
         self.begun, self.resumed, self.finishes, self.chunks = [], [], [], []
-        self.running = self.decoding_tokens = self.incoming = self.incoming_tokens = 0
-        self.pending_tokens = self.queued_tokens = 0
+        self.running = self.decoding_tokens = self.incoming = self.incoming_tokens = self.pending_tokens = (
+            self.queued_tokens
+        ) = 0
         self._hist = [0] * self.limits.block_size
         self.free_blocks = self.kind.blocks
-        self.span, self.end_s, self._charged = 0, inf, 0
+        self.span, self.end_s = 0, inf
         self.set_floor()
         self.epoch += 1
-        self._share = None if self._share is None else FairShare()
+        self._share = None if self._share is None else ClientTurns()
         if self._cache is not None:
             self._cache.clear()
         return sorted(everyone, key=by_age)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -10,6 +12,7 @@ from plain_simulator import simulate
 from sim_fixtures import kind, pools, shared, traffic
 
 from tandem.sched.metrics import check_causality, tpot_s, ttft_s
+from tandem.sched.route import RoutingLimits
 from tandem.sim.config import SimConfig
 from tandem.sim.simulate import run
 from tandem.spec.workload import Trace
@@ -42,10 +45,17 @@ def assert_equal(config: SimConfig, trace: Trace) -> int:
     pass_tokens=st.sampled_from([1, 64]),
     max_batch=st.sampled_from([3, 32]),
     step_tokens=st.sampled_from([64, 512]),
+    local=st.sampled_from([16, 300, None]),
 )
-@example(seed=658788, prefill=3, decode=3, blocks=90, rate=10.0, clients=None, pass_tokens=1, max_batch=3, step_tokens=512)
-@example(seed=457339, prefill=0, decode=1, blocks=120, rate=10.0, clients=3, pass_tokens=1, max_batch=3, step_tokens=512)
-@example(seed=672846, prefill=0, decode=2, blocks=4000, rate=10.0, clients=3, pass_tokens=64, max_batch=3, step_tokens=64)
+@example(
+    seed=658788, prefill=3, decode=3, blocks=90, rate=10.0, clients=None, pass_tokens=1, max_batch=3, step_tokens=512, local=16
+)
+@example(
+    seed=457339, prefill=0, decode=1, blocks=120, rate=10.0, clients=3, pass_tokens=1, max_batch=3, step_tokens=512, local=16
+)
+@example(
+    seed=672846, prefill=0, decode=2, blocks=4000, rate=10.0, clients=3, pass_tokens=64, max_batch=3, step_tokens=64, local=16
+)
 def test_runs_of_steps_are_the_steps(
     seed: int,
     prefill: int,
@@ -56,9 +66,11 @@ def test_runs_of_steps_are_the_steps(
     pass_tokens: int,
     max_batch: int,
     step_tokens: int,
+    local: int | None,
 ) -> None:
     each = kind(blocks=blocks, pass_tokens=pass_tokens, max_batch=max_batch, step_tokens=step_tokens)
     config = pools(prefill, decode, of=each) if prefill else shared(decode, of=each)
+    config = replace(config, routing=RoutingLimits(max_local_tokens=local))
     assert_equal(config, traffic(40, rate, seed=seed, clients=clients))
 
 
