@@ -17,7 +17,7 @@ import numpy as np
 
 from tandem.perf.estimate import perf_model
 from tandem.sched.observation import Lengths, ScalingPolicy
-from tandem.sched.route import RoutingLimits
+from tandem.sched.route import LOCAL_TOKENS, RoutingLimits
 from tandem.sched.scale_rates import TableRates
 from tandem.sim.build import kind_of
 from tandem.sim.config import Group, SimConfig, WorkerKind
@@ -96,7 +96,7 @@ class Ready:
         roles = zip(("prefill", "decode"), sizes, strict=True)
         return SimConfig(
             groups=tuple(Group(kind=self.kind, role=role, count=count) for role, count in roles),  # type: ignore[arg-type]
-            routing=RoutingLimits(step_tokens=self.kind.limits.step_tokens),
+            routing=RoutingLimits(step_tokens=self.kind.limits.step_tokens, max_local_tokens=LOCAL_TOKENS),
             window_s=window_s,
         )
 
