@@ -115,11 +115,12 @@ class Engine:
         self._leave(sequence)
         return self._handoff(sequence, state, None)
 
-    def cancel(self, request_id: str) -> bool:
-        """Forget a request and free all that it holds; whether it was here."""
+    def cancel(self, request_id: str, *, unless_begun: bool = False) -> bool:
+        """Forget a request, or only one that holds nothing yet, and free all that it holds; whether that was done."""
         for place in (self._waiting, self._arrived, self._running):
-            sequence = place.pop(request_id, None)
-            if sequence is not None:
+            sequence = place.get(request_id)
+            if sequence is not None and not (unless_begun and (place is not self._waiting or sequence.slot is not None)):
+                del place[request_id]
                 sequence.life.finish_reason, sequence.life.done_s = "cancelled", self._clock()
                 self._leave(sequence)
                 return True

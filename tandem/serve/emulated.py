@@ -124,10 +124,10 @@ class EmulatedEngine:
             raise SpecError(f"request {request_id!r}: is not decoding here")
         return self._handoff(sequence)
 
-    def cancel(self, request_id: str) -> bool:
-        """Forget a request and free all that it holds; whether it was here."""
+    def cancel(self, request_id: str, *, unless_begun: bool = False) -> bool:
+        """Forget a request, or only one that holds nothing yet, and free all that it holds; whether that was done."""
         sequence = self._waiting.get(request_id) or self._arrived.get(request_id) or self._running.get(request_id)
-        if sequence is None:
+        if sequence is None or (unless_begun and (request_id not in self._waiting or sequence.life.computed)):
             return False
         sequence.life.finish_reason, sequence.life.done_s = "cancelled", self.now_s
         self._leave(sequence)

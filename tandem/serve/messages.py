@@ -38,6 +38,13 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True)
+class Recall:
+    """Give a submitted request back, as `Returned`, if nothing of it was computed; else go on as if this had not come."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """Forget a request and free what it holds."""
 
@@ -70,7 +77,7 @@ class Stop:
     """End. What still runs is dropped."""
 
 
-Command = Submit | Accept | Export | Cancel | Release | Ping | Inspect | Stop
+Command = Submit | Accept | Export | Recall | Cancel | Release | Ping | Inspect | Stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +155,13 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Returned:
+    """Answer to `Recall`: the request is not here any more."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
     """Answer to `Ping`."""
 
@@ -162,7 +176,7 @@ class Inspected:
     error: str | None
 
 
-Event = Outputs | Finished | HandedOff | Taken | Refused | WorkerStats | Pong | Inspected
+Event = Outputs | Finished | HandedOff | Taken | Refused | Returned | WorkerStats | Pong | Inspected
 
 
 @dataclass(frozen=True, slots=True)

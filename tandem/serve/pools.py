@@ -190,8 +190,8 @@ class Pools:
     ) -> bool:
         """Send nothing new to a worker and wait until it has nothing left; whether that came about before the deadline.
 
-        With `move` what it decodes goes on elsewhere at once; with `scaling` the server stays ready meanwhile. Raises
-        SpecError if nobody could do its work meanwhile.
+        With `move` what it decodes goes on elsewhere at once, and so do prompts that it has not begun; with `scaling` the
+        server stays ready meanwhile. Raises SpecError if nobody could do its work meanwhile.
         """
         member = self._member(worker_id)
         missing = self._missing(lambda m: m is not member and m.accepting)
@@ -202,6 +202,7 @@ class Pools:
         if move:
             for key in list(member.records):
                 member.send(Export(key))
+            self._traffic.recall(member)
         return await self._until(lambda: self._drained(member), deadline_s)
 
     def resume(self, worker_id: str) -> None:
@@ -209,7 +210,7 @@ class Pools:
         member = self._member(worker_id)
         member.draining = member.scaling = False
         member.changed()
-        self._traffic.dispatch()
+        self._traffic.spread(member)
 
     def set_role(self, worker_id: str, role: Role) -> None:
         """Give a drained worker another role, and let it take work. Raises SpecError if it is not drained, or if nobody would
@@ -279,7 +280,7 @@ class Pools:
     def _up(self, member: Member) -> None:
         known = [m.capacity.max_context for m in self._all if m.capacity is not None]
         self._max_context = min(known)
-        self._traffic.dispatch()
+        self._traffic.spread(member)
 
     def _down(self, member: Member, reason: str) -> None:
         self._traffic.on_death(member, reason)

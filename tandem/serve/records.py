@@ -50,6 +50,8 @@ class Record:
     hashes: tuple[int, ...] = ()
     """Of the prompt's beginnings, for the router."""
     channel: Channel = field(default_factory=Channel)
+    charged: int = 0
+    """Tokens of its prompt that its client was charged for when it was sent."""
     attempt: int = 0
     member: Member | None = None
     """Who has it; None while it waits for a worker."""

@@ -6,18 +6,16 @@ decode it -> is there -> finishes. When its worker dies it waits again, from its
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from tandem.engine.handoff import Handoff
 from tandem.engine.types import EngineRequest, TokenOutput
 from tandem.sched.fair import FairShare
-from tandem.sched.prefix import PrefixIndex, prefix_hashes
+from tandem.sched.prefix import prefix_hashes
 from tandem.sched.request import FinishReason, Request
-from tandem.sched.route import Route, StepTimes, WorkerView, route_decode, route_prompt
-from tandem.sched.times import MeasuredTimes
+from tandem.sched.route import StepTimes
 from tandem.serve.members import Member, Roster
 from tandem.serve.messages import (
     Accept,
@@ -26,8 +24,10 @@ from tandem.serve.messages import (
     Finished,
     HandedOff,
     Outputs,
+    Recall,
     Refused,
     Release,
+    Returned,
     Submit,
     Taken,
     WorkerStats,
@@ -35,15 +35,11 @@ from tandem.serve.messages import (
 from tandem.serve.pool_limits import PoolLimits, PoolObserver
 from tandem.serve.prompts import PromptQueue
 from tandem.serve.records import Held, Record, forget_times, merge_times
-from tandem.spec.errors import Infeasible, SpecError
-
-log = logging.getLogger("tandem.serve")
+from tandem.serve.routing import Router
+from tandem.spec.errors import SpecError
 
 SUSPECT_TRIES = 2
 """A request whose worker has died so often may be why: until its next token it is the only such one at any worker."""
-
-_PREFIXES = 100_000
-"""Pairs of prefix and worker that the router remembers: some 50 MB."""
 
 
 class Traffic:
@@ -59,11 +55,11 @@ class Traffic:
         observer: PoolObserver | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._members, self._times, self._limits, self._clock = members, times, limits, clock
+        self._members, self._limits, self._clock = members, limits, clock
+        self._router = Router(members, times=times, limits=limits)
         self._observer, self._changed = observer, changed
         self._share = FairShare()
         self._queue = PromptQueue(self._share)
-        self._prefixes = PrefixIndex(max_entries=_PREFIXES)
         self._records: dict[str, Record] = {}
         self._tries: dict[str, Record] = {}
         self._ready: deque[Record] = deque()
@@ -172,6 +168,8 @@ class Traffic:
                         merge_times(record, life, member.local_s, now)
                 case HandedOff(handoff):
                     self._handed_off(member, handoff, now)
+                case Returned(key):
+                    self._returned(member, key)
                 case Taken(key):
                     self._taken(member, key, now)
                 case Refused(key, reason):
@@ -185,7 +183,7 @@ class Traffic:
 
     def on_death(self, member: Member, reason: str) -> None:
         """A worker is gone, with all that it had."""
-        self._prefixes.forget(member.id)
+        self._router.forget(member)
         for key in [key for key, held in self._held.items() if held.receiver is member]:
             self._let_go(key)
         lost = list(member.records.values())
@@ -209,69 +207,61 @@ class Traffic:
         self._changed()
 
     def _send_prompt(self, record: Record) -> bool:
-        cached = {name: cells * self._limits.prefix_tokens for name, cells in self._prefixes.matched(record.hashes).items()}
-
-        def choose(views: Sequence[WorkerView]) -> Route | Infeasible:
-            return route_prompt(record.context, cached, views, self._times, self._limits.routing)
-
-        found = self._routed(choose)
+        found = self._router.prompt(record)
         if found is None:
             return False
-        route, member = found
-        if member.view.queued_tokens >= self._limits.queued_tokens:
-            return False
+        route, member, cached = found
         if route.hand_off and len(self._leaving) + len(self._held) >= self._limits.states(len(self._members)):
             return False
+        self._router.sent(record, member, route)
         self._queue.remove(record)
-        self._prefixes.note(member.id, record.hashes)
-        self._share.charge(record.life.client, record.context - min(cached.get(member.id, 0), record.context))
+        record.charged = record.context - cached
+        self._share.charge(record.life.client, record.charged)
         if record.attempt >= SUSPECT_TRIES:
             self._suspect = record
         self._give(record, member)
         if route.hand_off:
             self._leaving.add(record.key)
         member.send(Submit(record.to_send(), route.hand_off, max(0.0, self._clock() - record.life.arrival_s)))
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("request %s: %s", record.key, route.reason)
         return True
 
     def _send_state(self, record: Record) -> bool:
-        held = self._held[record.key]
-        found = self._routed(lambda views: route_decode(record.context, views, self._times))
+        found = self._router.state(record)
         if found is None:
             return False
         route, member = found
-        view = member.view
-        if view.running and not (view.running < view.max_batch + self._limits.ahead and view.free_tokens > record.context):
-            return False
+        self._router.sent(record, member, route)
         handoff, record.handoff = record.handoff, None
         assert handoff is not None
-        held.receiver = member
+        self._held[record.key].receiver = member
         self._give(record, member)
         member.send(Accept(handoff))
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("request %s: %s", record.key, route.reason)
         return True
 
-    def _routed(self, choose: Callable[[Sequence[WorkerView]], Route | Infeasible]) -> tuple[Route, Member] | None:
-        """A route to a worker that is there; None where there is none."""
-        while True:
-            route = choose(self._members.views)
-            if isinstance(route, Infeasible):
-                return None
-            member = self._members[route.worker_id]
-            if member.accepting:
-                return route, member
-            member.changed()  # it has died, and nobody has said so yet
+    def recall(self, member: Member) -> None:
+        """Ask a worker for the prompts back that it has not begun: they are routed anew as they come, and lose nothing."""
+        for key, record in member.records.items():
+            if record.life.first_token_s is None:
+                member.send(Recall(key))
+
+    def spread(self, new: Member) -> None:
+        """A worker takes work from now on: prompts that wait at others of its role, and have not begun, may be sooner there."""
+        for member in self._members.values():
+            if member is not new and member.role == new.role and member.accepting and member.view.queued_tokens:
+                self.recall(member)
+        self.dispatch()
+
+    def _returned(self, member: Member, key: str) -> None:
+        record = self._of(member, key)
+        if record is None:
+            return
+        self._drop(record)
+        self._share.charge(record.life.client, -record.charged)
+        self._wait(record)
 
     def _told(self, member: Member, stats: WorkerStats) -> None:
         member.told(stats)
-        engine = stats.engine
-        if isinstance(self._times, MeasuredTimes):
-            if engine.last_step_rows and not engine.last_step_tokens:
-                self._times.observe_decode(engine.last_step_rows, engine.context_tokens, engine.last_step_s)
-            elif engine.last_step_tokens and not engine.last_step_rows:
-                self._times.observe_prefill(engine.last_step_tokens, engine.last_step_s)
+        self._router.learn(stats)
         if self._observer is not None:
             self._observer.on_stats(member, stats)
 

@@ -31,8 +31,10 @@ from tandem.serve.messages import (
     Outputs,
     Ping,
     Pong,
+    Recall,
     Refused,
     Release,
+    Returned,
     Stop,
     Submit,
     Taken,
@@ -78,8 +80,8 @@ class ServedEngine(Protocol):
         """Take a decoding request out, with its state."""
         ...
 
-    def cancel(self, request_id: str) -> bool:
-        """Forget a request."""
+    def cancel(self, request_id: str, *, unless_begun: bool = False) -> bool:
+        """Forget a request, or only one that holds nothing yet; whether that was done."""
         ...
 
     @property
@@ -174,6 +176,8 @@ class Worker:
                 self._accept(handoff)
             case Export(request_id):
                 self._wanted.add(request_id)
+            case Recall(request_id):
+                self._recall(request_id)
             case Cancel(request_id):
                 self._cancel(request_id)
             case Release(request_id):
@@ -253,6 +257,13 @@ class Worker:
         self._unsent = deque(handoff for handoff in self._unsent if handoff.request.id != name)
         self._wanted.discard(name)
         self._engine.cancel(name)
+
+    def _recall(self, name: str) -> None:
+        deferred = len(self._deferred)
+        self._deferred = deque(pair for pair in self._deferred if pair[0].request.id != name)
+        if len(self._deferred) < deferred or self._engine.cancel(name, unless_begun=True):
+            self._wanted.discard(name)
+            self._events.append(Returned(name))
 
     def _accept(self, handoff: Handoff) -> None:
         name = handoff.request.id

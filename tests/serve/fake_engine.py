@@ -127,7 +127,9 @@ class FakeEngine:
             raise SpecError(f"request {request_id!r}: is not decoding here")
         return self.handoff(self.running.pop(request_id))
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, request_id: str, *, unless_begun: bool = False) -> bool:
+        if unless_begun and (request_id not in self.waiting or self.waiting[request_id].life.computed):
+            return False
         for place in (self.waiting, self.arrived, self.running):
             going = place.pop(request_id, None)
             if going is not None:

@@ -78,13 +78,13 @@ def test_workers_come_with_the_load_and_people_can_stop_that(tmp_path: Path) -> 
 
         def grown() -> bool:
             fill(live)
-            return len(live.http.get("/pools").json()["workers"]) > 3
+            decisions = live.http.get("/pools").json()["decisions"]
+            return any(": started as" in step for decision in decisions for step in decision["steps"])
 
         eventually(grown)
         state = live.http.get("/pools").json()
         assert len(state["decisions"]) > known
-        steps = [step for decision in state["decisions"] for step in decision["steps"]]
-        assert "prefill-3: started as prefill" in steps, steps
+        assert len(state["workers"]) > 3
         assert len(state["workers"]) <= 6
         fill(live, isl=100)
         assert live.http.get("/ready").status_code == 200

@@ -155,6 +155,13 @@ class World:
             self.members[i].began(self.hands[i].engine.capacity())
             self.traffic.dispatch()
 
+    def spread(self, i: int) -> None:
+        if self.hands[i].alive:
+            self.traffic.spread(self.members[i])
+
+    def recall(self, i: int) -> None:
+        self.traffic.recall(self.members[i])
+
     def settle(self) -> None:
         for i in range(len(self.hands)):
             self.revive(i)
@@ -215,6 +222,8 @@ REVIVE = st.tuples(st.just("revive"), WORKER)
 ACTION = st.one_of(
     *(TURN, TURN, TURN, STEP, STEP, DELIVER, DELIVER, SUBMIT, REVIVE, REVIVE),
     st.tuples(st.just("kill"), WORKER),
+    st.tuples(st.just("spread"), WORKER),
+    st.tuples(st.just("recall"), WORKER),
     st.tuples(st.just("cancel"), st.integers(0, 12)),
 )
 
@@ -274,6 +283,44 @@ def test_a_prompt_counts_once_on_its_way_through_a_prefill_worker() -> None:
     assert [len(hand.engine.running) + len(hand.engine.arrived) for hand in world.hands[1:]] == [2, 2]
     assert world.traffic.held_states == 5
     assert world.traffic.in_flight - world.traffic.waiting == 2 + 5
+
+
+def test_prompts_that_have_not_begun_move_to_a_worker_that_comes_up() -> None:
+    world = World("ppd", by_reference=True, skewed=False)
+    world.kill(1)
+    for _ in range(6):
+        world.submit(10, 3)
+    world.step(0, 100)  # the first one is prefilled, four wait there, and one here
+    assert len(world.members[0].records) == 5
+    world.revive(1)
+    world.spread(1)
+    assert not world.members[1].records
+    world.step(0, 100)
+    world.deliver(0)
+    world.deliver(0)
+    there = [len(member.records) for member in world.members[:2]]
+    assert sum(there) == 4
+    assert min(there) >= 2
+    assert world.traffic.retries == 0
+    world.settle()
+    assert world.traffic._share.served[""] == 6 * 10 + 6 * 3  # nobody pays twice
+    world.check()
+    assert all(record.attempt == 0 for record in world.records)
+
+
+def test_what_has_begun_stays_where_it_is() -> None:
+    world = World("ppd", by_reference=True, skewed=False)
+    world.kill(1)
+    world.submit(200, 3)
+    world.step(0, 100)
+    assert 0 < world.hands[0].engine.waiting["r0"].life.computed < 200
+    world.revive(1)
+    world.spread(1)
+    world.step(0, 100)
+    world.deliver(0)
+    assert list(world.members[0].records) == ["r0"]
+    world.settle()
+    world.check()
 
 
 def test_retried_requests_go_before_those_that_came_later() -> None:
