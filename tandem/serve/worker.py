@@ -264,6 +264,7 @@ class Worker:
         if len(self._deferred) < deferred or self._engine.cancel(name, unless_begun=True):
             self._wanted.discard(name)
             self._events.append(Returned(name))
+            self._told_s = None  # it is routed anew at once, by what this worker has left
 
     def _accept(self, handoff: Handoff) -> None:
         name = handoff.request.id

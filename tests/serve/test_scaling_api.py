@@ -12,9 +12,12 @@ from typing import Any, cast
 import pytest
 from fake_frontend import FakeFrontend
 from live_server import Live, eventually
+from small_models import small_model
+from toy_tokenizer import toy_tokenizer
 from typer.testing import CliRunner
 
 from tandem.cli.app import app
+from tandem.model.load import save_model
 from tandem.serve.launch import Emulation, Launched, Scaling, ServeOptions, deployment_of
 from tandem.serve.observe import of_line
 from tandem.spec.errors import SpecError
@@ -119,6 +122,30 @@ def test_co_located_workers_are_scaled_too() -> None:
 
         eventually(grown)
         assert {worker["role"] for worker in live.http.get("/pools").json()["workers"]} == {"colocated"}
+
+
+def test_workers_that_compute_are_scaled_too(tmp_path: Path) -> None:
+    save_model(small_model("hybrid"), tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    chosen = ServeOptions(
+        model=str(tmp_path), name="q", threads=1, cache_bytes=1 << 20, max_batch=2, dtype="float32",
+        scaling=Scaling(slo=Slo(ttft_s=1e-5, tpot_s=1e-4), max_workers=3, window_s=0.1),
+    )  # fmt: skip
+    with serving(chosen) as (live, launched):
+        hurry(launched)
+        body = {"model": "q", "prompt": [[5, 6, 7, i] for i in range(8)], "max_tokens": 12, "ignore_eos": True, "seed": 4}
+        answers = []
+
+        def grown() -> bool:
+            answers.append([c["text"] for c in live.http.post("/v1/completions", json=body).json()["choices"]])
+            decisions = live.http.get("/pools").json()["decisions"]
+            return any(": started as" in step for decision in decisions for step in decision["steps"])
+
+        eventually(grown)
+        for _ in range(3):
+            grown()
+        assert len(live.http.get("/pools").json()["workers"]) == 3
+        assert all(answer == answers[0] for answer in answers)
 
 
 def test_only_those_with_a_key_see_and_stop_it(tmp_path: Path) -> None:
