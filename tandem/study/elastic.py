@@ -34,6 +34,8 @@ SEEDS = (0, 1, 2)
 SEEDED = "servegen-deepseek-r1/qwen3-8b"
 SEEDED_POLICIES = ("peak", "elastic", "dynamo-1x", "ray-serve")
 PROCESSES = 2
+MOST_STATIC = 6
+"""Constant sizes that are tried for a cell, beside static-by-peak."""
 POINTS = 300
 """Points of a drawn time series."""
 BACKEND = "vllm"
@@ -71,7 +73,7 @@ def run_foreseen(made: Ready, bound: Bound) -> CellRun:
     return run_policy(made, "clairvoyant", Foreseen(bound, made.kind.start_up_s), sizes, ELASTIC_WINDOW_S)
 
 
-def study_cell(name: str, seed: int = 0, policies: Sequence[str] | None = None, most_static: int = 8) -> CellOutcome:
+def study_cell(name: str, seed: int = 0, policies: Sequence[str] | None = None, most_static: int = MOST_STATIC) -> CellOutcome:
     """All policies on one cell; `policies` names some of them, without a search for constant sizes and the clairvoyant."""
     made = ready(name, seed=seed)
     bound = clairvoyant(made)
@@ -144,7 +146,7 @@ def study_elastic(*, progress: Callable[[str], None] = lambda _: None, quick: bo
     """Run the whole study, cells in two processes; `quick` runs one short synthetic cell and few splits, in seconds."""
     started = time.perf_counter()
     names = [f"{SYNTHETIC}/qwen3-8b"] if quick else [n for n in cells() if not n.startswith(SYNTHETIC)]
-    jobs: list[tuple[Any, ...]] = [(name, 0, None, 3 if quick else 8) for name in names]
+    jobs: list[tuple[Any, ...]] = [(name, 0, None, 3 if quick else MOST_STATIC) for name in names]
     seeded = f"{SYNTHETIC}/qwen3-8b" if quick else SEEDED
     jobs += [(seeded, seed, SEEDED_POLICIES, 0) for seed in SEEDS[1:]]
     if quick:

@@ -34,7 +34,7 @@ TRAFFIC: dict[str, Traffic] = {
     for t in (
         Traffic(
             name="servegen-deepseek-r1", drawn=True,
-            scale={"nano-9b-v2": 0.08, "qwen3-8b": 0.08, "llama-3.1-70b": 0.08, "deepseek-r1": 0.06},
+            scale={"nano-9b-v2": 0.2, "qwen3-8b": 0.2, "llama-3.1-70b": 0.2, "deepseek-r1": 0.15},
         ),
         Traffic(
             name="azure-code-2023",
