@@ -80,6 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "request": spread(found["took_s"]),
         "sent_late": spread(found["late_s"]),
         "decision": spread(decisions),
+        "own": spread(told["own"]),
         "prompt": spread(told["prompt"]),
         "state": spread(told["state"]),
         "round": spread(told["round"]),
@@ -110,7 +111,7 @@ def main() -> None:
     print(
         f"{found['answered']} of {found['sent']} answered in full at {found['offered_rps']:.0f} requests/s; {found['errors']}"
     )
-    for name in ("decision", "prompt", "state", "round", "loop_late", "request", "sent_late"):
+    for name in ("decision", "own", "prompt", "state", "round", "loop_late", "request", "sent_late"):
         s = found[name]
         if s["count"]:
             print(f"{name:>10} {s['count']:>8}  p50 {s['p50_s'] * 1e3:9.3f} ms  p99 {s['p99_s'] * 1e3:9.3f} ms  "

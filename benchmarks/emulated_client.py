@@ -14,12 +14,14 @@ import selectors
 import socket
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 from urllib.parse import urlsplit
 
 _LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+IDLE_S = 10.0
+"""A connection that was not used for so long is not used again: the server may be about to close it."""
 PATIENCE_S = 60.0
 """After the last was sent."""
 
@@ -28,7 +30,7 @@ class _Connection:
     def __init__(self, host: str, port: int) -> None:
         self.socket = socket.create_connection((host, port), timeout=PATIENCE_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.due_s, self.wanted, self.data = 0.0, 0, b""
+        self.due_s, self.wanted, self.data, self.since_s = 0.0, 0, b"", 0.0
 
     def complete(self) -> bool:
         head, end, body = self.data.partition(b"\r\n\r\n")
@@ -48,7 +50,7 @@ def ask(url: str, plan: list[tuple[float, int, bytes]]) -> dict[str, Any]:
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or 80
     head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: ".encode()
-    idle: list[_Connection] = []
+    idle: deque[_Connection] = deque()
     open_now, most = 0, 0
     errors: Counter[str] = Counter()
     took, late = [], []
@@ -61,6 +63,8 @@ def ask(url: str, plan: list[tuple[float, int, bytes]]) -> dict[str, Any]:
             while number < len(plan) and start_s + plan[number][0] <= now:
                 due_s, wanted, body = plan[number]
                 number += 1
+                while idle and idle[0].since_s < now - IDLE_S:
+                    idle.popleft().socket.close()
                 connection = idle.pop() if idle else _Connection(host, port)
                 connection.due_s, connection.wanted, connection.data = start_s + due_s, wanted, b""
                 connection.socket.sendall(b"%b%d\r\n\r\n%b" % (head, len(body), body))
@@ -87,6 +91,7 @@ def ask(url: str, plan: list[tuple[float, int, bytes]]) -> dict[str, Any]:
                 else:
                     errors[wrong] += 1
                 if data:
+                    connection.since_s = time.monotonic()
                     idle.append(connection)
                 else:
                     connection.socket.close()

@@ -2,8 +2,9 @@
 
     python benchmarks/emulated_times.py NOTES.json serve MODEL --emulate HARDWARE ...
 
-When the program ends it writes seconds: of each decision where a prompt or a state goes, of each round over all that waits, and
-how late the event loop came back to a timer; and pairs of the monotonic clock and the server's processor time.
+When the program ends it writes seconds: of each decision where a prompt or a state goes (`own`: of the processor alone, without
+what other programs took meanwhile), of each round over all that waits, and how late the event loop came back to a timer; and
+pairs of the monotonic clock and the server's processor time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from array import array
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter, process_time
+from time import perf_counter, process_time, thread_time
 from typing import Any
 
 from tandem.serve.pools import Pools
@@ -26,16 +27,18 @@ LAG_S = 0.01
 
 def note_decisions() -> dict[str, array[float]]:
     """From now on, the routers of this process add to the lists that are returned."""
-    notes = {name: array("d") for name in ("prompt", "state", "round", "lag", "cpu")}
+    notes = {name: array("d") for name in ("prompt", "state", "own", "round", "lag", "cpu")}
 
     def timed(name: str, key: str) -> Callable[..., Any]:
         plain, seconds = getattr(Traffic, name), notes[key]
 
         def noted(self: Traffic, *arguments: Any) -> Any:
-            begin = perf_counter()
+            begin, own = perf_counter(), thread_time()
             result = plain(self, *arguments)
             if result is not False:
                 seconds.append(perf_counter() - begin)
+                if key != "round":
+                    notes["own"].append(thread_time() - own)
             return result
 
         return noted
