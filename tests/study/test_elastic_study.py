@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.sched.metrics import SpecError
+from tandem.spec.errors import SpecError
 from tandem.spec.workload import Trace
 from tandem.study import elastic_cells, elastic_static
 from tandem.study.elastic import run_foreseen
