@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -159,6 +160,11 @@ def run(options: ServeOptions, *, on_ready: Callable[[dict[str, Any]], None]) ->
     open_socket(options.host, options.port).close()  # To say so before a model is loaded, if it cannot be had.
     launched = Launched(options)
 
+    def listening(url: str) -> None:
+        gc.collect()
+        gc.freeze()  # what is there by now stays: looking through it again and again would hold up streams
+        on_ready(launched.ready_line(url))
+
     def starts(_: logging.LogRecord) -> bool:
         return launched.failure is None
 
@@ -170,7 +176,7 @@ def run(options: ServeOptions, *, on_ready: Callable[[dict[str, Any]], None]) ->
             host=options.host,
             port=options.port,
             drain_s=options.drain_s,
-            on_listening=lambda url: on_ready(launched.ready_line(url)),
+            on_listening=listening,
         )
     except SystemExit:
         if launched.failure is None:
