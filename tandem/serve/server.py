@@ -21,6 +21,9 @@ HEAD_S = 30.0
 HEAD_BYTES = 64 << 10
 """Of a head that is not complete: uvicorn itself takes any number."""
 _BACKLOG = 2048
+_ACCEPTED = 32
+"""New connections that one turn of the event loop takes: libuv takes one for each socket that listens. Under load, when a turn
+takes long, they would wait far longer than requests on connections that are open."""
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -31,6 +34,11 @@ def open_socket(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as wrong:
         raise SpecError(f"host={host!r}, port={port}: cannot be listened on ({wrong})") from None
+
+
+def accepting(bound: socket.socket) -> list[socket.socket]:
+    """The socket, and more that share its queue of connections."""
+    return [bound, *(bound.dup() for _ in range(_ACCEPTED - 1))]
 
 
 def url_of(bound: socket.socket) -> str:
@@ -154,7 +162,7 @@ async def serve(
     """`run_server` inside a running event loop."""
     bound = open_socket(host, port)
     try:
-        await Server(app, drain_s=drain_s, on_listening=on_listening).serve([bound])
+        await Server(app, drain_s=drain_s, on_listening=on_listening).serve(accepting(bound))
     finally:
         bound.close()
 
@@ -174,6 +182,6 @@ def run_server(
     """
     bound = open_socket(host, port)
     try:
-        Server(app, drain_s=drain_s, on_listening=on_listening).run([bound])
+        Server(app, drain_s=drain_s, on_listening=on_listening).run(accepting(bound))
     finally:
         bound.close()
