@@ -160,11 +160,12 @@ async def serve(
     on_listening: Callable[[str], None] | None = None,
 ) -> None:
     """`run_server` inside a running event loop."""
-    bound = open_socket(host, port)
+    sockets = accepting(open_socket(host, port))
     try:
-        await Server(app, drain_s=drain_s, on_listening=on_listening).serve(accepting(bound))
+        await Server(app, drain_s=drain_s, on_listening=on_listening).serve(sockets)
     finally:
-        bound.close()
+        for bound in sockets:
+            bound.close()
 
 
 def run_server(
@@ -180,8 +181,9 @@ def run_server(
     `on_listening` is called with the URL once clients can connect. Nothing is printed. Raises SpecError where host and port
     cannot be had.
     """
-    bound = open_socket(host, port)
+    sockets = accepting(open_socket(host, port))
     try:
-        Server(app, drain_s=drain_s, on_listening=on_listening).run(accepting(bound))
+        Server(app, drain_s=drain_s, on_listening=on_listening).run(sockets)
     finally:
-        bound.close()
+        for bound in sockets:
+            bound.close()
