@@ -12,7 +12,7 @@ Three answers, from loosest to closest, all in GPU hours of the time until the l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,9 +61,10 @@ def prompt_seconds(made: Ready) -> Floats:
     return isl * best + times.per_pair_s * isl * (isl + 1.0) / 2.0 / groups
 
 
-def clairvoyant(made: Ready, window_s: float = BOUND_WINDOW_S) -> Bound:
-    """Bounds for a cell's traffic on its workers."""
-    trace, rates, times = made.trace, made.rates, made.kind.times
+def clairvoyant(made: Ready, window_s: float = BOUND_WINDOW_S, utilisation: float | None = None) -> Bound:
+    """Bounds for a cell's traffic on its workers; `utilisation` stands for that of the sizing functions in `sized`."""
+    trace, times = made.trace, made.kind.times
+    rates = made.rates if utilisation is None else replace(made.rates, utilisation=utilisation)
     batch = rates.decode_batch(made.context)
     step_s = times.decode_s(batch, batch * made.context)
     prompts = prompt_seconds(made)

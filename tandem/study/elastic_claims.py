@@ -106,7 +106,9 @@ def _bound(days: Sequence[CellOutcome]) -> Claim:
     ok = [c for c, x in over.items() if x <= OVER_BOUND]
     why = ". ".join(
         f"{o.cell}: sized {o.bound['sized']:.0f}, whole {o.bound['whole']:.0f}, work {o.bound['work']:.0f} GPU hours; "
-        f"simulated, the clairvoyant's sizes attain {_attained(o, 'clairvoyant')}, ours {o.row('elastic')['attainment']:.1%}"
+        f"simulated, the clairvoyant's sizes attain {_attained(o, 'clairvoyant')}, at utilisation 0.65 "
+        f"{_attained(o, 'clairvoyant 0.65')}, ours {o.row('elastic')['attainment']:.1%} with "
+        f"{o.row('elastic')['gpu_hours']:.0f}"
         for o in days
     )
     return _claim(

@@ -180,6 +180,13 @@ def decode_tokens_per_s(kind: WorkerKind, itl_s: float, context: float) -> float
     return 0.0
 
 
+def prompt_tokens_per_s(kind: WorkerKind, isl: float) -> float:
+    """Prompt tokens/s of one worker, as a profile under full load has them: its attention groups prefill side by side."""
+    tokens = max(1, round(isl))
+    groups = max(1, min(kind.times.groups, kind.limits.step_tokens // tokens))
+    return groups * tokens / (kind.times.prefill_s(tokens, 0) + kind.times.spread_s * (groups - 1) * tokens)
+
+
 class _Interval:
     """Sums over the windows of an interval."""
 
@@ -240,7 +247,7 @@ class DynamoSla:
         """Workers for so many requests an interval of these mean lengths."""
         requests, isl, osl = max(requests, 0.0), max(isl, 1.0), max(osl, 1.0)
         prompts = requests * isl / ADJUST_S * min(1.0, ttft_factor)
-        worker = round(isl) / self._kind.times.prefill_s(round(isl), 0)
+        worker = prompt_tokens_per_s(self._kind, isl)
         itl_s = self._itl_s / itl_factor if itl_factor > 0 else self._itl_s
         tokens = requests * osl / ADJUST_S
         prefill = max(1, ceil(prompts / worker))
@@ -295,7 +302,8 @@ class DynamoBoth:
 
     def _estimated_ttft_s(self, seen: Observation, workers: int) -> float:
         tokens = sum(pool.queued_tokens for pool in seen.pools if pool.role == "prefill")
-        return self._kind.times.prefill_s(round(tokens / workers + self._isl), 0)
+        queue_s = tokens / workers / prompt_tokens_per_s(self._kind, self._isl)
+        return queue_s + self._kind.times.prefill_s(round(self._isl), 0)
 
     def _estimated_itl_s(self, seen: Observation, workers: int) -> float:
         batch = max(1, ceil((seen.decoding + seen.waiting_decode) / workers))

@@ -149,6 +149,6 @@ def test_quick_study_runs_as_a_command(tmp_path) -> None:
     assert data == json.loads((tmp_path / "claims.json").read_text())
     assert "qwen3-8b" in (tmp_path / "study-elastic.html").read_text()
     (cell,) = data["findings"]["cells"].values()
-    assert [r["policy"] for r in cell["rows"]] == ["peak", "elastic", *RULES, "clairvoyant"]
+    assert [r["policy"] for r in cell["rows"]] == ["peak", "elastic", *RULES, "clairvoyant", "clairvoyant 0.65"]
     assert len({r["completed"] for r in cell["rows"]}) == 1
     assert len(data["findings"]["seeds"]) == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tandem.sched.batch import BatchLimits
@@ -17,6 +19,7 @@ from tandem.study.elastic_rules import (
     decode_tokens_per_s,
     forecast,
     present,
+    prompt_tokens_per_s,
 )
 
 KIND = WorkerKind(
@@ -216,3 +219,11 @@ class TestApart:
     def test_one_worker_of_each_stays(self) -> None:
         policy = Apart(self.Says({"prefill": 0, "decode": 0}), 6)
         assert dict(policy.decide(seen(10.0)).targets) == {"prefill": 1, "decode": 1}
+
+
+def test_a_worker_of_several_groups_prefills_prompts_side_by_side() -> None:
+    assert prompt_tokens_per_s(KIND, 1000.0) == pytest.approx(10_000)
+    wide = replace(KIND, times=replace(KIND.times, groups=4, spread_s=1e-5))
+    # 4 prompts in 0.1 s and 10 us for each of 3,000 tokens elsewhere: 0.13 s. A step of 8,192 tokens takes 2 of 4,000.
+    assert prompt_tokens_per_s(wide, 1000.0) == pytest.approx(4000 / 0.13)
+    assert prompt_tokens_per_s(wide, 4000.0) == pytest.approx(8000 / 0.44)

@@ -128,6 +128,11 @@ class TestBound:
         assert bound.work <= least
         assert bound.whole <= least + 2 * 60.0 * 5 / 3600.0
 
+    def test_more_room_takes_more_workers_and_the_same_work(self, made) -> None:
+        tight, roomy = clairvoyant(made), clairvoyant(made, utilisation=0.5)
+        assert roomy.sized > tight.sized
+        assert (roomy.work, roomy.whole) == (tight.work, tight.whole)
+
     def test_the_clairvoyant_as_a_policy(self, made) -> None:
         run = run_foreseen(made, clairvoyant(made))
         assert run.completed == len(made.trace)
