@@ -34,8 +34,8 @@ SEEDS = (0, 1, 2)
 SEEDED = "servegen-deepseek-r1/qwen3-8b"
 SEEDED_POLICIES = ("peak", "elastic", "dynamo-1x", "ray-serve")
 PROCESSES = 2
-MOST_STATIC = 6
-"""Constant sizes that are tried for a cell, beside static-by-peak."""
+MOST_STATIC, MOST_STATIC_HOUR = 6, 12
+"""Constant sizes that are tried for a cell, beside static-by-peak: of a day, and of an hour, which takes less to simulate."""
 POINTS = 300
 """Points of a drawn time series."""
 BACKEND = "vllm"
@@ -118,6 +118,10 @@ def _thin(columns: dict[str, list[float]]) -> dict[str, list[float]]:
     return {name: values[::step] for name, values in columns.items()}
 
 
+def _most_static(name: str) -> int:
+    return MOST_STATIC if TRAFFIC[name.split("/")[0]].drawn else MOST_STATIC_HOUR
+
+
 def assumptions() -> tuple[str, ...]:
     """What the study rests on."""
     services = "; ".join(
@@ -149,7 +153,7 @@ def study_elastic(*, progress: Callable[[str], None] = lambda _: None, quick: bo
     """Run the whole study, cells in two processes; `quick` runs one short synthetic cell and few splits, in seconds."""
     started = time.perf_counter()
     names = [f"{SYNTHETIC}/qwen3-8b"] if quick else [n for n in cells() if not n.startswith(SYNTHETIC)]
-    jobs: list[tuple[Any, ...]] = [(name, 0, None, 3 if quick else MOST_STATIC) for name in names]
+    jobs: list[tuple[Any, ...]] = [(name, 0, None, 3 if quick else _most_static(name)) for name in names]
     seeded = f"{SYNTHETIC}/qwen3-8b" if quick else SEEDED
     jobs += [(seeded, seed, SEEDED_POLICIES, 0) for seed in SEEDS[1:]]
     if quick:

@@ -63,7 +63,8 @@ def search_static(
     p, d = start or (max(1, ceil(0.7 * made.peak[0])), max(1, ceil(0.7 * made.peak[1])))
     while attempt((p, d)).attainment < wanted and len(tried) < most_runs:
         late, slow = misses[p, d]
-        grow = 1 if tried[p, d].attainment > wanted - 0.1 else max(1, round(0.2 * max(p, d)))
+        short = wanted - tried[p, d].attainment
+        grow = 1 if short < 0.1 else max(1, round((0.2 if short < 0.25 else 0.5) * (p if late >= slow else d)))
         p, d = (p + grow, d) if late >= slow else (p, d + grow)
     better = True
     while better and tried[p, d].attainment >= wanted:
