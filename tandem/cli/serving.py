@@ -35,7 +35,7 @@ def serve(
     scale: Annotated[str | None, typer.Option(help="fixed: workers change roles; elastic: they come and go too.")] = None,
     max_workers: Annotated[int | None, typer.Option(help="Most workers of --scale elastic; default: as at first.")] = None,
     scale_dry_run: Annotated[bool, typer.Option(help="Only say what --scale would change.")] = False,
-    scale_window: Annotated[float, typer.Option(help="Seconds between two decisions of --scale.")] = 30.0,
+    scale_window: Annotated[float, typer.Option(help="Seconds between two decisions of --scale.")] = 15.0,
     scale_log: Annotated[Path | None, typer.Option(help="Append what --scale is told to this file, as lines of JSON.")] = None,
     ttft: Annotated[float | None, typer.Option(help="Largest time to first token that --scale aims at, seconds.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Largest time per output token that --scale aims at, seconds.")] = None,

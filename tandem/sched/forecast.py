@@ -1,5 +1,5 @@
-"""Forecasts of a series that comes window by window: exponential smoothing with a damped trend, an optional season, and how far
-off it has been. Immutable: an update gives another forecast."""
+"""Forecasts of a series that comes window by window: exponential smoothing with a damped trend, an optional season, quicker
+where it jumps, and how far off it has been. Immutable: an update gives another forecast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from tandem.spec.units import require_int, require_number
 
 DAMPING = 0.8
 """What a trend keeps from one window to the next: a rise does not go on for ever."""
+SURPRISE = 3.0
+"""Standard deviations beyond which a value is no noise: the series has jumped."""
+JUMP = 0.8
+"""Share of the newest value in the level after a jump."""
+SETTLED = 10
+"""Values before which nothing is a surprise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +75,10 @@ class Forecast:
         error = value - self.mean(1.0)
         begun = self.level + DAMPING * self.trend
         off = value - self._season(0)
-        level = begun + s.level * (off - begun)
+        learned = s.level
+        if self.seen >= SETTLED and error * error > SURPRISE**2 * self.variance:
+            learned = max(learned, JUMP)
+        level = begun + learned * (off - begun)
         trend = DAMPING * self.trend + s.trend * (level - self.level - DAMPING * self.trend)
         season = self.season
         if season:

@@ -79,6 +79,8 @@ class Observation:
     """Context of those that decode."""
     decoded: Lengths | None = None
     """Output tokens so far of those that decode: what they will reach is at least this."""
+    generated: int | None = None
+    """Output tokens that came in the window, of whomever."""
     ttft_s: float | None = None
     """90th percentile of first tokens in the window."""
     tpot_s: float | None = None

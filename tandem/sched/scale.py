@@ -9,15 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, exp
+from statistics import pstdev
 
-from tandem.sched.forecast import Forecast
+from tandem.sched.forecast import Forecast, Smoothing
 from tandem.sched.observation import Decision, Lengths, Observation
 from tandem.sched.route import Role
 from tandem.sched.scale_kinds import Kind, pays
 from tandem.sched.scale_rates import PoolRates
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
+
+CONTEXT_LEARNING = 0.1
+"""Share that a window has in what the context of those that decode is taken to be."""
+
+LITTLE = 0.05
+"""Share of a worker that nobody is started for, or kept."""
+ENOUGH = 20
+"""Answers of a window that say whether its objective was met."""
+MEMORY = 1000
+"""Requests that count as much as those of a new window together."""
+KEEP = 15.0
+"""At most so many times `down_s` are workers kept where objectives are missed."""
+MORE = 1.25
+"""Workers for those that did not suffice."""
 
 Targets = tuple[tuple[Role, int], ...]
 
@@ -32,39 +47,64 @@ class ScaleLimits:
     """Only flips: the workers that are there are all there will be."""
     min_workers: int = 1
     """Of each role that is served; one at least while there is work."""
+    ttft_s: float | None = None
+    """Objective: windows whose 90th percentile is above it had too few workers, whatever they should have done."""
+    tpot_s: float | None = None
+    """The same of a window's mean."""
+    attainment: float | None = None
+    """Share of requests that should meet the objective; while fewer do, workers are kept for longer. None: not asked for."""
     start_up_s: float = 60.0
     dwell_s: float = 120.0
     """Least time between a change and one in the other direction, and for which changes by hand are left alone."""
-    down_s: float = 600.0
-    """How long needs must have been lower before workers go."""
+    down_s: float | None = None
+    """How long needs must have been lower before workers go. None: twice their start-up, for then keeping one has cost as
+    much as starting it."""
     warm_s: float = 60.0
     """Before so much has been seen, nothing changes."""
     margin: float = 0.1
     """A flip must shrink the larger shortfall by this share; workers go only if the rest is this much idle."""
-    deviations: float = 1.5
+    deviations: float = 1.0
     """Standard deviations of forecasts that are planned for."""
 
     def __post_init__(self) -> None:
         require_int("max_gpus", self.max_gpus)
         require_int("gpus_per_worker", self.gpus_per_worker, high=self.max_gpus)
         require_int("min_workers", self.min_workers, low=0)
-        for name in ("start_up_s", "dwell_s", "down_s", "warm_s", "margin", "deviations"):
+        for name in ("ttft_s", "tpot_s", "attainment"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name))
+        for name in ("start_up_s", "dwell_s", "hold_s", "warm_s", "margin", "deviations"):
             if getattr(self, name) != 0:
                 require_number(name, getattr(self, name))
+
+    @property
+    def hold_s(self) -> float:
+        """`down_s`, or what stands for it."""
+        return 2.0 * self.start_up_s if self.down_s is None else self.down_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleState:
     """What a policy remembers; the first decision begins with an empty one."""
 
-    rate: Forecast = field(default_factory=Forecast)
+    rate: Forecast = field(default_factory=lambda: Forecast(smoothing=Smoothing(spread=0.02)))
     isl: Lengths | None = None
     osl: float | None = None
+    tokens: Forecast = field(default_factory=Forecast)
+    """Of output tokens/s, where they are measured."""
+    prompts: Forecast = field(default_factory=Forecast)
+    """Of prompt tokens/s that arrive."""
+    peak: float = 0.0
+    """Prompt tokens/s of the densest window of late; it fades within `down_s`."""
+    context: float | None = None
+    """Mean tokens of those that decode, smoothed."""
     began_s: float | None = None
     targets: Targets | None = None
     changed_s: float = float("-inf")
     """When targets last changed."""
     by_hand_s: float = float("-inf")
+    met: float = 1.0
+    """Share of requests that met the objective, smoothed."""
     needs: tuple[tuple[float, tuple[float, ...]], ...] = ()
     """Of the last `down_s`: when, and workers needed of each role in the order of `targets`."""
     kind: int = 0
@@ -87,10 +127,11 @@ def _by_hand(there: Mapping[Role, int], asked: Mapping[Role, int], draining: int
 
 
 def _mixed(old: Lengths | None, new: Lengths | None) -> Lengths | None:
-    """Lengths smoothed: a window counts by its samples, against a memory of some hundred."""
+    """Lengths smoothed: a window counts by its samples, against a memory of a thousand, for a few prompts in a hundred may be
+    most of the work."""
     if old is None or new is None:
         return new or old
-    w = new.count / (new.count + min(old.count, 100))
+    w = new.count / (new.count + min(old.count, MEMORY))
     mean, p50, p90, p99 = (
         a + w * (b - a) for a, b in ((old.mean, new.mean), (old.p50, new.p50), (old.p90, new.p90), (old.p99, new.p99))
     )
@@ -109,15 +150,43 @@ def _output(old: float | None, seen: Observation) -> float | None:
     return osl if seen.decoded is None else max(osl, seen.decoded.p50)
 
 
-def _learn(state: ScaleState, seen: Observation) -> ScaleState:
+def _learn(state: ScaleState, seen: Observation, limits: ScaleLimits) -> ScaleState:
     rate = None if seen.arrived is None else seen.arrived / seen.window_s
+    tokens = None if seen.generated is None else seen.generated / seen.window_s
+    prompts, peak = state.prompts, state.peak
+    if seen.arrived is not None:
+        came = 0.0 if seen.isl is None else seen.isl.mean * seen.arrived / seen.window_s
+        faded = exp(-seen.window_s / _hold_s(state, limits)) if limits.hold_s else 0.0
+        peak = max(came, (prompts.level or 0.0) + (peak - (prompts.level or 0.0)) * faded)
+        prompts = prompts.update(came)
+    context = state.context
+    if seen.decoding:
+        now = seen.decoding_tokens / seen.decoding
+        context = now if context is None else context + CONTEXT_LEARNING * (now - context)
+    met = state.met
+    if seen.attainment is not None and seen.osl is not None:
+        met += (seen.attainment - met) * seen.osl.count / (seen.osl.count + MEMORY)
     return replace(
         state,
         rate=state.rate.update(rate),
+        met=met,
+        tokens=state.tokens.update(tokens),
+        prompts=prompts,
+        peak=peak,
+        context=context,
         isl=_mixed(state.isl, seen.isl),
         osl=_output(state.osl, seen),
         began_s=seen.at_s - seen.window_s if state.began_s is None else state.began_s,
     )
+
+
+def _prefill_load(state: ScaleState, ahead: float, window_s: float, perf: PoolRates, isl: Lengths) -> float:
+    """Workers that prefill what is to come as unevenly as it has come; no more than serves the densest window of late as if it
+    went on. Of prompts it is the tokens that are forecast, for their number says little of the work."""
+    mean = state.rate.mean()
+    dispersion = max(1.0, state.rate.variance * window_s / mean) if mean > 0.0 else 1.0
+    rate = state.prompts.mean(ahead) / isl.mean
+    return min(perf.prefill_load(rate, isl, dispersion), perf.prefill_load(max(rate, state.peak / isl.mean), isl))
 
 
 def _needs(seen: Observation, state: ScaleState, perf: PoolRates, limits: ScaleLimits, roles: tuple[Role, ...]) -> list[float]:
@@ -126,19 +195,40 @@ def _needs(seen: Observation, state: ScaleState, perf: PoolRates, limits: ScaleL
         return [0.0] * len(roles)
     isl, osl = state.isl, state.osl
     ahead = max(1.0, limits.start_up_s / seen.window_s)
-    rate = state.rate.upper(ahead, limits.deviations)
-    context = isl.mean + osl / 2.0
+    rate = state.rate.mean(ahead)
+    # What comes out says more of answers than how many came and how long a few were: hundreds are in it, each by its length.
+    tokens_s = rate * osl if state.tokens.level is None else state.tokens.upper(ahead, limits.deviations)
+    context = isl.mean + osl / 2.0 if state.context is None else state.context
     deadline_s = max(limits.start_up_s, seen.window_s)
     # What a queue of one prompt or so holds is ordinary; all else is to be gone by the deadline.
     backlog_s = max(0.0, perf.prompt_s(seen.waiting_tokens, isl) - 2.0 * perf.prompt_s(isl.mean, isl))
     held = (seen.decoding + seen.waiting_decode) / perf.decode_batch(context)
     drained = backlog_s / deadline_s
+    each = tokens_s / max(rate, 1e-9)
+    prompts = _prefill_load(state, ahead, seen.window_s, perf, isl)
+    late, slow = _missed(seen, limits)
+    decode = (
+        max(rate / perf.decode_rps(context, each), perf.link_load(max(rate, state.peak / isl.mean), isl), held)
+        if rate > 0.0
+        else held
+    )
     found: dict[Role, float] = {
-        "prefill": perf.prefill_load(rate, isl) + drained,
-        "decode": max(rate / perf.decode_rps(context, osl), held if seen.waiting_decode else 0.0),
-        "colocated": max(rate / perf.colocated_rps(isl, context, osl), perf.prefill_load(rate, isl)) + drained,
+        "prefill": max(prompts + drained, late),
+        "decode": max(decode, slow),
+        "colocated": max(max(rate / perf.colocated_rps(isl, context, each), prompts, held) + drained, late, slow),
     }
     return [found[role] for role in roles]
+
+
+def _missed(seen: Observation, limits: ScaleLimits) -> tuple[float, float]:
+    """Workers that would have been needed to start, and to go on, in time in a window that did not: some more than were up."""
+    if seen.osl is None or seen.osl.count < ENOUGH:
+        return 0.0, 0.0
+    first = sum(pool.up for pool in seen.pools if pool.role != "decode")
+    rest = sum(pool.up for pool in seen.pools if pool.role != "prefill")
+    late = limits.ttft_s is not None and seen.ttft_s is not None and seen.ttft_s > limits.ttft_s
+    slow = limits.tpot_s is not None and seen.tpot_s is not None and seen.tpot_s > limits.tpot_s
+    return (MORE * first if late else 0.0), (MORE * rest if slow else 0.0)
 
 
 def _gpus(
@@ -148,8 +238,20 @@ def _gpus(
     row = []
     for kind in kinds:
         needs = _needs(observation, state, kind.rates, limits, roles)
-        row.append(kind.gpus * sum(max(limits.min_workers, ceil(need - 0.05)) for need in needs))
+        row.append(kind.gpus * sum(max(limits.min_workers, ceil(need - LITTLE)) for need in needs))
     return (*state.gpus, tuple(row))
+
+
+def _hold_s(state: ScaleState, limits: ScaleLimits) -> float:
+    """How long needs must have been lower before workers go: longer by as much as more requests miss the objective than may."""
+    if limits.attainment is None or limits.attainment >= 1.0:
+        return limits.hold_s
+    return limits.hold_s * min(KEEP, max(1.0, (1.0 - state.met) / (1.0 - limits.attainment)))
+
+
+def _high(needs: Sequence[float]) -> float:
+    """The largest need of late, and what needs vary by on top, so that a worker that went is not missed in the next window."""
+    return max(needs) + max(0.1, pstdev(needs)) if max(needs) > LITTLE else 0.0
 
 
 def _split(needs: list[float], workers: int, least: int) -> list[int]:
@@ -170,8 +272,8 @@ def _wanted(
 ) -> tuple[list[int], str]:
     """Counts to aim at. `high` are the largest needs of late; `settled`: workers may flip; `lower`: workers may go."""
     budget = sum(now) if limits.fixed else max(limits.max_gpus // limits.gpus_per_worker, 1)
-    up = [max(least, ceil(need - 0.05)) for need in needs]
-    down = [max(least, ceil(need * (1.0 + limits.margin) - 0.05)) for need in high]
+    up = [max(least, ceil(need - LITTLE)) for need in needs]
+    down = [max(least, ceil(need)) for need in high]
     aim = [max(n, u) if u > n else (min(n, d) if lower else n) for n, u, d in zip(now, up, down, strict=True)]
     if not limits.fixed and sum(aim) <= budget:
         return aim, "as needed"
@@ -207,7 +309,7 @@ def _other_kind(
         return None
     best = min(paying)[1]
     needs = _needs(observation, state, kinds[best].rates, limits, roles)
-    return best, [max(limits.min_workers, ceil(need * (1.0 + limits.margin) - 0.05)) for need in needs]
+    return best, [max(limits.min_workers, ceil(need * (1.0 + limits.margin) - LITTLE)) for need in needs]
 
 
 def decide(
@@ -225,7 +327,7 @@ def decide(
         raise SpecError("pools=(): no role to scale; observe pools with at least one role")
     draining = sum(pool.draining for pool in observation.pools)
     at_s = observation.at_s
-    state = _learn(state, observation)
+    state = _learn(state, observation, limits)
     base = asked or there
     others = [p for p in observation.pools if kinds and p.kind != kinds[state.kind].name]
     rolling = any(p.up or p.starting or p.draining for p in others)
@@ -250,11 +352,12 @@ def decide(
     if state.isl is None or state.osl is None:
         return hold("no lengths of prompts or answers seen yet")
     needs = _needs(observation, state, perf, limits, roles)
-    kept = (*((t, n) for t, n in state.needs if t > at_s - limits.down_s), (at_s, tuple(needs)))
+    kept = (*((t, n) for t, n in state.needs if t > at_s - KEEP * limits.hold_s), (at_s, tuple(needs)))
     state = replace(state, needs=kept, gpus=_gpus(observation, state, kinds, limits, roles)[-len(kept) :])
-    high = [max(n[i] for _, n in kept) for i in range(len(roles))]
+    hold_s = _hold_s(state, limits)
+    high = [_high([n[i] for t, n in kept if t >= at_s - hold_s]) for i in range(len(roles))]
     settled = at_s - state.changed_s >= limits.dwell_s
-    lower = settled and at_s - limits.down_s >= max(state.began_s or 0.0, state.by_hand_s, state.changed_s)
+    lower = settled and at_s - hold_s >= max(state.began_s or 0.0, state.by_hand_s)
     work = observation.arrived or observation.waiting or observation.decoding or observation.waiting_decode
     least = max(limits.min_workers, 1 if work else 0)
     if kinds and lower and (found := _other_kind(observation, state, kinds, limits, roles)) is not None:

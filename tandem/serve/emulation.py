@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from tandem.model.tokenizer import Tokenizer
 from tandem.sched.route import Role, StepTimes
-from tandem.sched.scale_rates import PoolRates, TableRates
+from tandem.sched.scale_rates import PoolRates
 from tandem.serve.emulated import EmulatedEngine
 from tandem.serve.emulated_host import EmulatedHost
 from tandem.serve.emulated_state import Letters
@@ -19,7 +19,7 @@ from tandem.serve.messages import Capacity
 from tandem.serve.options import Emulation, ServeOptions
 from tandem.sim.build import config_of
 from tandem.sim.config import WorkerKind
-from tandem.sim.policies import PairRates
+from tandem.sim.policies import PairRates, rates_of
 from tandem.spec.catalog import load_spec
 from tandem.spec.errors import SpecError
 from tandem.spec.workload import Slo
@@ -77,7 +77,7 @@ class Emulating:
 
     def rates(self, slo: Slo, capacity: Capacity) -> PoolRates:
         """From the tables by which the workers take their time."""
-        return PairRates(_rates(self._kind("prefill"), slo), _rates(self._kind("decode"), slo))
+        return PairRates(rates_of(self._kind("prefill"), slo), rates_of(self._kind("decode"), slo))
 
     def start_up_s(self, took_s: float) -> float:
         """As predicted, or as the operator says."""
@@ -116,14 +116,3 @@ class _RoutingTimes:
             prefill.times.transfer_s,
             decode.times.decode_s,
         )
-
-
-def _rates(kind: WorkerKind, slo: Slo) -> TableRates:
-    return TableRates(
-        times=kind.times,
-        blocks=kind.blocks,
-        block_size=kind.limits.block_size,
-        max_batch=kind.limits.max_batch,
-        ttft_s=slo.ttft_s,
-        tpot_s=slo.tpot_s,
-    )

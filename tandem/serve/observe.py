@@ -30,11 +30,13 @@ class Observer:
         self._pools, self._clock, self._slo = pools, clock, slo
         self._began_s = clock()
         self._ended: list[Request] = []
+        self._ended_tokens = self._tokens = 0
         pools.watch(self)
 
     def on_finish(self, life: Request) -> None:
         """A request has ended."""
         self._ended.append(life)
+        self._ended_tokens += life.osl
 
     def on_stats(self, member: Member, stats: WorkerStats) -> None:
         """Kept by the member itself."""
@@ -47,6 +49,8 @@ class Observer:
         now, since_s = self._clock(), self._began_s
         ended, self._ended, self._began_s = self._ended, [], now
         there = list(self._pools.records)
+        tokens = self._ended_tokens + sum(len(r.tokens) for r in there)
+        generated, self._tokens = max(0, tokens - self._tokens), tokens
         waiting = [r for r in there if r.life.first_token_s is None]
         states = [r for r in there if r.handoff is not None]
         going = [r for r in there if r.life.first_token_s is not None and r.handoff is None]
@@ -69,6 +73,7 @@ class Observer:
             decoding=len(going),
             decoding_tokens=sum(r.context for r in going),
             decoded=Lengths.of([len(r.tokens) for r in going]),
+            generated=generated,
             ttft_s=float(np.quantile(firsts, 0.9)) if firsts else None,
             tpot_s=float(np.mean(steps)) if steps else None,
             attainment=None if self._slo is None or not ended else sum(meets(r, self._slo) for r in ended) / len(ended),

@@ -53,7 +53,7 @@ class Scaling:
     """None: as many as at first."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
-    window_s: float = 30.0
+    window_s: float = 15.0
     log: Path | None = None
     """Gets what the policy is told, a line of JSON for each window; replayed, it decides the same."""
 

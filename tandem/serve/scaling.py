@@ -31,6 +31,9 @@ def make_controller(
     limits = ScaleLimits(
         max_gpus=scaling.max_workers or len(pools.workers),
         fixed=scaling.mode == "fixed",
+        ttft_s=scaling.slo.ttft_s,
+        tpot_s=scaling.slo.tpot_s,
+        attainment=scaling.slo.percentile / 100.0,
         start_up_s=place.start_up_s(took_s),
     )
 

@@ -28,7 +28,7 @@ REQUESTS = 1000
 POLICIES: tuple[str, ...] = get_args(PolicyName)
 POINTS = 150
 """Points of a time series, about."""
-POLICY_WINDOW_S = 30.0
+POLICY_WINDOW_S = 15.0
 """A scaling policy looks this often."""
 
 

@@ -63,6 +63,8 @@ class Watch:
         self._met = 0
         self._busy_s: dict[int, float] = {}
         self._began_s = 0.0
+        self._ended_tokens = self._tokens = 0
+        """Output tokens of those that ended, and of all as the last window ended."""
         self._rows: list[tuple[float, ...]] = []
 
     def arrived(self, isl: int) -> None:
@@ -75,6 +77,7 @@ class Watch:
         ttft_s, osl = first_s - request.arrival_s, request.osl
         tpot_s = (now_s - first_s) / (osl - 1) if osl > 1 else None
         self._osl.append(osl)
+        self._ended_tokens += osl
         self._ttft_s.append(ttft_s)
         if tpot_s is not None:
             self._tpot_s.append(tpot_s)
@@ -88,6 +91,7 @@ class Watch:
         workers = self._host.fleet.workers
         waiting = [*self._host.unplaced, *(r for w in workers for r in w.waiting)]
         decoded = [r.target - (last - w.steps_at(now_s)) for w in workers for last, _, r in w.finishes]
+        tokens = self._ended_tokens + sum(decoded) + sum(r.osl for w in workers for r in (*w.arrived, *w.resumed))
         seconds = max(now_s - self._began_s, 1e-9)
         ended = len(self._osl)
         found = Observation(
@@ -104,13 +108,14 @@ class Watch:
             decoding=sum(w.running for w in workers),
             decoding_tokens=sum(w.context_at(now_s) - w.incoming_tokens for w in workers),
             decoded=Lengths.of(decoded),
+            generated=max(0, tokens - self._tokens),
             ttft_s=float(np.percentile(self._ttft_s, 90)) if self._ttft_s else None,
             tpot_s=float(np.mean(self._tpot_s)) if self._tpot_s else None,
             attainment=self._met / ended if ended and self._slo is not None else None,
         )
         self._note(found, ended)
         self._isl, self._osl, self._ttft_s, self._tpot_s, self._met = [], [], [], [], 0
-        self._began_s = now_s
+        self._began_s, self._tokens = now_s, tokens
         return found
 
     def _pools(self, workers: list[SimWorker], seconds: float) -> tuple[PoolCount, ...]:

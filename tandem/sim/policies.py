@@ -30,19 +30,30 @@ def make_policy(name: PolicyName, config: SimConfig, slo: Slo | None, max_gpus: 
             f"the deployment has {prefill.gpus} to prefill and {decode.gpus} to decode"
         )
     limits = ScaleLimits(
-        max_gpus=max_gpus, gpus_per_worker=decode.gpus, start_up_s=max(kind.start_up_s for kind in kinds.values())
+        max_gpus=max_gpus,
+        gpus_per_worker=decode.gpus,
+        ttft_s=slo.ttft_s,
+        tpot_s=slo.tpot_s,
+        attainment=slo.percentile / 100.0,
+        start_up_s=max(kind.start_up_s for kind in kinds.values()),
     )
-    return Scaler(PairRates(_rates(prefill, slo), _rates(decode, slo)), limits)
+    return Scaler(PairRates(rates_of(prefill, slo), rates_of(decode, slo)), limits)
 
 
-def _rates(kind: WorkerKind, slo: Slo) -> TableRates:
+def rates_of(kind: WorkerKind, slo: Slo) -> TableRates:
+    """What a simulated kind of worker achieves within an objective; workers have a link each."""
+    times = kind.times
     return TableRates(
-        times=kind.times,
+        times=times,
         blocks=kind.blocks,
         block_size=kind.limits.block_size,
         max_batch=kind.limits.max_batch,
         ttft_s=slo.ttft_s,
         tpot_s=slo.tpot_s,
+        groups=times.groups,
+        spread_s=times.spread_s,
+        link_s=times.state_bytes / times.link_bytes_per_s,
+        link_s_per_token=times.state_bytes_per_token / times.link_bytes_per_s,
     )
 
 
@@ -51,4 +62,5 @@ class PairRates:
 
     def __init__(self, prefill: PoolRates, decode: PoolRates) -> None:
         self.prefill_load, self.prompt_s = prefill.prefill_load, prefill.prompt_s
+        self.link_load = decode.link_load
         self.decode_batch, self.decode_rps, self.colocated_rps = decode.decode_batch, decode.decode_rps, decode.colocated_rps

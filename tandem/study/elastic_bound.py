@@ -83,12 +83,14 @@ def clairvoyant(made: Ready, window_s: float = BOUND_WINDOW_S, utilisation: floa
     at[-1] = len(trace)
     cumulative = np.concatenate(([0.0], np.cumsum(prompts)))
     busy = np.diff(cumulative[at]) / window_s
-    needed = np.zeros(windows)
+    needed, links = np.zeros(windows), np.zeros(windows)
     for i in range(windows):
         lengths = Lengths.of(trace.isl[at[i] : at[i + 1]].tolist())
-        needed[i] = 0.0 if lengths is None else rates.prefill_load((at[i + 1] - at[i]) / window_s, lengths)
+        if lengths is not None:
+            rate = (at[i + 1] - at[i]) / window_s
+            needed[i], links[i] = rates.prefill_load(rate, lengths), rates.link_load(rate, lengths)
     whole = _whole(busy) + _whole(workers)
-    prefill, decode = _whole(needed), _whole(workers / rates.utilisation)
+    prefill, decode = _whole(needed), _whole(np.maximum(workers / rates.utilisation, links))
     gpus = made.kind.gpus
     hours = gpus * window_s / 3600.0
     return Bound(

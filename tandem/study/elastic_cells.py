@@ -21,7 +21,7 @@ from tandem.sched.route import LOCAL_TOKENS, RoutingLimits
 from tandem.sched.scale_rates import TableRates
 from tandem.sim.build import kind_of
 from tandem.sim.config import Group, SimConfig, WorkerKind
-from tandem.sim.policies import make_policy
+from tandem.sim.policies import make_policy, rates_of
 from tandem.sim.result import SimResult
 from tandem.sim.simulate import run
 from tandem.spec.catalog import load_hardware, load_spec
@@ -34,7 +34,7 @@ WINDOW_S = 300.0
 """Windows in which traffic is sized: the start by the first one, static-by-peak by the busiest ones."""
 CHUNK_TOKENS = 8192
 """Token budget of a step, vLLM's default on such GPUs."""
-ELASTIC_WINDOW_S = 30.0
+ELASTIC_WINDOW_S = 15.0
 """The joint policy looks this often, as in `tandem.simulate`."""
 
 
@@ -122,14 +122,14 @@ class CellRun:
 SERVICES: dict[str, Service] = {
     s.name: s
     for s in (
-        Service(name="nano-9b-v2", model="nemotron-nano-9b-v2", hardware="h100-sxm", parallelism=Parallelism(), batch=256,
-                slo=Slo(ttft_s=2.0, tpot_s=0.010, percentile=95.0), start_up_s=60.0),
-        Service(name="qwen3-8b", model="qwen3-8b", hardware="h100-sxm", parallelism=Parallelism(), batch=512,
-                slo=Slo(ttft_s=2.0, tpot_s=0.010, percentile=95.0), start_up_s=60.0),
-        Service(name="llama-3.1-70b", model="llama-3.1-70b", hardware="h200-sxm", parallelism=Parallelism(tp=4), batch=512,
-                slo=Slo(ttft_s=3.0, tpot_s=0.015, percentile=95.0), start_up_s=120.0),
+        Service(name="nano-9b-v2", model="nemotron-nano-9b-v2", hardware="a100-80gb-sxm", parallelism=Parallelism(), batch=256,
+                slo=Slo(ttft_s=4.0, tpot_s=0.03, percentile=95.0), start_up_s=60.0),
+        Service(name="qwen3-8b", model="qwen3-8b", hardware="a100-80gb-sxm", parallelism=Parallelism(), batch=256,
+                slo=Slo(ttft_s=4.0, tpot_s=0.03, percentile=95.0), start_up_s=60.0),
+        Service(name="llama-3.1-70b", model="llama-3.1-70b", hardware="h100-sxm", parallelism=Parallelism(tp=4), batch=256,
+                slo=Slo(ttft_s=4.0, tpot_s=0.03, percentile=95.0), start_up_s=120.0),
         Service(name="deepseek-r1", model="deepseek-r1", hardware="h200-sxm", parallelism=Parallelism(dp=8, ep=8), batch=1024,
-                slo=Slo(ttft_s=5.0, tpot_s=0.03, percentile=95.0), start_up_s=180.0),
+                slo=Slo(ttft_s=5.0, tpot_s=0.04, percentile=95.0), start_up_s=180.0),
     )
 }  # fmt: skip
 """Objectives: TTFT and TPOT that an idle worker meets for the longest prompts of the traffic with room to spare."""
@@ -164,10 +164,7 @@ def ready(cell: Cell | str, *, seed: int = 0, trace: Trace | None = None) -> Rea
     pool = Pool(parallelism=service.parallelism, batch=service.batch, chunk_tokens=CHUNK_TOKENS)
     context = trace.workload().decode_context
     kind = kind_of(perf, pool, name=service.name, context=context, start_up_s=service.start_up_s)
-    rates = TableRates(
-        times=kind.times, blocks=kind.blocks, block_size=kind.limits.block_size, max_batch=kind.limits.max_batch,
-        ttft_s=service.slo.ttft_s, tpot_s=service.slo.tpot_s,
-    )  # fmt: skip
+    rates = rates_of(kind, service.slo)
     needs = window_needs(trace, rates, WINDOW_S)
     peak = tuple(max(1, ceil(max(n[i] for n in needs))) for i in range(2))
     first = tuple(max(1, ceil(n)) for n in needs[0])
@@ -182,12 +179,15 @@ def window_needs(trace: Trace, rates: TableRates, window_s: float) -> list[tuple
     at = np.searchsorted(trace.arrival_s, edges)
     needs = []
     for begin, end in pairwise(at.tolist()):
-        isl, osl = Lengths.of(trace.isl[begin:end].tolist()), float(np.mean(trace.osl[begin:end])) if end > begin else 0.0
+        isl = Lengths.of(trace.isl[begin:end].tolist())
         if isl is None:
             needs.append((0.0, 0.0))
             continue
-        rate = (end - begin) / window_s
-        needs.append((rates.prefill_load(rate, isl), rate / rates.decode_rps(isl.mean + osl / 2.0, osl)))
+        rate, osl = (end - begin) / window_s, trace.osl[begin:end].astype(np.float64)
+        # Of those that decode at a time, long answers are as many more as they take longer.
+        context = float(np.sum(osl * (trace.isl[begin:end] + osl / 2.0)) / np.sum(osl))
+        decode = max(rate / rates.decode_rps(context, float(np.mean(osl))), rates.link_load(rate, isl))
+        needs.append((rates.prefill_load(rate, isl), decode))
     return needs
 
 

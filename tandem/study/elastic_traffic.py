@@ -34,15 +34,15 @@ TRAFFIC: dict[str, Traffic] = {
     for t in (
         Traffic(
             name="servegen-deepseek-r1", drawn=True,
-            scale={"nano-9b-v2": 0.2, "qwen3-8b": 0.2, "llama-3.1-70b": 0.2, "deepseek-r1": 0.15},
+            scale={"nano-9b-v2": 0.4, "qwen3-8b": 0.4, "llama-3.1-70b": 0.4, "deepseek-r1": 0.6},
         ),
         Traffic(
             name="azure-code-2023",
-            scale={"nano-9b-v2": 10, "qwen3-8b": 10, "llama-3.1-70b": 6, "deepseek-r1": 5},
+            scale={"nano-9b-v2": 12, "qwen3-8b": 12, "llama-3.1-70b": 12, "deepseek-r1": 10},
         ),
         Traffic(
             name="azure-conversation-2023",
-            scale={"nano-9b-v2": 4, "qwen3-8b": 5, "llama-3.1-70b": 3, "deepseek-r1": 3},
+            scale={"nano-9b-v2": 8, "qwen3-8b": 8, "llama-3.1-70b": 6, "deepseek-r1": 6},
         ),
         Traffic(name=SYNTHETIC, drawn=True, duration_s=300.0),
     )

@@ -178,7 +178,7 @@ def test_a_simulated_log_decides_the_same_as_lines() -> None:
 
 def test_a_burst_brings_workers_and_nothing_is_lost(scaled: Served) -> None:
     assert any(": started as prefill" in step for step in scaled.steps), scaled.steps
-    assert 3 < max(scaled.workers) <= MOST
+    assert min(scaled.workers) < max(scaled.workers) <= MOST
     assert all(life.finish_reason == "length" for life in scaled.lives)
     names = [step.partition(":")[0] for step in scaled.steps if "started as" in step]
     assert len(set(names)) == len(names)
@@ -198,7 +198,7 @@ def test_fixed_workers_only_change_roles() -> None:
 
 
 def test_what_a_person_drained_stays_drained() -> None:
-    found = served(traffic(BURST), deployment(1, 2), Scaling(slo=SLO, mode="elastic", max_workers=MOST), by_hand=100.0)
+    found = served(traffic(BURST), deployment(1, 2), Scaling(slo=SLO, mode="elastic", max_workers=MOST), by_hand=65.0)
     assert any("by hand" in decision.reason for decision in found.decisions)
     assert not any(step.startswith("decode-1:") for step in found.steps)
 
