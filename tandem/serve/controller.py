@@ -112,7 +112,9 @@ class Controller:
         decision = self._policy.decide(observation)
         done = Done(observation.at_s, decision)
         self.history.append(done)
-        if self.dry_run:
+        if decision.kind is not None:
+            done.steps = [f"nothing: these pools start no workers of another kind ({decision.kind})"]
+        elif self.dry_run:
             done.steps = [f"would {step}" for step in self._plan(decision)]
         elif self.changing:
             done.steps = ["nothing: earlier changes are under way"]
