@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from tandem.sched.route import Role, RoutingLimits
+from tandem.sched.route import LOCAL_TOKENS, Role, RoutingLimits
 from tandem.serve.app import create_app
 from tandem.serve.auth import ApiKeys
 from tandem.serve.config import ServeConfig
@@ -49,9 +49,6 @@ _LOGGERS = {
     "py.warnings": logging.WARNING,
 }
 """Whose lines are shown, from which level on."""
-LOCAL_TOKENS = 128
-"""Longest uncached prompt that a decode worker prefills itself where there are prefill workers: half a pass. A longer one would
-hold up whoever comes to decode meanwhile, whom no prediction knows yet."""
 
 
 def log_to_stderr(*, as_json: bool) -> None:

@@ -34,6 +34,19 @@ INSPECT_KEYS = [
     "state_bytes_per_sequence",
     "total_bytes",
 ]
+SIMULATE = ["simulate", "-m", "qwen3-8b", "--hardware", "h100-sxm", "--gpus", "4", "--trace", "azure-conversation-2023"]
+SIMULATED = [*SIMULATE, "--duration", "30", "--ttft", "2", "--tpot", "0.03", "--policy", "elastic", "--max-gpus", "6"]
+SIMULATE_KEYS = [
+    "ttft_s",
+    "tpot_s",
+    "goodput",
+    "attainment",
+    "gpu_hours",
+    "price_usd",
+    "simulated_tokens",
+    "seconds",
+    "decisions",
+]
 COMMANDS: list[tuple[list[str], list[str]]] = [
     (["models"], ["items"]),
     (["hardware"], ["items"]),
@@ -44,9 +57,22 @@ COMMANDS: list[tuple[list[str], list[str]]] = [
     (["estimate", "--cases", "cases.csv"], ["rows"]),
     (FIXED, PLAN_KEYS),
     (TRACE, PLAN_KEYS),
+    (SIMULATED, SIMULATE_KEYS),
     (["demo", "--out", "tour/page"], ["fits", "ratios", "plans", "report"]),
 ]
-IDS = ["models", "hardware", "inspect", "estimate", "estimate fp8", "estimate mixed", "cases", "plan", "plan trace", "demo"]
+IDS = [
+    "models",
+    "hardware",
+    "inspect",
+    "estimate",
+    "estimate fp8",
+    "estimate mixed",
+    "cases",
+    "plan",
+    "plan trace",
+    "simulate",
+    "demo",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +110,7 @@ def test_with_json_a_command_prints_one_object_with_the_promised_keys(command: A
     data = one_object(command(*words, "--json"))
     assert set(keys) <= set(data)
     found = list(estimates(data))
-    assert found or words[0] in ("models", "hardware", "inspect")
+    assert found or words[0] in ("models", "hardware", "inspect", "simulate")
     for e in found:
         assert 0 < e["low"] <= e["value"] <= e["high"] < math.inf
         assert e["evidence"] in ("calibrated", "transferred", "roofline")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from sim_fixtures import FAR, kind, pools
+from sim_fixtures import FAR, kind, pools, shared
 
 from tandem.sched.scale import ScaleLimits, Scaler
 from tandem.sched.scale_kinds import Kind, pays
@@ -92,6 +94,31 @@ def test_longer_contexts_bring_workers_with_more_memory_one_after_another() -> N
     assert min(np.min(count[rolling]) for count in serving) >= 1
     late = result.requests.arrival_s > at_s
     assert np.nanpercentile(result.requests.ttft_s[late], 90) < 1.0
+
+
+def test_co_located_workers_follow_the_load_up_and_down() -> None:
+    trace = phases((400.0, 5.0, 400, 80), (600.0, 60.0, 400, 80), (600.0, 5.0, 400, 80))
+    limits = ScaleLimits(max_gpus=12, ttft_s=1.0, tpot_s=0.02, attainment=0.95, start_up_s=20.0, dwell_s=60.0)
+    result = run(shared(1, of=WORKER, window_s=10.0), trace, policy=Scaler(RATES, limits), slo=Slo(ttft_s=1.0, tpot_s=0.02))
+    at_s, workers = result.series["at_s"], result.series["colocated_workers"]
+    busy, quiet = workers[(at_s > 500.0) & (at_s < 1000.0)], workers[at_s > 1200.0]
+    assert busy.min() > quiet.max() >= 1
+    assert result.requests.completed.all()
+    late = result.requests.arrival_s > 450.0
+    assert np.mean(result.requests.ttft_s[late] <= 1.0) > 0.95
+
+
+def test_misses_keep_workers_for_longer() -> None:
+    often = [(240.0, 5.0, 400, 80), (20.0, 60.0, 4000, 20)] * 6  # bursts as long as a start
+    limits = ScaleLimits(max_gpus=24, ttft_s=1.0, tpot_s=0.02, start_up_s=20.0, dwell_s=60.0)
+    hours, met = [], []
+    for wanted in (None, 0.95):
+        policy = Scaler(RATES, replace(limits, attainment=wanted))
+        result = run(pools(1, 1, of=WORKER, window_s=10.0), phases(*often), policy=policy, slo=Slo(ttft_s=1.0, tpot_s=0.02))
+        hours.append(result.gpu_hours)
+        met.append(np.mean(result.requests.ttft_s <= 1.0))
+    assert met[1] > met[0] + 0.05
+    assert hours[1] > hours[0]
 
 
 def test_each_pools_rates_are_those_of_its_own_workers() -> None:
