@@ -25,7 +25,6 @@ class Board:
         self.decoders: list[SimWorker] = []
         for worker in self.decoders:
             worker.set_floor()
-        self._one_kind = True
         self._slope_s = 0.0
         self._colocated = False
 
@@ -33,7 +32,6 @@ class Board:
         """The workers that accept requests, after one has come or gone or changed its role."""
         self.prefillers = [w for w in workers if w.accepting and w.role == "prefill"]
         self.decoders = [w for w in workers if w.accepting and w.role != "prefill"]
-        self._one_kind = len({id(w.kind) for w in self.prefillers + self.decoders}) < 2
         self._slope_s = min((min(w.times.per_token_s[1:]) for w in self.decoders[:1]), default=0.0)
         for worker in self.decoders[1:]:
             if worker.kind is not self.decoders[0].kind:
@@ -47,39 +45,39 @@ class Board:
         """
         if not self.decoders:
             return None
-        if not cached and self._one_kind:
+        if not cached:
             return self._uncached(isl, now_s)
         workers = self.prefillers + self.decoders
-        views = [_view(w, now_s) for w in workers]
-        times = workers[0].times  # of the role asked first; kinds that differ are compared by one of them
-        found = route_prompt(isl, cached, views, times, self._limits)
+        found = route_prompt(isl, cached, [_view(w, now_s) for w in workers], workers[0].times, self._limits)
         return None if isinstance(found, Infeasible) else next(w for w in workers if w.id == found.worker_id)
 
     def _uncached(self, isl: int, now_s: float) -> SimWorker:
-        """The same where all workers are of one kind and none has anything cached, by the terms of `prompt_cost` that vary."""
+        """The same where none has anything cached, by the terms of `prompt_cost` that vary; one kind's times for all."""
         limits, decoders = self._limits, self.decoders
         best, least = decoders[0], (True, inf, 0)
+        times = best.times
         if self.prefillers:
             queues = [worker.queued_tokens for worker in self.prefillers]
-            best = self.prefillers[queues.index(min(queues))]
+            best, times = self.prefillers[queues.index(min(queues))], self.prefillers[0].times
             if limits.max_local_tokens is not None and isl > limits.max_local_tokens:
                 if not self._colocated:
                     return best
                 decoders = [w for w in decoders if w.role == "colocated"]
-            queued_s = best.times.prefill_s(best.queued_tokens, 0) if best.queued_tokens else 0.0
-            least = (False, queued_s + best.times.transfer_s(isl), best.number)
-        times = decoders[0].times
-        pause_s = limits.pause_weight * times.prefill_s(isl, 0)
+            least = (False, times.prefill_s(best.queued_tokens, 0) + times.transfer_s(isl), best.number)
+        base_s, per_token_s, largest = times.base_s, times.per_token_s, len(times.base_s) - 1
+        pause_s, step_tokens = limits.pause_weight * times.prefill_s(isl, 0), limits.step_tokens
         for worker in decoders:
             batch, queued = worker.running + worker.incoming, worker.queued_tokens
-            cost_s = times.prefill_s(queued, 0) if queued else 0.0
+            cost_s = batch * pause_s
+            if queued:
+                cost_s += times.prefill_s(queued, 0)
             if batch:
-                steps = -(-(queued + isl) // limits.step_tokens)
-                cost_s += batch * pause_s
-                # Contexts only grow in a run of steps, so that this is the least that it can cost.
-                tokens = worker.decoding_tokens + worker.incoming_tokens
-                if least < (False, cost_s + steps * times.decode_s(batch, tokens), 0):
-                    continue
+                steps = -(-(queued + isl) // step_tokens)
+                if batch <= largest and not least[0]:
+                    # Contexts only grow in a run of steps, so that this is the least that it can cost.
+                    tokens = worker.decoding_tokens + worker.incoming_tokens
+                    if cost_s + steps * (base_s[batch] + per_token_s[batch] * tokens) > least[1]:
+                        continue
                 cost_s += steps * times.decode_s(batch, worker.context_at(now_s))
             cost = (batch >= worker.max_batch or not worker.has_room(isl, now_s), cost_s, worker.number)
             if cost < least:
