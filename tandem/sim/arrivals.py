@@ -125,55 +125,53 @@ class Poisson:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Gamma:
-    """Gamma gaps with coefficient of variation `cv`: 1 is Poisson, above it requests come in clusters."""
+class _Renewals:
+    """Gaps of one family with coefficient of variation `cv`."""
 
-    name: ClassVar[str] = "gamma"
+    name: ClassVar[str]
     rate_rps: float
     cv: float
 
     def __post_init__(self) -> None:
         require_number("rate_rps", self.rate_rps, high=MAX_RATE_RPS)
         require_number("cv", self.cv, low=0.01, high=30.0)
+
+    @property
+    def shape(self) -> float:
+        """Of the family's distribution."""
+        raise NotImplementedError
+
+    def first(self, rng: np.random.Generator, count: int) -> Times:
+        """Sums of gaps; the first is the rest of one."""
+        return _renewals(rng, self.name, self.shape, self.rate_rps, count)
+
+    def until(self, rng: np.random.Generator, duration_s: float) -> Times:
+        """The same, up to a time."""
+        return renewal_times(rng, self.name, self.shape, self.rate_rps, duration_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gamma(_Renewals):
+    """Gamma gaps: at `cv` 1 they are Poisson's, above it requests come in clusters."""
+
+    name: ClassVar[str] = "gamma"
 
     @property
     def shape(self) -> float:
         """Of the gamma distribution: 1 / cv^2."""
         return 1.0 / self.cv**2
 
-    def first(self, rng: np.random.Generator, count: int) -> Times:
-        """Sums of gaps; the first is the rest of one."""
-        return _renewals(rng, "gamma", self.shape, self.rate_rps, count)
-
-    def until(self, rng: np.random.Generator, duration_s: float) -> Times:
-        """The same, up to a time."""
-        return renewal_times(rng, "gamma", self.shape, self.rate_rps, duration_s)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Weibull:
-    """Weibull gaps with coefficient of variation `cv`; above 1 its tail is heavier than the gamma's."""
+class Weibull(_Renewals):
+    """Weibull gaps; at a `cv` above 1 their tail is heavier than the gamma's."""
 
     name: ClassVar[str] = "weibull"
-    rate_rps: float
-    cv: float
-
-    def __post_init__(self) -> None:
-        require_number("rate_rps", self.rate_rps, high=MAX_RATE_RPS)
-        require_number("cv", self.cv, low=0.01, high=30.0)
 
     @property
     def shape(self) -> float:
         """Of the Weibull distribution."""
         return weibull_shape(self.cv)
-
-    def first(self, rng: np.random.Generator, count: int) -> Times:
-        """Sums of gaps; the first is the rest of one."""
-        return _renewals(rng, "weibull", self.shape, self.rate_rps, count)
-
-    def until(self, rng: np.random.Generator, duration_s: float) -> Times:
-        """The same, up to a time."""
-        return renewal_times(rng, "weibull", self.shape, self.rate_rps, duration_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
