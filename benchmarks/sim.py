@@ -3,7 +3,7 @@
     python benchmarks/sim.py [--large] [--json FILE]
 
 4 prefill and 4 decode workers, and 8 co-located ones: 10,000 requests of 4,000 and 1,000 tokens, Poisson. The peer
-(ai-dynamo and ai-dynamo-runtime 1.6.1, co-located, its own step times) runs in an environment of its own, `.bench-venv-sim`,
+(ai-dynamo and ai-dynamo-runtime 1.6.1, both ways, its own step times) runs in an environment of its own, `.bench-venv-sim`,
 made by `python -m venv .bench-venv-sim && .bench-venv-sim/bin/pip install --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
 && .bench-venv-sim/bin/pip install typing_extensions`; without it only ours is measured. `--large` grows workers and requests
 together, up to 1,000 and 1,000,000.
@@ -31,15 +31,24 @@ from tandem.spec.workload import Trace
 
 ISL, OSL, REQUESTS = 4000, 1000, 10_000
 MAX_BATCH, STEP_TOKENS, BLOCKS = 256, 8192, 60_000
+RATE_RPS = 28.0
 ROUNDS = 5
 PEER = Path(__file__).parents[1] / ".bench-venv-sim" / "bin" / "python"
 PEER_CODE = f"""
-import time
+import sys, time
 from dynamo.replay import run_synthetic_trace_replay as replay
+
+def engine(role):
+    limits = dict(num_gpu_blocks={BLOCKS}, block_size=16, max_num_seqs={MAX_BATCH}, max_num_batched_tokens={STEP_TOKENS})
+    return dict(engine=dict(limits, enable_prefix_caching=False, enable_chunked_prefill=True, worker_type=role, backend="vllm"))
+
+split = dict(num_prefill_workers=4, num_decode_workers=4)
+split |= dict(prefill_engine_args=engine("prefill"), decode_engine_args=engine("decode"))
+options = dict(split=split, shared=dict(num_workers=8))[sys.argv[1]]
 best = 1e9
 for _ in range(2):
     began = time.perf_counter()
-    replay({ISL}, {OSL}, {REQUESTS}, request_rate=28.0, num_workers=8)
+    replay({ISL}, {OSL}, {REQUESTS}, request_rate={RATE_RPS}, **options)
     best = min(best, time.perf_counter() - began)
 print(best)
 """
@@ -99,11 +108,12 @@ def measure(name: str, told: SimConfig, traffic: Trace, rounds: int) -> dict[str
     return row
 
 
-def peer() -> float | None:
-    """Tokens a second of the Rust replay with 8 co-located workers; None where it is not installed."""
+def peer(case: str) -> float | None:
+    """Tokens a second of the Rust replay: `split` with 4 + 4 workers of the same limits, or `shared` with 8 as they come; None
+    where it is not installed."""
     if not PEER.exists():
         return None
-    found = subprocess.run([str(PEER), "-c", PEER_CODE], capture_output=True, text=True, timeout=300, check=True)
+    found = subprocess.run([str(PEER), "-c", PEER_CODE, case], capture_output=True, text=True, timeout=300, check=True)
     return OSL * REQUESTS / float(found.stdout.split()[-1])
 
 
@@ -113,16 +123,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     asked = parser.parse_args()
     rows = [
-        measure("4 prefill + 4 decode", config(4, 4, 0), trace(REQUESTS, 28.0), ROUNDS),
-        measure("8 co-located", config(0, 0, 8), trace(REQUESTS, 28.0), ROUNDS),
+        measure("4 prefill + 4 decode", config(4, 4, 0), trace(REQUESTS, RATE_RPS), ROUNDS),
+        measure("8 co-located", config(0, 0, 8), trace(REQUESTS, RATE_RPS), ROUNDS),
     ]
-    rust = peer()
-    if rust is None:
-        print(f"the peer is not installed ({PEER}); see --help", file=sys.stderr)
-    else:
-        ratio = rows[1]["tokens_per_s"] / rust
-        print(f"{'Rust replay, 8 co-located':34} {rust / 1e6:6.1f} M tokens/s; ours {ratio:.1f} times as fast")
-        rows.append({"case": "peer", "tokens_per_s": rust, "ratio": ratio})
+    for row, case in zip(list(rows), ("split", "shared"), strict=True):
+        rust = peer(case)
+        if rust is None:
+            print(f"the peer is not installed ({PEER}); see --help", file=sys.stderr)
+            break
+        ratio = row["tokens_per_s"] / rust
+        print(f"{'Rust replay, ' + row['case']:34} {rust / 1e6:6.1f} M tokens/s; ours {ratio:.1f} times as fast")
+        rows.append({"case": f"peer, {row['case']}", "tokens_per_s": rust, "ratio": ratio})
     if asked.large:
         for workers in (10, 100, 1000):
             half = workers // 2
