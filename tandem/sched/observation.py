@@ -81,6 +81,8 @@ class Observation:
     """Output tokens so far of those that decode: what they will reach is at least this."""
     generated: int | None = None
     """Output tokens that came in the window, of whomever."""
+    first_tokens: int = 0
+    """Answers that began in the window."""
     ttft_s: float | None = None
     """90th percentile of first tokens in the window."""
     tpot_s: float | None = None

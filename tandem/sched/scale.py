@@ -26,7 +26,7 @@ CONTEXT_LEARNING = 0.1
 LITTLE = 0.05
 """Share of a worker that nobody is started for, or kept."""
 ENOUGH = 20
-"""Answers of a window that say whether its objective was met."""
+"""Answers that must begin, or end, in a window to say whether its objective was met."""
 MEMORY = 1000
 """Requests that count as much as those of a new window together."""
 KEEP = 15.0
@@ -70,9 +70,11 @@ class ScaleLimits:
         require_int("max_gpus", self.max_gpus)
         require_int("gpus_per_worker", self.gpus_per_worker, high=self.max_gpus)
         require_int("min_workers", self.min_workers, low=0)
-        for name in ("ttft_s", "tpot_s", "attainment"):
+        for name in ("ttft_s", "tpot_s"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name))
+        if self.attainment is not None:
+            require_number("attainment", self.attainment, high=1.0)
         for name in ("start_up_s", "dwell_s", "hold_s", "warm_s", "margin", "deviations"):
             if getattr(self, name) != 0:
                 require_number(name, getattr(self, name))
@@ -222,12 +224,12 @@ def _needs(seen: Observation, state: ScaleState, perf: PoolRates, limits: ScaleL
 
 def _missed(seen: Observation, limits: ScaleLimits) -> tuple[float, float]:
     """Workers that would have been needed to start, and to go on, in time in a window that did not: some more than were up."""
-    if seen.osl is None or seen.osl.count < ENOUGH:
-        return 0.0, 0.0
     first = sum(pool.up for pool in seen.pools if pool.role != "decode")
     rest = sum(pool.up for pool in seen.pools if pool.role != "prefill")
     late = limits.ttft_s is not None and seen.ttft_s is not None and seen.ttft_s > limits.ttft_s
+    late = late and seen.first_tokens >= ENOUGH
     slow = limits.tpot_s is not None and seen.tpot_s is not None and seen.tpot_s > limits.tpot_s
+    slow = slow and seen.osl is not None and seen.osl.count >= ENOUGH
     return (MORE * first if late else 0.0), (MORE * rest if slow else 0.0)
 
 
@@ -244,9 +246,9 @@ def _gpus(
 
 def _hold_s(state: ScaleState, limits: ScaleLimits) -> float:
     """How long needs must have been lower before workers go: longer by as much as more requests miss the objective than may."""
-    if limits.attainment is None or limits.attainment >= 1.0:
+    if limits.attainment is None:
         return limits.hold_s
-    return limits.hold_s * min(KEEP, max(1.0, (1.0 - state.met) / (1.0 - limits.attainment)))
+    return limits.hold_s * min(KEEP, max(1.0, (1.0 - state.met) / max(1.0 - limits.attainment, 1e-9)))
 
 
 def _high(needs: Sequence[float]) -> float:

@@ -56,8 +56,12 @@ class Observer:
         going = [r for r in there if r.life.first_token_s is not None and r.handoff is None]
         arrived = [r.isl for r in ended if r.arrival_s >= since_s]
         arrived += [r.life.isl for r in there if r.life.arrival_s >= since_s]
+        judged = [r for r in ended if r.finish_reason != "cancelled"]
         good = [r for r in ended if r.finish_reason in ("stop", "length")]
-        firsts = [s for r in good if (s := ttft_s(r)) is not None]
+        lives = [*ended, *(r.life for r in there)]
+        firsts = [
+            s for r in lives if r.first_token_s is not None and r.first_token_s >= since_s if (s := ttft_s(r)) is not None
+        ]
         steps = [s for r in good if (s := tpot_s(r)) is not None]
         return Observation(
             at_s=now,
@@ -74,9 +78,10 @@ class Observer:
             decoding_tokens=sum(r.context for r in going),
             decoded=Lengths.of([len(r.tokens) for r in going]),
             generated=generated,
+            first_tokens=len(firsts),
             ttft_s=float(np.quantile(firsts, 0.9)) if firsts else None,
             tpot_s=float(np.mean(steps)) if steps else None,
-            attainment=None if self._slo is None or not ended else sum(meets(r, self._slo) for r in ended) / len(ended),
+            attainment=None if self._slo is None or not judged else sum(meets(r, self._slo) for r in judged) / len(judged),
         )
 
     def _count(self, role: Role) -> PoolCount:

@@ -58,7 +58,6 @@ class Watch:
         self._config, self._host, self._columns, self._slo = config, host, columns, slo
         self._isl: list[int] = []
         self._osl: list[int] = []
-        self._ttft_s: list[float] = []
         self._tpot_s: list[float] = []
         self._met = 0
         self._busy_s: dict[int, float] = {}
@@ -78,7 +77,6 @@ class Watch:
         tpot_s = (now_s - first_s) / (osl - 1) if osl > 1 else None
         self._osl.append(osl)
         self._ended_tokens += osl
-        self._ttft_s.append(ttft_s)
         if tpot_s is not None:
             self._tpot_s.append(tpot_s)
         if self._slo is not None:
@@ -92,6 +90,7 @@ class Watch:
         waiting = [*self._host.unplaced, *(r for w in workers for r in w.waiting)]
         decoded = [r.target - (last - w.steps_at(now_s)) for w in workers for last, _, r in w.finishes]
         tokens = self._ended_tokens + sum(decoded) + sum(r.osl for w in workers for r in (*w.arrived, *w.resumed))
+        firsts, self._columns.ttfts_s = self._columns.ttfts_s, []
         seconds = max(now_s - self._began_s, 1e-9)
         ended = len(self._osl)
         found = Observation(
@@ -109,12 +108,13 @@ class Watch:
             decoding_tokens=sum(w.context_at(now_s) - w.incoming_tokens for w in workers),
             decoded=Lengths.of(decoded),
             generated=max(0, tokens - self._tokens),
-            ttft_s=float(np.percentile(self._ttft_s, 90)) if self._ttft_s else None,
+            first_tokens=len(firsts),
+            ttft_s=float(np.percentile(firsts, 90)) if firsts else None,
             tpot_s=float(np.mean(self._tpot_s)) if self._tpot_s else None,
             attainment=self._met / ended if ended and self._slo is not None else None,
         )
         self._note(found, ended)
-        self._isl, self._osl, self._ttft_s, self._tpot_s, self._met = [], [], [], [], 0
+        self._isl, self._osl, self._tpot_s, self._met = [], [], [], 0
         self._began_s, self._tokens = now_s, tokens
         return found
 

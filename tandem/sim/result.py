@@ -40,6 +40,8 @@ class Columns:
         self.osl, self.cached = array("q", [0]) * rows, array("q", [0]) * rows
         self.preemptions, self.retries = array("i", [0]) * rows, array("i", [0]) * rows
         self.finish = array("b", [UNFINISHED]) * rows
+        self.ttfts_s: list[float] = []
+        """Of first tokens since a window was last looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,8 @@ class SimWorker(DecodeBatch):
             request.osl = request.target
             request.computed = request.isl + request.osl - 1
             self.leave(request)
-            self._finish(request, now_s)
+            self.leaves(request)
+            self.on_done(request, now_s)
 
     def _take(self, steps: int) -> None:
         """So many decode steps are over; those who are done still stand in the batch."""
@@ -201,10 +202,6 @@ class SimWorker(DecodeBatch):
         self.decoding_tokens += self.running * steps
         if self._share is not None:
             self._share.end_run(steps)
-
-    def _finish(self, request: SimRequest, now_s: float) -> None:
-        self.leaves(request)
-        self.on_done(request, now_s)
 
     def _plan(self, now_s: float) -> None:
         """What runs from this boundary on."""
@@ -364,7 +361,8 @@ class SimWorker(DecodeBatch):
         columns.prefill_end_s[row] = now_s
         if self._cache is not None:
             self._cache.add(request.hashes)
-        columns.first_token_s[row] = now_s + self.times.first_token_s
+        columns.first_token_s[row] = first_s = now_s + self.times.first_token_s
+        columns.ttfts_s.append(first_s - request.arrival_s)
         if self._share is not None:
             self._share.charge(request.client, 1)
         if request.target > 1 and self.role != "prefill":
@@ -373,7 +371,8 @@ class SimWorker(DecodeBatch):
             return
         self.free_blocks += -(-request.computed // self.limits.block_size)
         if request.target == 1:
-            self._finish(request, now_s)
+            self.leaves(request)
+            self.on_done(request, now_s)
         else:
             self.leaves(request)
             self.on_prefilled(self, request, now_s)

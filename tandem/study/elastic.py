@@ -34,7 +34,7 @@ SEEDS = (0, 1, 2)
 SEEDED = "servegen-deepseek-r1/qwen3-8b"
 SEEDED_POLICIES = ("peak", "elastic", "dynamo-1x", "ray-serve")
 PROCESSES = 2
-MOST_STATIC, MOST_STATIC_HOUR = 6, 12
+MOST_STATIC, MOST_STATIC_HOUR = 5, 10
 """Constant sizes that are tried for a cell, beside static-by-peak: of a day, and of an hour, which takes less to simulate."""
 POINTS = 300
 """Points of a drawn time series."""

@@ -34,7 +34,7 @@ TRAFFIC: dict[str, Traffic] = {
     for t in (
         Traffic(
             name="servegen-deepseek-r1", drawn=True,
-            scale={"nano-9b-v2": 0.4, "qwen3-8b": 0.4, "llama-3.1-70b": 0.4, "deepseek-r1": 0.6},
+            scale={"nano-9b-v2": 0.3, "qwen3-8b": 0.3, "llama-3.1-70b": 0.3, "deepseek-r1": 0.4},
         ),
         Traffic(
             name="azure-code-2023",
