@@ -48,6 +48,8 @@ def serve(
 
     if emulate is None and (emulate_tp != 1 or emulate_stride != 0.0):
         raise SpecError("--emulate-tp, --emulate-stride: change nothing without --emulate")
+    if plan is not None and emulate_tp != 1:
+        raise SpecError(f"--emulate-tp={emulate_tp}: the plan says it; leave it out")
     bounds = (max_workers, scale_log, ttft, tpot)
     if scale is None and (scale_dry_run or any(bound is not None for bound in bounds)):
         raise SpecError("--max-workers, --scale-dry-run, --scale-log, --ttft, --tpot: change nothing without --scale")

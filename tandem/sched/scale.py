@@ -2,7 +2,7 @@
 
 What is needed follows from forecast traffic and from what is there now: queues to drain, sequences in flight. Needs above
 the present targets act at once; needs below them only when they stayed below for a while (the largest need of the last
-`down_s`). Under a budget the split minimises the larger shortfall of the two pools.
+`hold_s`, longer while objectives are missed). Under a budget the split minimises the larger shortfall of the two pools.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class ScaleLimits:
     dwell_s: float = 120.0
     """Least time between a change and one in the other direction, and for which changes by hand are left alone."""
     down_s: float | None = None
-    """How long needs must have been lower before workers go. None: twice their start-up, for then keeping one has cost as
-    much as starting it."""
+    """How long needs must have been lower before workers go, where objectives are met. None: twice their start-up, for then
+    keeping one has cost as much as starting it."""
     warm_s: float = 60.0
     """Before so much has been seen, nothing changes."""
     margin: float = 0.1
-    """A flip must shrink the larger shortfall by this share; workers go only if the rest is this much idle."""
+    """A flip must shrink the larger shortfall by this share, another kind take fewer GPUs by it."""
     deviations: float = 1.0
     """Standard deviations of forecasts that are planned for."""
 
@@ -311,7 +311,9 @@ def _other_kind(
         return None
     best = min(paying)[1]
     needs = _needs(observation, state, kinds[best].rates, limits, roles)
-    return best, [max(limits.min_workers, ceil(need * (1.0 + limits.margin) - LITTLE)) for need in needs]
+    aim = [max(limits.min_workers, ceil(need * (1.0 + limits.margin) - LITTLE)) for need in needs]
+    most = limits.max_gpus // kinds[best].gpus
+    return best, aim if sum(aim) <= most else _split(needs, most, max(1, limits.min_workers))
 
 
 def decide(

@@ -1,13 +1,14 @@
-"""`Controller`: asks a scaling policy after each window, and has live pools do what it says, one set of changes at a time."""
+"""`Controller`: asks a scaling policy after each window, and has live pools do what it says."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tandem.sched.observation import Decision, ScalingPolicy
@@ -75,13 +76,19 @@ class Controller:
         self.dry_run = dry_run
         self.paused = False
         self.history: deque[Done] = deque(maxlen=KEPT)
-        self._change: asyncio.Task[None] | None = None
+        if getattr(policy, "kinds", ()):
+            raise SpecError("policy: chooses between kinds of workers, and live pools start one; leave its kinds out")
+        self._changes: set[asyncio.Task[None]] = set()
+        self._coming: Counter[Role] = Counter()
+        """Workers that are on their way to a role: they are made, and not yet in the pools, or change their role."""
+        self._unborn = 0
+        """Those that are made."""
         self._loop: asyncio.Task[None] | None = None
 
     @property
     def changing(self) -> bool:
-        """Whether a set of changes is being carried out."""
-        return self._change is not None and not self._change.done()
+        """Whether changes are being carried out."""
+        return bool(self._changes)
 
     def pause(self) -> None:
         """Change nothing more, and ask the policy no more; changes under way are finished."""
@@ -97,14 +104,14 @@ class Controller:
 
     async def close(self) -> None:
         """End; what was being changed is left as it is, and workers that drain for it take work again."""
-        tasks = [task for task in (self._loop, self._change) if task is not None]
+        tasks = [*self._changes, *([] if self._loop is None else [self._loop])]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
     def tick(self) -> Decision | None:
-        """End a window: ask the policy, and begin to carry out what it says unless changes are under way. None while paused."""
+        """End a window: ask the policy, and begin to carry out what it says, beside what is under way. None while paused."""
         observation = self._observer.observe()
         if self.paused:
             return None
@@ -112,22 +119,18 @@ class Controller:
         decision = self._policy.decide(observation)
         done = Done(observation.at_s, decision)
         self.history.append(done)
-        if decision.kind is not None:
-            done.steps = [f"nothing: these pools start no workers of another kind ({decision.kind})"]
-        elif self.dry_run:
+        if self.dry_run:
             done.steps = [f"would {step}" for step in self._plan(decision)]
-        elif self.changing:
-            done.steps = ["nothing: earlier changes are under way"]
-        elif self._plan(decision):
-            self._change = asyncio.get_running_loop().create_task(self._carry_out(done))
-        for step in done.steps:
-            log.info("scaling: %s (%s)", step, decision.reason)
+            for step in done.steps:
+                log.info("scaling: %s (%s)", step, decision.reason)
+        else:
+            self._carry_out(done)
         return decision
 
     async def settled(self) -> None:
         """Wait until changes under way are carried out."""
-        if self._change is not None:
-            await asyncio.wait([self._change])
+        if self._changes:
+            await asyncio.wait(self._changes)
 
     def state(self) -> dict[str, Any]:
         """For people and programs: workers, and what was decided last."""
@@ -153,7 +156,7 @@ class Controller:
 
     def _moves(self, decision: Decision) -> tuple[list[tuple[Role, Role]], list[Role], list[Role]]:
         """Which roles change into which, which are started, and which removed; one entry for each worker."""
-        off = {role: decision.targets[role] - len(self._ours(role)) for role in ROLES if role in decision.targets}
+        off = {r: decision.targets[r] - len(self._ours(r)) - self._coming[r] for r in ROLES if r in decision.targets}
         missing: list[Role] = [role for role, n in off.items() for _ in range(n)]
         spare: list[Role] = [role for role, n in off.items() for _ in range(-n)]
         flips = list(zip(spare, missing, strict=False))
@@ -161,7 +164,7 @@ class Controller:
         if self._start is None:
             return flips, [], []
         if self._max_workers is not None:
-            starts = starts[: max(0, self._max_workers - len(self._pools.workers))]
+            starts = starts[: max(0, self._max_workers - len(self._pools.workers) - self._unborn)]
         return flips, starts, removals
 
     def _plan(self, decision: Decision) -> list[str]:
@@ -169,18 +172,23 @@ class Controller:
         steps = [f"turn a {a} worker into {b}" for a, b in flips]
         return steps + [f"start a {role} worker" for role in starts] + [f"remove a {role} worker" for role in removals]
 
-    async def _carry_out(self, done: Done) -> None:
+    def _carry_out(self, done: Done) -> None:
+        """All at once: a start does not wait for a drain, nor the second start for the first."""
         flips, starts, removals = self._moves(done.decision)
-        for source, target in flips:
-            await self._step(done, self._flip(source, target))
-        for role in starts:
-            await self._step(done, self._add(role))
-        for role in removals:
-            await self._step(done, self._remove(role))
+        steps: list[Callable[[], Awaitable[str]]] = [partial(self._flip, source, target) for source, target in flips]
+        steps += [partial(self._add, role) for role in starts]
+        steps += [partial(self._remove, role) for role in removals]
+        self._unborn += len(starts)
+        for role in (*(target for _, target in flips), *starts):
+            self._coming[role] += 1
+        for step in steps:
+            task = asyncio.get_running_loop().create_task(self._step(done, step))
+            self._changes.add(task)
+            task.add_done_callback(self._changes.discard)
 
-    async def _step(self, done: Done, change: Awaitable[str]) -> None:
+    async def _step(self, done: Done, change: Callable[[], Awaitable[str]]) -> None:
         try:
-            text = await change
+            text = await change()
         except TandemError as wrong:
             text = f"not done: {' '.join(str(wrong).split())}"
         done.steps.append(text)
@@ -210,17 +218,24 @@ class Controller:
                 self._pools.resume(member.id)
 
     async def _flip(self, source: Role, target: Role) -> str:
-        member = await self._drained(source)
         try:
-            self._pools.set_role(member.id, target)
-        except SpecError:
-            self._back(member)
-            raise
+            member = await self._drained(source)
+            try:
+                self._pools.set_role(member.id, target)
+            except SpecError:
+                self._back(member)
+                raise
+        finally:
+            self._coming[target] -= 1
         return f"{member.id}: {source} -> {target}"
 
     async def _add(self, role: Role) -> str:
         assert self._start is not None
-        handle = await self._start(role)
+        try:
+            handle = await self._start(role)
+        finally:
+            self._coming[role] -= 1
+            self._unborn -= 1
         await self._pools.add(handle, role)
         return f"{handle.id}: started as {role}"
 

@@ -45,10 +45,3 @@ class PromptQueue:
             if best is None or key < best:
                 best, found = key, record
         return found
-
-    def drain(self) -> list[Record]:
-        """All of them, out of the queue."""
-        records = [record for waiting in self._clients.values() for record in waiting]
-        self._clients.clear()
-        self._count = 0
-        return records

@@ -52,6 +52,10 @@ class Record:
     channel: Channel = field(default_factory=Channel)
     charged: int = 0
     """Tokens of its prompt that its client was charged for when it was sent."""
+    waited_at: str | None = None
+    """The worker that it was asked back from, until it is sent again."""
+    waited_with: int = 0
+    """Tokens of its prompt that were cached there when it was sent there."""
     attempt: int = 0
     member: Member | None = None
     """Who has it; None while it waits for a worker."""

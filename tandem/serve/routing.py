@@ -30,6 +30,10 @@ class Router:
     def prompt(self, record: Record) -> tuple[Route, Member, int] | None:
         """Where a prompt goes, and how many tokens of it are cached there; None while nobody has room for it."""
         cached = {name: cells * self._limits.prefix_tokens for name, cells in self._prefixes.matched(record.hashes).items()}
+        if (
+            record.waited_at is not None and record.waited_at in cached
+        ):  # its own note there is no prefix that anyone has prefilled
+            cached[record.waited_at] = record.waited_with
 
         def choose(views: Sequence[WorkerView]) -> Route | Infeasible:
             return route_prompt(record.context, cached, views, self._times, self._limits.routing)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
+from tandem.sched.observation import Decision, Observation
 from tandem.sched.route import Role
 from tandem.sched.scale import ScaleLimits, Scaler
 from tandem.serve.controller import Controller
@@ -12,6 +14,16 @@ from tandem.serve.hosts import WorkerHandle
 from tandem.serve.options import Scaling
 from tandem.serve.pools import Pools
 from tandem.serve.workplaces import Workplace
+
+
+class Proposer(Scaler):
+    """Decides for a dry run, in which nothing comes of what it said before."""
+
+    def decide(self, observation: Observation) -> Decision:
+        """What it would aim at after this window."""
+        decision = super().decide(observation)
+        self.state = replace(self.state, targets=None)
+        return decision
 
 
 def make_controller(
@@ -42,7 +54,7 @@ def make_controller(
 
     return Controller(
         pools,
-        Scaler(place.rates(scaling.slo, capacity), limits),
+        (Proposer if scaling.dry_run else Scaler)(place.rates(scaling.slo, capacity), limits),
         clock=clock,
         window_s=scaling.window_s,
         start=None if scaling.mode == "fixed" else start,

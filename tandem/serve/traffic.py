@@ -215,7 +215,7 @@ class Traffic:
             return False
         self._router.sent(record, member, route)
         self._queue.remove(record)
-        record.charged = record.context - cached
+        record.charged, record.waited_at = record.context - cached, None
         self._share.charge(record.life.client, record.charged)
         if record.attempt >= SUSPECT_TRIES:
             self._suspect = record
@@ -256,6 +256,7 @@ class Traffic:
         if record is None:
             return
         self._drop(record)
+        record.waited_at, record.waited_with = member.id, record.context - record.charged
         self._share.charge(record.life.client, -record.charged)
         self._wait(record)
 

@@ -23,8 +23,6 @@ class Board:
         self._limits = limits
         self.prefillers: list[SimWorker] = []
         self.decoders: list[SimWorker] = []
-        for worker in self.decoders:
-            worker.set_floor()
         self._slope_s = 0.0
         self._colocated = False
 

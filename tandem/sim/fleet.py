@@ -144,7 +144,8 @@ class Fleet:
                 left = True
                 continue
             to_come = max(0, target - len(new))
-            keep = len(old) * to_come // max(target, 1)
+            # Those up share out the old ones that may go: none before the first has come, all with the last.
+            keep = len(old) * to_come // (to_come + 1) if new or not target else len(old)
             for worker in sorted(old, key=_least_to_do)[: len(old) - keep]:
                 self._drain(worker, None)
             if to_come:

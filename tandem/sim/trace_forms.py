@@ -139,8 +139,10 @@ def _detailed(row: dict[str, Any], where: str, rows: TraceRows) -> int:
         if len(column) != len(columns[0] or ()):
             raise TraceError(f"{where}: {field}: has {len(column)} entries; start_times has {len(columns[0] or ())}")
     errors = row.get("errors") or [""] * len(columns[0] or ())
+    if not isinstance(errors, list) or len(errors) != len(columns[0] or ()):
+        raise TraceError(f"{where}: errors: must be a list with an entry for each of the {len(columns[0] or ())} start_times")
     failed = 0
-    for n, (at, isl, osl, error) in enumerate(zip(*columns, errors, strict=False)):  # type: ignore[arg-type]
+    for n, (at, isl, osl, error) in enumerate(zip(*columns, errors, strict=True)):  # type: ignore[arg-type]
         if error or osl == 0:
             failed += 1
             continue

@@ -221,7 +221,7 @@ def trace_number(value: object, field: str, where: str, *, low: float, high: flo
         if not isinstance(value, (str, int, float)) or isinstance(value, bool) or (whole and isinstance(value, float)):
             raise ValueError
         number = int(value) if whole else float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise TraceError(f"{where}: {field}={shown:.80}: must be a number{', a whole one' if whole else ''}") from None
     if not low <= number <= high:
         raise TraceError(f"{where}: {field}={value!s:.80}: must be at least {low:g} and at most {high:,.0f}")
@@ -232,7 +232,7 @@ def trace_number(value: object, field: str, where: str, *, low: float, high: flo
 def open_trace(source: Path | Traversable, kind: str = "CSV") -> Iterator[TextIO]:
     """A trace file as text, unpacked if it ends in .gz. TraceError where it is not there or not text of this `kind`."""
     if not source.is_file():
-        raise TraceError(f"trace={str(source)!r}: no such file; bundled traces are {', '.join(BUNDLED_TRACES)}")
+        raise TraceError(f"trace={str(source)!r}: no such file; bundled CSV traces are {', '.join(BUNDLED_TRACES)}")
     try:
         with source.open("rb") as raw:
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw) if source.name.endswith(".gz") else raw)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from tandem.study.elastic import CellOutcome
 
 SHARE_OF_PEAK, OVER_BOUND = 0.70, 1.15
+"""Targets: GPU hours over those of static-by-peak, and over the clairvoyant bound."""
 WANTED = 0.95
 """Share of the requests: the objectives' percentile, and what the static best must attain."""
-"""Targets: GPU hours over those of static-by-peak, and over the clairvoyant bound."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's 97.5 % quantiles by the number of values."""
 DAY = "servegen"

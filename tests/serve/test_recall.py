@@ -85,7 +85,9 @@ def test_a_queue_moves_to_the_worker_that_comes_up(how: str) -> None:
 
     async def main() -> tuple[float, list[int]]:
         log = Log()
-        limits = PoolLimits(routing=RoutingLimits(max_local_tokens=0), queued_tokens=100_000, held_states=100)
+        limits = PoolLimits(
+            routing=RoutingLimits(max_local_tokens=0), queued_tokens=100_000, held_states=100, prefix_tokens=64
+        )
         pools = Pools(
             [(host("p0"), "prefill"), (host("d0"), "decode")], times=table(), limits=limits, clock=now_s, observer=log
         )
@@ -101,7 +103,9 @@ def test_a_queue_moves_to_the_worker_that_comes_up(how: str) -> None:
                 assert await pools.drain("p0", move=True, deadline_s=60.0)
             else:
                 await until(lambda: pools.workers["p1"].records)
+                await asyncio.sleep(0.001)
             shares = [len(pools.workers[name].records) for name in ("p0", "p1")]
+            assert {record.charged for record in pools.records} == {1000}  # nobody has prefilled what begins alike
         answers = await asyncio.gather(*reading)
         assert [answer(outputs) for outputs in answers] == [text_of(one) for one in asked]
         assert pools.retries == 0

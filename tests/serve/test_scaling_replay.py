@@ -184,6 +184,18 @@ def test_a_burst_brings_workers_and_nothing_is_lost(scaled: Served) -> None:
     assert len(set(names)) == len(names)
 
 
+def test_several_workers_start_at_once_and_are_not_taken_for_a_persons() -> None:
+    phases = [(120.0, 2.0, 1000, 60), (240.0, 40.0, 4000, 30), (60.0, 2.0, 500, 60)]
+    found = served(traffic(phases), deployment(1, 1), Scaling(slo=SLO, mode="elastic", max_workers=16))
+    assert not [decision.reason for decision in found.decisions if "by hand" in decision.reason]
+    assert found.limits is not None
+    begun_s = found.lives[0].arrival_s
+    burst = [life for life in found.lives if 120.0 <= life.arrival_s - begun_s < 360.0]
+    settled = [life for life in burst if life.arrival_s - begun_s > 120.0 + 15.0 + 2 * found.limits.start_up_s]
+    assert sum((ttft_s(life) or 9.0) <= 1.0 for life in settled) > 0.9 * len(settled) > 1000
+    assert max(found.workers) >= 5
+
+
 def test_the_same_traffic_is_served_the_same_way_again(scaled: Served) -> None:
     again = served(traffic(BURST), deployment(1, 2), Scaling(slo=SLO, mode="elastic", max_workers=MOST))
     assert again.lines == scaled.lines

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sim_fixtures import FAR, kind, pools, shared
 
+from tandem.sched.observation import Lengths, Observation, PoolCount
 from tandem.sched.scale import ScaleLimits, Scaler
 from tandem.sched.scale_kinds import Kind, pays
 from tandem.sched.scale_rates import TableRates
@@ -119,6 +120,34 @@ def test_misses_keep_workers_for_longer() -> None:
         met.append(np.mean(result.requests.ttft_s <= 1.0))
     assert met[1] > met[0] + 0.05
     assert hours[1] > hours[0]
+
+
+def test_a_burst_of_long_answers_brings_prefill_workers_while_it_queues_and_not_after() -> None:
+    trace = phases((300.0, 4.0, 400, 1500), (15.0, 60.0, 4000, 1500), (600.0, 4.0, 400, 1500))
+    limits = ScaleLimits(max_gpus=200, ttft_s=1.0, tpot_s=0.02, start_up_s=20.0, dwell_s=60.0)
+    result = run(pools(1, 4, of=WORKER, window_s=10.0), trace, policy=Scaler(RATES, limits))
+    at_s, prefill, waiting = (result.series[name] for name in ("at_s", "prefill_workers", "waiting"))
+    gone_s = at_s[np.flatnonzero(waiting > 20)[-1]]
+    assert prefill.max() <= prefill[at_s <= gone_s + limits.start_up_s + 10.0].max()
+    assert prefill[at_s > gone_s + 300.0].max() == 1
+
+
+def test_a_kind_is_changed_to_within_the_budget() -> None:
+    slow, quick = replace(RATES, max_batch=2), replace(RATES, max_batch=4)
+    choices = [Kind(name="a", gpus=2, rates=slow), Kind(name="b", gpus=1, rates=quick)]
+    limits = ScaleLimits(max_gpus=7, start_up_s=20.0, dwell_s=20.0, warm_s=20.0)
+    policy = Scaler(slow, limits, choices)
+    length = Lengths(count=300, mean=100, p50=100, p90=100, p99=100)
+    for window in range(40):
+        there = PoolCount(role="colocated", kind="a", up=3, gpus_per_worker=2)
+        seen = Observation(
+            at_s=10.0 * (window + 1), window_s=10.0, pools=(there,), arrived=300, isl=length, osl=length, generated=30_000
+        )
+        decision = policy.decide(seen)
+        if decision.kind is not None:
+            break
+    assert decision.kind == "b"
+    assert sum(decision.targets.values()) == 7
 
 
 def test_each_pools_rates_are_those_of_its_own_workers() -> None:

@@ -179,6 +179,17 @@ def test_workers_are_replaced_one_after_another() -> None:
     assert counts[-1] == {("prefill", "other"): (1, 0), ("decode", "other"): (2, 0)}
 
 
+def test_a_replacement_never_leaves_fewer_workers_than_it_began_with() -> None:
+    other = kind("other")
+    trace = traffic(6000, 10.0)
+    script = Script((5.0, {"colocated": 8}), kinds={5.0: "other"})
+    result = run(shared(8, window_s=1.0, kinds=(other,)), trace, policy=script, checked=True)
+    assert_sound(result, trace)
+    assert result.series["colocated_workers"].min() == 8
+    assert result.series["gpus"].max() <= 10  # one more, beside one that drains
+    assert {p.kind for p in script.seen[-1].pools} == {"other"}
+
+
 def test_workers_start_after_their_start_up_and_are_paid_from_the_decision() -> None:
     script = Script((10.0, {"prefill": 1, "decode": 2}))
     trace = traffic(600, 12.0)
