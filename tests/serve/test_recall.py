@@ -85,9 +85,7 @@ def test_a_queue_moves_to_the_worker_that_comes_up(how: str) -> None:
 
     async def main() -> tuple[float, list[int]]:
         log = Log()
-        limits = PoolLimits(
-            routing=RoutingLimits(max_local_tokens=0), queued_tokens=100_000, held_states=100, prefix_tokens=64
-        )
+        limits = PoolLimits(routing=RoutingLimits(max_local_tokens=0), queued_tokens=100_000, held_states=100, prefix_tokens=64)
         pools = Pools(
             [(host("p0"), "prefill"), (host("d0"), "decode")], times=table(), limits=limits, clock=now_s, observer=log
         )
