@@ -22,7 +22,7 @@ from tandem.study.elastic_cells import (
     run_cell,
     run_policy,
 )
-from tandem.study.elastic_claims import WANTED, claims_of
+from tandem.study.elastic_claims import WANTED, claims_of, over_static
 from tandem.study.elastic_figures import figures_of
 from tandem.study.elastic_ratio import HOLDS, MIXES, TPOTS_S, WORKERS, Ratios, ratios
 from tandem.study.elastic_rules import RULES
@@ -90,7 +90,8 @@ def study_cell(name: str, seed: int = 0, policies: Sequence[str] | None = None, 
         runs.append(run_foreseen(made, clairvoyant(made, utilisation=RELAXED), f"clairvoyant {RELAXED:g}"))
         found = search_static(made, WANTED, known=(runs[0],), most_runs=most_static)
         static = tuple(as_row(run) for run in found.runs)
-        best = None if found.best is None else {**as_row(found.best), "policy": f"static best {found.best.policy}"}
+        if found.best is not None:
+            best = _beside_static({**as_row(found.best), "policy": f"static best {found.best.policy}"}, static)
     return CellOutcome(
         cell=name,
         seed=seed,
@@ -99,12 +100,16 @@ def study_cell(name: str, seed: int = 0, policies: Sequence[str] | None = None, 
         gpus_per_worker=made.kind.gpus,
         first=made.first,
         peak=made.peak,
-        rows=tuple(as_row(run) for run in runs),
+        rows=tuple(_beside_static(as_row(run), static) for run in runs),
         bound={"work": bound.work, "whole": bound.whole, "sized": bound.sized},
         static=static,
         static_best=best,
         series=series,
     )
+
+
+def _beside_static(row: dict[str, Any], static: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    return {**row, "over_static": over_static(row, static)}
 
 
 def _sizes(run: CellRun) -> dict[str, list[float]]:

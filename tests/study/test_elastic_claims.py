@@ -21,6 +21,7 @@ MIX = (16384, 2048)
 
 def row(policy: str, attainment: float, hours: float) -> dict:
     numbers = {"goodput": 1.0, "changes": 2, "ttft_p90_s": 0.5, "tpot_mean_s": 0.01, "completed": 10, "seconds": 0.0}
+    numbers["over_static"] = 0.8
     return {"cell": "", "policy": policy, "attainment": attainment, "gpu_hours": hours, **numbers}
 
 
