@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tandem.report.elastic_html import COLUMNS, elastic_page, elastic_sentences, policies_table, policy_rows
 from tandem.study.elastic import CellOutcome, assumptions
-from tandem.study.elastic_claims import claims_of
+from tandem.study.elastic_claims import claims_of, over_static
 from tandem.study.elastic_figures import figures_of
 from tandem.study.elastic_ratio import Ratios, Served
 from tandem.study.elastic_rules import RULES
@@ -21,12 +21,13 @@ MIX = (16384, 2048)
 
 def row(policy: str, attainment: float, hours: float) -> dict:
     numbers = {"goodput": 1.0, "changes": 2, "ttft_p90_s": 0.5, "tpot_mean_s": 0.01, "completed": 10, "seconds": 0.0}
-    numbers["over_static"] = 0.8
     return {"cell": "", "policy": policy, "attainment": attainment, "gpu_hours": hours, **numbers}
 
 
 def outcome(cell: str, elastic: tuple[float, float], rule: tuple[float, float], seed: int = 0) -> CellOutcome:
     static = (row("1P1D", 0.5, 50.0), row("2P2D", 0.96, 90.0), row("peak", 0.99, 100.0))
+    rows = (row("peak", 0.99, 100.0), row("elastic", *elastic), row(RULE, *rule), row("clairvoyant", 0.97, 55.0))
+    best = row("static best 2P2D", 0.96, 90.0)
     series = {"at_h": [0.0, 1.0], "prefill": [1.0, 2.0], "decode": [2.0, 2.0]}
     return CellOutcome(
         cell=cell,
@@ -36,10 +37,10 @@ def outcome(cell: str, elastic: tuple[float, float], rule: tuple[float, float], 
         gpus_per_worker=1,
         first=(1, 1),
         peak=(2, 3),
-        rows=(row("peak", 0.99, 100.0), row("elastic", *elastic), row(RULE, *rule), row("clairvoyant", 0.97, 55.0)),
+        rows=tuple({**r, "over_static": over_static(r, static)} for r in rows),
         bound={"work": 30.0, "whole": 45.0, "sized": 60.0},
         static=static,
-        static_best=row("static best 2P2D", 0.96, 90.0),
+        static_best={**best, "over_static": over_static(best, static)},
         series={"elastic": series, "sized": series},
     )
 
