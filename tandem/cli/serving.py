@@ -10,6 +10,8 @@ import typer
 
 from tandem.spec.errors import SpecError
 
+SCALE_WINDOW_S = 15.0
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file or the name of an installed model.")],
@@ -35,7 +37,7 @@ def serve(
     scale: Annotated[str | None, typer.Option(help="fixed: workers change roles; elastic: they come and go too.")] = None,
     max_workers: Annotated[int | None, typer.Option(help="Most workers of --scale elastic; default: as at first.")] = None,
     scale_dry_run: Annotated[bool, typer.Option(help="Only say what --scale would change.")] = False,
-    scale_window: Annotated[float, typer.Option(help="Seconds between two decisions of --scale.")] = 15.0,
+    scale_window: Annotated[float, typer.Option(help="Seconds between two decisions of --scale.")] = SCALE_WINDOW_S,
     scale_log: Annotated[Path | None, typer.Option(help="Append what --scale is told to this file, as lines of JSON.")] = None,
     ttft: Annotated[float | None, typer.Option(help="Largest time to first token that --scale aims at, seconds.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Largest time per output token that --scale aims at, seconds.")] = None,
@@ -51,8 +53,9 @@ def serve(
     if plan is not None and emulate_tp != 1:
         raise SpecError(f"--emulate-tp={emulate_tp}: the plan says it; leave it out")
     bounds = (max_workers, scale_log, ttft, tpot)
-    if scale is None and (scale_dry_run or any(bound is not None for bound in bounds)):
-        raise SpecError("--max-workers, --scale-dry-run, --scale-log, --ttft, --tpot: change nothing without --scale")
+    if scale is None and (scale_dry_run or scale_window != SCALE_WINDOW_S or any(bound is not None for bound in bounds)):
+        options = "--max-workers, --scale-dry-run, --scale-window, --scale-log, --ttft, --tpot"
+        raise SpecError(f"{options}: change nothing without --scale")
     if emulate is None and find_weights(model).is_dir():
         load_spec(model)  # names what is wrong with a folder that is no checkpoint
     launch = _launch()

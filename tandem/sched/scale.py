@@ -30,7 +30,7 @@ ENOUGH = 20
 MEMORY = 1000
 """Requests that count as much as those of a new window together."""
 KEEP = 15.0
-"""At most so many times `down_s` are workers kept where objectives are missed."""
+"""At most so many times `hold_s` are workers kept where objectives are missed."""
 MORE = 1.25
 """Workers for those that did not suffice."""
 
@@ -97,7 +97,7 @@ class ScaleState:
     prompts: Forecast = field(default_factory=Forecast)
     """Of prompt tokens/s that arrive."""
     peak: float = 0.0
-    """Prompt tokens/s of the densest window of late; it fades within `down_s`."""
+    """Prompt tokens/s of the densest window of late; it fades as workers go."""
     context: float | None = None
     """Mean tokens of those that decode, smoothed."""
     began_s: float | None = None
@@ -108,7 +108,7 @@ class ScaleState:
     met: float = 1.0
     """Share of requests that met the objective, smoothed."""
     needs: tuple[tuple[float, tuple[float, ...]], ...] = ()
-    """Of the last `down_s`: when, and workers needed of each role in the order of `targets`."""
+    """Of late, as long as workers may be kept: when, and workers needed of each role in the order of `targets`."""
     kind: int = 0
     """Which of the kinds that workers may be they are, or are becoming."""
     gpus: tuple[tuple[int, ...], ...] = ()

@@ -54,7 +54,7 @@ class TableRates:
     block_size: int
     max_batch: int
     ttft_s: float | None = None
-    """Objective at its 90th percentile; None: only the load counts."""
+    """Objective, for all but `TAIL` of the prompts; None: only the load counts."""
     tpot_s: float | None = None
     utilisation: float = 0.85
     """Share of its time or room that a worker is planned to be full."""
@@ -95,8 +95,8 @@ class TableRates:
         """Workers, not rounded, that prefill so many requests/s within the TTFT objective. `dispersion`: variance over mean of
         how many come in a window; 1 where they come one by one.
 
-        At least the load over `utilisation`; beyond, as many as keep the 90th percentile of the queue (Sakasegawa's form of
-        Kingman's formula, with an exponential tail) within what the objective leaves beside a long prompt.
+        At least the load over `utilisation`; beyond, as many as keep the queue of all but `TAIL` of the prompts (Sakasegawa's
+        form of Kingman's formula, with an exponential tail) within what the objective leaves beside a long prompt.
         """
         mean, variation, long = self._prompt(isl)
         load = rate_rps * mean

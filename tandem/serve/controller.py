@@ -57,7 +57,7 @@ class Controller:
         policy: ScalingPolicy,
         *,
         clock: Callable[[], float],
-        window_s: float = 30.0,
+        window_s: float = 15.0,
         start: Callable[[Role], Awaitable[WorkerHandle]] | None = None,
         max_workers: int | None = None,
         drain_s: float = 600.0,

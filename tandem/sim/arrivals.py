@@ -138,8 +138,8 @@ class _Renewals:
 
     @property
     def shape(self) -> float:
-        """Of the family's distribution."""
-        raise NotImplementedError
+        """Of the family's distribution; of the gamma's it is 1 / cv^2."""
+        return 1.0 / self.cv**2 if self.name == "gamma" else weibull_shape(self.cv)
 
     def first(self, rng: np.random.Generator, count: int) -> Times:
         """Sums of gaps; the first is the rest of one."""
@@ -156,22 +156,12 @@ class Gamma(_Renewals):
 
     name: ClassVar[str] = "gamma"
 
-    @property
-    def shape(self) -> float:
-        """Of the gamma distribution: 1 / cv^2."""
-        return 1.0 / self.cv**2
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weibull(_Renewals):
     """Weibull gaps; at a `cv` above 1 their tail is heavier than the gamma's."""
 
     name: ClassVar[str] = "weibull"
-
-    @property
-    def shape(self) -> float:
-        """Of the Weibull distribution."""
-        return weibull_shape(self.cv)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

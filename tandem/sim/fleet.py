@@ -9,6 +9,7 @@ from tandem.sched.observation import Decision
 from tandem.sched.route import Role
 from tandem.sim.config import SimConfig, WorkerKind
 from tandem.sim.worker import SimWorker
+from tandem.spec.errors import SpecError
 
 
 def _least_to_do(worker: SimWorker) -> tuple[bool, int, int, int]:
@@ -120,6 +121,8 @@ class Fleet:
     def carry_out(self, decision: Decision) -> None:
         """Make the workers of each role as many as the decision says."""
         if decision.kind is not None:
+            if decision.kind not in self._by_name:
+                raise SpecError(f"kind={decision.kind!r}: must be {' or '.join(self._by_name)}, or be given in SimConfig.kinds")
             self._kinds = dict.fromkeys(decision.targets, self._by_name[decision.kind])
             self._rolling = dict(decision.targets)
             for worker in self.workers:

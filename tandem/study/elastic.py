@@ -144,7 +144,7 @@ def assumptions() -> tuple[str, ...]:
         "a policy pays for a worker from the decision to start it until it has drained; all start with the sizes that the "
         f"first {WINDOW_S / 60:g} minutes need, and may take up to twice static-by-peak",
         f"static-by-peak: the largest needs of any {WINDOW_S / 60:g} minutes by the sizing functions of the joint policy "
-        "(utilisation 0.85, Kingman's formula for the 90th percentile of TTFT)",
+        "(utilisation 0.85, Kingman's formula for TTFT)",
         "clairvoyant bound (sized): the same functions, minute by minute, arrivals and lengths known, changes free. It is a "
         "bound for policies that keep that utilisation and whole workers of one role a minute, not for hotter ones: `whole` "
         "is the same at full utilisation, `work` without whole workers",
