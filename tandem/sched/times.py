@@ -188,5 +188,5 @@ class MeasuredTimes:
     def _learn(self, what: str, expected_s: float, seconds: float) -> None:
         if expected_s <= 0.0 or not 0.0 < seconds < math.inf:
             return
-        surprise = min(max(math.log(seconds / expected_s), -math.log(4.0)), math.log(4.0))
-        self._factors[what] *= math.exp(self._smoothing * surprise)
+        surprise = min(max(seconds / expected_s, 0.25), 4.0)  # bounded first: the quotient may be 0 or infinite
+        self._factors[what] *= surprise**self._smoothing

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.perf.costs import Layout
@@ -129,6 +129,8 @@ def test_a_constant_truth_is_found_from_a_thousandth_to_a_thousandfold(truth: fl
 
 
 @given(seconds=st.floats(allow_nan=True, allow_infinity=True), tokens=st.integers(-5, 10**6))
+@example(seconds=5e-324, tokens=10**6)  # over what was expected, 0
+@example(seconds=1.7e308, tokens=1)  # and infinite
 def test_no_single_sample_moves_what_is_known_by_more_than_a_sixth(seconds: float, tokens: int) -> None:
     times = measured()
     times.observe_prefill(tokens, seconds)
