@@ -1,0 +1,269 @@
+"""What a training run is made of: one frozen tree of settings, read from a YAML file and changed by field paths.
+
+Every setting of a run is here and nothing else is, so the run that a recipe names can be made again. A field that a recipe
+does not know is refused, with the names it does know. The 12b-* recipes state paper A's settings in the same fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tandem.spec.errors import SpecError
+from tandem.spec.units import require_int, require_number
+
+SourceKind = Literal["jsonl", "parquet", "text", "hub", "procedural", "long-documents"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPart:
+    """The model: a name of the catalogue, or a pattern over `M * -` with the sizes of its mixers."""
+
+    name: str | None = None
+    """A model of the catalogue, whose sizes are taken as they are; None where `pattern` is given."""
+    pattern: str | None = None
+    hidden_size: int | None = None
+    ffn_size: int | None = None
+    gated: bool = False
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float | None = None
+    """None: no position embedding, as in Nemotron-H."""
+    mamba_heads: int | None = None
+    mamba_head_dim: int | None = None
+    state_dim: int | None = None
+    groups: int | None = None
+    initial: str | None = None
+    """A checkpoint to go on from: a folder, or the name of a released model. None: fresh weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerPart:
+    """Byte-level BPE trained on the sources, or one that exists."""
+
+    name: str | None = None
+    """A folder or released model whose tokenizer is taken; None: one is trained."""
+    vocab_size: int = 2048
+    sample_bytes: int = 8_000_000
+    """Text of all sources that it is trained on, in the proportion of their sizes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourcePart:
+    """One source of documents."""
+
+    kind: SourceKind
+    path: str | None = None
+    """File or glob, from the recipe's folder or absolute; of a hub source the data set's name."""
+    split: str = "train"
+    config: str | None = None
+    """Of a hub source: the name of its configuration."""
+    text: str = "{text}"
+    """How a row becomes a document: a template over its columns."""
+    prompt: str | None = None
+    """The part of a document before what is learned, likewise; None: all of it is learned."""
+    tasks: tuple[str, ...] = ()
+    """Of a procedural source: the names of its tasks."""
+    documents: int | None = None
+    """How many documents a generated source has, or how many of a read one are taken; None: all of those that are read."""
+    seed: int = 0
+    length: int | None = None
+    """Of long documents: tokens of each."""
+    licence: str = "unknown"
+    notice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CleanPart:
+    """What is done to documents before they are learned from."""
+
+    min_chars: int = 1
+    exact_duplicates: bool = True
+    near_duplicates: float | None = 0.8
+    """Jaccard similarity of word 5-grams at and above which a document is dropped (MinHash); None: none is."""
+    decontaminate: tuple[str, ...] = ()
+    """Files (JSONL) of evaluation sets; a document that shares an n-gram with one is dropped."""
+    decontaminate_ngram: int = 13
+    min_quality: float = 0.0
+    """Documents below this score (0 to 1) are dropped."""
+    max_bad_rows: int = 100
+    """Rows that cannot be read are counted, named and skipped; more than this many of a source end the run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhasePart:
+    """A blend and the share of the run's tokens at which it ends."""
+
+    until: float
+    weights: dict[str, float]
+    """Share of sequences by source; they are normalised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataPart:
+    """Where tokens come from, and in which proportions when."""
+
+    tokenizer: TokenizerPart = field(default_factory=TokenizerPart)
+    sources: dict[str, SourcePart]
+    clean: CleanPart = field(default_factory=CleanPart)
+    phases: tuple[PhasePart, ...]
+    held_out: float = 0.02
+    """Share of each source's documents that is kept for evaluation and never learned from."""
+    cut: tuple[str, ...] = ()
+    """Sources whose documents may be cut at the end of a sequence; of the others whole ones are packed."""
+
+    def __post_init__(self) -> None:
+        ends = [phase.until for phase in self.phases]
+        if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1.0:
+            raise SpecError(f"data.phases: until={ends}: must rise and end with 1.0")
+        for i, phase in enumerate(self.phases):
+            unknown = set(phase.weights) - set(self.sources)
+            if unknown:
+                known = ", ".join(self.sources)
+                raise SpecError(f"data.phases[{i}].weights={sorted(unknown)}: no such source; {known} are there")
+            if not phase.weights or min(phase.weights.values()) < 0 or sum(phase.weights.values()) <= 0:
+                raise SpecError(f"data.phases[{i}].weights={phase.weights}: must be shares of at least 0, one above 0")
+        for name in self.cut:
+            if name not in self.sources:
+                raise SpecError(f"data.cut={name!r}: no such source; {', '.join(self.sources)} are there")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchPart:
+    """Tokens of an optimiser step."""
+
+    sequence_length: int
+    sequences: int
+    """Of a step, over all ranks."""
+    micro: int | None = None
+    """Sequences of one forward pass of a rank; gradients of several are accumulated. None: all at once."""
+    tokens: int
+    """Of the whole run; rounded up to whole steps."""
+
+    def __post_init__(self) -> None:
+        require_int("batch.sequence_length", self.sequence_length)
+        require_int("batch.sequences", self.sequences)
+        require_int("batch.tokens", self.tokens, high=10**15)
+        if self.micro is not None:
+            require_int("batch.micro", self.micro)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions that one step holds, padding included."""
+        return self.sequence_length * self.sequences
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run."""
+        return -(-self.tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimiserPart:
+    """AdamW and its schedule (WSD: warm-up, stable, decay). Defaults are paper A's, warm-up excepted, which is not published."""
+
+    lr: float = 4.5e-4
+    min_lr: float = 4.5e-6
+    schedule: Literal["wsd", "constant"] = "wsd"
+    warmup: float = 0.0005
+    """Share of the steps."""
+    decay: float = 0.18
+    """Share of the steps, at the end."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_number("optimiser.lr", self.lr)
+        require_number("optimiser.min_lr", self.min_lr, low=-1e-30, high=self.lr)
+        for name in ("warmup", "decay"):
+            require_number(f"optimiser.{name}", getattr(self, name), low=-1e-30, high=1.0)
+        if self.warmup + self.decay > 1:
+            raise SpecError(f"optimiser.decay={self.decay}: warm-up and decay together are longer than the run")
+        require_number("optimiser.clip", self.clip)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionPart:
+    """Number formats. Weights, optimiser state and everything between linears is fp32 whatever stands here."""
+
+    linears: Literal["fp32", "bf16", "fp8-block", "fp8-tensor"] = "bf16"
+    """Operands of the linears: fp8-block is paper A's recipe, fp8-tensor that of Nemotron-H-56B (current scaling)."""
+    keep_first: int = 4
+    keep_last: int = 4
+    """Linears at both ends that stay in bf16 where the others are fp8. Embedding and head always do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelPart:
+    """How a run is spread over ranks: `fully_shard` over all of them here; the rest is what plans of larger runs state."""
+
+    gpus: int = 1
+    tp: int = 1
+    cp: int = 1
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: of attention and Mamba mixers' inside, or of whole layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointPart:
+    """When the state of a run is saved."""
+
+    every: int = 200
+    """Steps."""
+    keep: int = 2
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatePart:
+    """What is looked at on the way."""
+
+    every: int = 200
+    """Steps."""
+    batches: int = 8
+    """Held-out batches of each source."""
+    samples: tuple[str, ...] = ()
+    """Prompts whose greedy continuations are written to the log."""
+    tasks: tuple[str, ...] = ()
+    """Procedural tasks whose answers are verified at the end."""
+    problems: int = 200
+    """Of each task."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardPart:
+    """What is done about a loss that is not a number or far above what it was."""
+
+    window: int = 50
+    """Steps whose losses say what is usual."""
+    spike: float = 2.0
+    """A loss above the window's median by this much (nats) is a spike."""
+    retries: int = 3
+    """Returns to the last good checkpoint before the run ends with an error; each skips the batches that did it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A complete training run."""
+
+    name: str
+    about: str = ""
+    seed: int = 0
+    model: ModelPart
+    data: DataPart
+    batch: BatchPart
+    optimiser: OptimiserPart = field(default_factory=OptimiserPart)
+    precision: PrecisionPart = field(default_factory=PrecisionPart)
+    parallel: ParallelPart = field(default_factory=ParallelPart)
+    checkpoint: CheckpointPart = field(default_factory=CheckpointPart)
+    evaluate: EvaluatePart = field(default_factory=EvaluatePart)
+    guard: GuardPart = field(default_factory=GuardPart)
+    compile: bool = False
+    """Run the model through torch.compile."""
+    hardware: str | None = None
+    """GPU that the run is planned on; None: this machine's CPU."""
+    plan_only: str | None = None
+    """Why the recipe is for `--plan` only; None: it can be run."""
