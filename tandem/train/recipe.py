@@ -161,7 +161,7 @@ class BatchPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimiserPart:
-    """AdamW and its schedule (WSD: warm-up, stable, decay). Defaults are paper A's, warm-up excepted, which is not published."""
+    """AdamW and its schedule (warm-up, stable, decay). Defaults are paper A's, but for the warm-up, which is not published."""
 
     lr: float = 4.5e-4
     min_lr: float = 4.5e-6
