@@ -10,7 +10,7 @@ from typing import Annotated, Any, Never
 
 import typer
 
-from tandem.cli import generating, serving, simulating
+from tandem.cli import generating, serving, simulating, training
 from tandem.spec.errors import SpecError, TandemError
 
 app = typer.Typer(
@@ -154,6 +154,7 @@ def inspect(
 app.command()(generating.generate)
 app.command()(serving.serve)
 app.command()(simulating.simulate)
+app.command()(training.train)
 
 
 @app.command()

@@ -57,10 +57,10 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
     packaged = _packaged(text)
     if packaged is not None:
         return read_gguf_spec(read_header(packaged), name=packaged.stem)
-    path = os.path.expanduser(text)
+    path = str(_released(text) or os.path.expanduser(text))
     if os.path.exists(path):
         return _read_model_file(Path(path))
-    hub = (*model_names(), *SIBLINGS, *_PACKAGED)
+    hub = (*model_names(), *SIBLINGS, *_PACKAGED, *released_names())
     known = (*hub, *NICKNAMES, *(_bare(n) for n in hub))
     raise _unknown("model", text, known, "`tandem models` lists all")
 
@@ -74,7 +74,7 @@ def find_weights(name_or_path: str | Path) -> Path:
     packaged = _packaged(text)
     if packaged is not None:
         return packaged
-    path = Path(text).expanduser()
+    path = _released(text) or Path(text).expanduser()
     if text.casefold() not in _model_index():
         if path.is_file() and path.name == "config.json":
             path = path.parent
@@ -82,6 +82,22 @@ def find_weights(name_or_path: str | Path) -> Path:
             return path.resolve()
     spec = load_spec(name_or_path)
     raise SpecError(f"model={text!r}: the sizes of {spec.name} are known, its weights are not here; give a checkpoint folder")
+
+
+@cache
+def released_names() -> tuple[str, ...]:
+    """Models that were trained here and come with their weights, sorted: see the folder `released` of the repository."""
+    return tuple(sorted(file.parent.name for file in _released_folder().glob("*/config.json")))
+
+
+def _released_folder() -> Path:
+    package = Path(__file__).resolve().parents[1]
+    return next((f for f in (package / "released", package.parent / "released") if f.is_dir()), package / "released")
+
+
+def _released(text: str) -> Path | None:
+    """The folder of a released model of that name, in any case."""
+    return _released_folder() / text.casefold() if text.casefold() in released_names() else None
 
 
 def _packaged(text: str) -> Path | None:

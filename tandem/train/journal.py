@@ -1,0 +1,66 @@
+"""What a run writes down of itself: one JSON object a line, and TensorBoard's files where it is installed and wished for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """`metrics.jsonl` of a run; the lines after the step that is gone on from are dropped, as those steps are made again."""
+
+    def __init__(self, folder: Path, *, from_step: int, tensorboard: bool) -> None:
+        self.file = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_journal(folder) if line["step"] <= from_step]
+        draft = self.file.with_suffix(".new")
+        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        draft.replace(self.file)
+        self._stream = self.file.open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+
+    def write(self, event: dict[str, Any]) -> None:
+        """Add one line, on disk at once; numbers go to TensorBoard too, under the event's kind."""
+        self._stream.write(json.dumps(event) + "\n")
+        self._stream.flush()
+        if self._board is not None:
+            for name, value in _numbers(event):
+                self._board.add_scalar(name, value, event["step"])
+
+    def close(self) -> None:
+        """End the files."""
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's journal; a last one that was cut off by a crash is left out."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _numbers(event: dict[str, Any]) -> list[tuple[str, float]]:
+    kind = event["kind"]
+    flat = []
+    for name, value in event.items():
+        if name in ("kind", "step"):
+            continue
+        if isinstance(value, dict):
+            flat += [(f"{kind}/{name}/{key}", float(v)) for key, v in value.items() if isinstance(v, (int, float))]
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat.append((f"{kind}/{name}", float(value)))
+    return flat

@@ -1,0 +1,136 @@
+"""A recipe from beginning to end: data, model, training, the trained checkpoint and what it is worth."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tandem.model.hybrid import Decoder, TokenIds
+from tandem.model.load import load_model, save_model
+from tandem.model.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from tandem.perf.training import flops_per_token
+from tandem.spec.catalog import find_weights
+from tandem.spec.errors import SpecError
+from tandem.spec.files import write_whole
+from tandem.spec.model import ModelSpec
+from tandem.train.build import model_spec, with_vocabulary
+from tandem.train.checkpoint import full_weights
+from tandem.train.data.prepare import prepare
+from tandem.train.data.stream import TokenStream
+from tandem.train.evaluate import samples, task_accuracy
+from tandem.train.loop import Listener, Speed, train_model
+from tandem.train.machine import matmul_flops_per_s
+from tandem.train.ranks import Ranks, joined
+from tandem.train.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run leaves."""
+
+    checkpoint: Path
+    metrics: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's fields."""
+        return {"checkpoint": str(self.checkpoint), "metrics": self.metrics}
+
+
+def run_recipe(
+    recipe: Recipe,
+    recipe_folder: Path,
+    out: Path,
+    *,
+    data_folder: Path | None = None,
+    listen: Listener = lambda event: None,
+    tensorboard: bool = False,
+) -> Trained | None:
+    """Run a recipe into the folder `out`, or go on with the run that is there; every rank calls this, the first one returns.
+
+    Data are prepared once into `data_folder` (default: `out/data`), which runs with the same data may share. The trained
+    model is `out/model`, a Hugging Face checkpoint in bf16. Raises SpecError for settings that cannot be run.
+    """
+    if recipe.plan_only is not None:
+        raise SpecError(f"recipe={recipe.name!r}: {recipe.plan_only}; `tandem train {recipe.name} --plan` says what it takes")
+    with joined() as ranks:
+        return _run(recipe, recipe_folder, out, data_folder or out / "data", ranks, listen, tensorboard)
+
+
+def _run(
+    recipe: Recipe, recipe_folder: Path, out: Path, data: Path, ranks: Ranks, listen: Listener, tensorboard: bool
+) -> Trained | None:
+    began = time.perf_counter()
+    if ranks.first:
+        prepare(recipe, data, recipe_folder=recipe_folder, progress=lambda text: listen({"kind": "data", "text": text}))
+    ranks.barrier()
+    tokenizer = load_tokenizer(data / "tokenizer")
+    decoder = _fresh(recipe, tokenizer) if recipe.model.initial is None else _initial(recipe)
+    stream = TokenStream(data, recipe.data, recipe.batch, seed=recipe.seed)
+    speed = Speed(
+        flops_per_token=flops_per_token(decoder.spec, recipe.batch.sequence_length),
+        peak_flops_per_s=matmul_flops_per_s(decoder.spec, recipe.precision, ranks.device)
+        * (ranks.world if ranks.device.type == "cuda" else 1),
+    )
+    listen({"kind": "begin", "recipe": recipe.name, "parameters": decoder.spec.parameters, "steps": recipe.batch.steps})
+    last, model = train_model(decoder, recipe, stream, out, ranks=ranks, speed=speed, listen=listen, tensorboard=tensorboard)
+    weights = full_weights(model, ranks)
+    if not ranks.first:
+        return None
+    trained = export(decoder.spec, weights, data / "tokenizer", out / "model")
+    metrics = {**last, **_worth(recipe, trained, tokenizer, listen), "wall_s": time.perf_counter() - began}
+    write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    return Trained(checkpoint=out / "model", metrics=metrics)
+
+
+def export(spec: ModelSpec, weights: dict[str, torch.Tensor], tokenizer: Path, folder: Path) -> Decoder:
+    """Write trained weights as a Hugging Face checkpoint in bf16 with their tokenizer; the model as it reads back, in fp32."""
+    names = load_tokenizer(tokenizer)
+    decoder = Decoder(spec, device="meta", token_ids=token_ids(names))
+    decoder.load_state_dict({name.removeprefix("decoder."): value for name, value in weights.items()}, assign=True)
+    decoder.to(torch.bfloat16)
+    save_model(decoder, folder)
+    copy_tokenizer(tokenizer, folder)
+    return load_model(folder)
+
+
+def token_ids(tokenizer: Tokenizer) -> TokenIds:
+    """The special tokens of a tokenizer by what they are for."""
+    found = {name: tokenizer.backend.token_to_id(text) for name, text in tokenizer.special.items()}
+    eos = found.get("eos_token")
+    return TokenIds(bos=found.get("bos_token"), eos=() if eos is None else (eos,), pad=found.get("pad_token"))
+
+
+def _fresh(recipe: Recipe, tokenizer: Tokenizer) -> Decoder:
+    spec = model_spec(recipe)
+    size = tokenizer.backend.get_vocab_size()
+    if size < spec.vocab_size:
+        spec = with_vocabulary(spec, size)
+    return Decoder(spec, seed=recipe.seed, token_ids=token_ids(tokenizer))
+
+
+def _initial(recipe: Recipe) -> Decoder:
+    """The model that the run goes on from, at least as long in context."""
+    assert recipe.model.initial is not None
+    loaded = load_model(find_weights(recipe.model.initial))
+    spec = replace(loaded.spec, name=recipe.name, max_context=max(loaded.spec.max_context, recipe.batch.sequence_length))
+    decoder = Decoder(spec, device="meta", token_ids=loaded.token_ids)
+    decoder.load_state_dict(loaded.state_dict(), assign=True)
+    return decoder.train()
+
+
+def _worth(recipe: Recipe, model: Decoder, tokenizer: Tokenizer, listen: Listener) -> dict[str, Any]:
+    part = recipe.evaluate
+    found: dict[str, Any] = {}
+    if part.samples:
+        found["samples"] = dict(zip(part.samples, samples(model, tokenizer, list(part.samples)), strict=True))
+        listen({"kind": "samples", "samples": found["samples"]})
+    accuracy: dict[str, Any] = {}
+    for task in part.tasks:
+        accuracy[task] = task_accuracy(model, tokenizer, task, part.problems).to_json()
+        listen({"kind": "task", "task": task, **accuracy[task]})
+    return {**found, "accuracy": accuracy} if accuracy else found

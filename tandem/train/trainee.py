@@ -1,0 +1,73 @@
+"""The model of a run and its optimiser, made ready: number formats, recompute, sharding over ranks, compilation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from tandem.model.hybrid import Decoder
+from tandem.train.loss import Trainee
+from tandem.train.precision import apply_precision, product_of
+from tandem.train.ranks import Ranks
+from tandem.train.recipe import OptimiserPart, Recipe
+
+_KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+)
+"""What selective recompute keeps: products and attention. All between them, the scan too, is made again."""
+
+
+def make_trainee(decoder: Decoder, recipe: Recipe, ranks: Ranks) -> nn.Module:
+    """The decoder with its loss, as the recipe says; with several ranks each holds its share of every weight."""
+    apply_precision(decoder, recipe.precision)
+    backbone = decoder.backbone
+    if recipe.parallel.recompute == "full":
+        backbone.checkpoint = partial(checkpoint, use_reentrant=False)
+    elif recipe.parallel.recompute == "selective":
+        kept = partial(create_selective_checkpoint_contexts, list(_KEPT))
+        backbone.checkpoint = partial(checkpoint, use_reentrant=False, context_fn=kept)
+    model: nn.Module = Trainee(decoder, product_of(recipe.precision, ranks.device))
+    if ranks.world > 1:
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        for layer in backbone.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if recipe.compile:
+        model.compile()
+    return model
+
+
+def make_optimiser(model: nn.Module, part: OptimiserPart) -> AdamW:
+    """AdamW; weight decay acts on matrices only, not on norms, biases, convolutions and the scan's numbers a head."""
+    decayed, free = [], []
+    for parameter in model.parameters():
+        (decayed if parameter.dim() == 2 else free).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": part.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return AdamW([g for g in groups if g["params"]], lr=part.lr, betas=(part.beta1, part.beta2), fused=True)
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scale all gradients so that their norm over all ranks is at most `limit`; the norm that they had."""
+    norm: Tensor = nn.utils.clip_grad_norm_(model.parameters(), limit)
+    full = getattr(norm, "full_tensor", None)
+    return float(norm if full is None else full())
+
+
+def synchronise(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks; those of earlier micro-batches wait."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
