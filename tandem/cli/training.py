@@ -12,16 +12,23 @@ from tandem.spec.errors import SpecError
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name or a YAML file; without one, the names are listed.")] = None,
-    changes: Annotated[list[str] | None, typer.Argument(metavar="[FIELD.PATH=VALUE]...", help="Settings to change: batch.tokens=1e6 optimiser.lr=1e-3.")] = None,  # noqa: E501
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; a run that is there is gone on with. Default: out/train/RECIPE.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of prepared data that runs may share. Default: in the run's.")] = None,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name or YAML file; without one, all are listed.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FIELD.PATH=VALUE]...", help="Settings to change: batch.tokens=1e6 optimiser.lr=1e-3."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; one that is there is gone on with. Default: out/train/RECIPE.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Prepared data that runs may share. Default: within the run.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what the run takes and train nothing.")] = False,
-    hardware: Annotated[str | None, typer.Option(help="With --plan: GPU to plan for; default the recipe's, else this machine.")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="With --plan: GPU to plan for; default the recipe's, else this machine.")
+    ] = None,
     gpus: Annotated[int | None, typer.Option(help="With --plan: how many of them.")] = None,
-    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard's files too.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard's files too.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object (SI units) on stdout.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train a model by a recipe: data, pre-training in phases, checkpoints, evaluation. Under torchrun, on many ranks."""
     from tandem.cli.app import emit
     from tandem.train.recipe_files import load_recipe, recipe_names
