@@ -181,7 +181,7 @@ class PassFlops:
     @property
     def total(self) -> float:
         """All of them."""
-        return sum(getattr(self, f.name) for f in fields(self))
+        return float(sum(getattr(self, f.name) for f in fields(self)))
 
     def __add__(self, other: PassFlops) -> PassFlops:
         return PassFlops(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
