@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch.optim import Optimizer
 from tandem.spec.errors import SpecError
 from tandem.train.ranks import Ranks
 
+# Said at every save of a process that is alone, in the thread that saves: no filter around the call would reach it there.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _NAME = re.compile(r"step-(\d{8})")
 _RUN = "run.json"
 

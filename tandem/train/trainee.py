@@ -13,10 +13,10 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tandem.model.hybrid import Decoder
-from tandem.train.loss import Trainee
-from tandem.train.precision import apply_precision, product_of
+from tandem.train.loss import Product, Trainee
+from tandem.train.precision import apply_precision, multiply_bf16
 from tandem.train.ranks import Ranks
-from tandem.train.recipe import OptimiserPart, Recipe
+from tandem.train.recipe import OptimiserPart, PrecisionPart, Recipe
 
 _KEPT = (
     torch.ops.aten.mm.default,
@@ -37,7 +37,7 @@ def make_trainee(decoder: Decoder, recipe: Recipe, ranks: Ranks) -> nn.Module:
     elif recipe.parallel.recompute == "selective":
         kept = partial(create_selective_checkpoint_contexts, list(_KEPT))
         backbone.checkpoint = partial(checkpoint, use_reentrant=False, context_fn=kept)
-    model: nn.Module = Trainee(decoder, product_of(recipe.precision, ranks.device))
+    model: nn.Module = Trainee(decoder, head_product(recipe.precision))
     if ranks.world > 1:
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         for layer in backbone.layers:
@@ -46,6 +46,11 @@ def make_trainee(decoder: Decoder, recipe: Recipe, ranks: Ranks) -> nn.Module:
     if recipe.compile:
         model.compile()
     return model
+
+
+def head_product(part: PrecisionPart) -> Product:
+    """How the head multiplies: as the linears do, but in bf16 where they are fp8."""
+    return torch.mm if part.linears == "fp32" else multiply_bf16
 
 
 def make_optimiser(model: nn.Module, part: OptimiserPart) -> AdamW:
