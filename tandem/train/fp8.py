@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tandem.spec.errors import SpecError
+from tandem.train import fp8_native
 
 BLOCK = 128
 """Side of a weight block and length of an activation tile."""
@@ -35,6 +36,11 @@ class Fp8Format:
     """Of the smallest normal number, 2^min_exponent; below it numbers are evenly spaced."""
     largest: float
     """The largest finite number."""
+
+    @property
+    def shift(self) -> float:
+        """Times a power of two, it is what rounds numbers between that power and the next when added and taken away again."""
+        return 1.5 * 2.0 ** (24 - self.digits)
 
 
 E4M3 = Fp8Format(dtype=torch.float8_e4m3fn, digits=4, min_exponent=-6, largest=448.0)
@@ -87,7 +93,7 @@ def round_to(x: Float[Tensor, "*shape"], form: Fp8Format) -> Float[Tensor, "*sha
 def _round_in_range(x: Tensor, form: Fp8Format) -> Tensor:
     """Adding a number whose last place is the format's last place rounds; taking it away again is exact."""
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent of each number
-    shift = power.clamp_min(2.0**form.min_exponent) * (1.5 * 2.0 ** (24 - form.digits))
+    shift = power.clamp_min(2.0**form.min_exponent) * form.shift
     return (x + shift) - shift
 
 
@@ -112,15 +118,38 @@ def quantise(
     smaller. A block that holds an infinity or a NaN has that as its scale and is NaN after `dequantise`: overflow is never
     hidden by saturation. Raises SpecError for what is no fp32 matrix or an empty block.
     """
+    values, scales, block = _quantise(x, block, form, power_of_two, multiply=False)
+    return Quantised(values, scales, block)
+
+
+def round_trip(
+    x: Float[Tensor, "rows cols"], block: tuple[int, int] | None, form: Fp8Format = E4M3, *, power_of_two: bool = False
+) -> Float[Tensor, "rows cols"]:
+    """`quantise(...).dequantise()`, the same bits in one pass where there is a C compiler."""
+    return _quantise(x, block, form, power_of_two, multiply=True)[0]
+
+
+def _quantise(
+    x: Tensor, block: tuple[int, int] | None, form: Fp8Format, power_of_two: bool, *, multiply: bool
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
     if x.dim() != 2 or x.dtype != torch.float32:
         raise SpecError(f"x={x.dtype} of {x.dim()} axes: must be an fp32 matrix")
-    rows, cols = x.shape
-    block = (max(1, rows), max(1, cols)) if block is None else block
-    if min(block) < 1:
+    if block is not None and min(block) < 1:
         raise SpecError(f"block={block}: must be of 1 row and 1 column or more")
-    scales = scales_of(_largest(x, block), form, power_of_two=power_of_two)
-    values = _round_in_range(x / _spread(scales, block, rows, cols), form)
-    return Quantised(values=values, scales=scales, block=block)
+    rows, cols = x.shape
+    sides = (max(1, rows), max(1, cols)) if block is None else block
+    if x.numel() == 0:
+        return x.clone(), x.new_zeros(-(-rows // sides[0]), -(-cols // sides[1])), sides
+    if fp8_native.usable(x):
+        x = x.contiguous()
+        given = scales_of(fp8_native.largest(x), form, power_of_two=power_of_two) if block is None else None
+        cut = (1, cols) if block is None else block
+        made = fp8_native.round_blocks(x, cut, form, power_of_two=power_of_two, multiply=multiply, given=given)
+        return *made, sides
+    scales = scales_of(_largest(x, sides), form, power_of_two=power_of_two)
+    of_each = _spread(scales, sides, rows, cols)
+    values = _round_in_range(x / of_each, form)
+    return values * of_each if multiply else values, scales, sides
 
 
 def _largest(x: Tensor, block: tuple[int, int]) -> Tensor:

@@ -22,7 +22,7 @@ from tandem.model.linear import Linear
 from tandem.model.precision import cpu_has_fast_bf16
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
-from tandem.train.fp8 import BLOCK, BLOCKWISE, CURRENT_SCALING, E4M3, Fp8Format, Fp8Recipe, quantise
+from tandem.train.fp8 import BLOCK, BLOCKWISE, CURRENT_SCALING, E4M3, Fp8Format, Fp8Recipe, quantise, round_trip
 from tandem.train.recipe import PrecisionPart
 
 
@@ -103,7 +103,7 @@ def _operand(x: Tensor, recipe: Fp8Recipe, form: Fp8Format = E4M3, *, along: int
         whole = quantise(x, None, form, power_of_two=recipe.power_of_two)
         return whole.values, whole.scales
     block = {None: (BLOCK, BLOCK), 0: (BLOCK, 1), 1: (1, BLOCK)}[along]
-    return quantise(x, block, form, power_of_two=recipe.power_of_two).dequantise(), None
+    return round_trip(x, block, form, power_of_two=recipe.power_of_two), None
 
 
 def _multiply(
