@@ -1,0 +1,190 @@
+"""Long documents: every answer follows from the text above it, as a reader of its own finds."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.spec.errors import SpecError
+from tandem.train.data.document import BadRows, Document
+from tandem.train.data.rows import read_rows
+from tandem.train.long import LONG_KINDS, QUESTIONS, estimated_tokens, long_documents
+from tandem.train.needles import EVALUATION_KEYS, TRAINING_KEYS, units
+from tandem.train.recipe import SourcePart
+
+SAID = "the of a ship went slowly over dark water while nobody was there to see how its sails were torn by wind"
+WORDS = SAID.split()
+
+
+def prose(seed: int, sentences: int = 400) -> str:
+    rng = Random(seed)
+    made = (
+        " ".join(rng.choice(WORDS) + str(rng.randrange(9)) * (rng.random() < 0.3) for _ in range(rng.randint(4, 30)))
+        for _ in range(sentences)
+    )
+    return "".join(sentence.capitalize() + rng.choice([". ", ".\n", ".\n\n"]) for sentence in made)
+
+
+PROSE = prose(0)
+"""Prose with some numbers in it, which are no codes."""
+
+
+def read(body: str) -> dict[str, list[str]]:
+    """Codes of every thing, as the sentences of a text say, one at a time from the first on."""
+    codes: dict[str, list[str]] = defaultdict(list)
+    same: dict[str, str] = {}
+    for line in body.split("\n"):
+        if found := re.fullmatch(r"(?:The|One) code of the (\w+) is (\d\d)\.", line):
+            codes[found[1]].append(found[2])
+        if found := re.fullmatch(r"The (\w+) has the code of the (\w+)\.", line):
+            same[found[1]] = found[2]
+    for thing, other in same.items():
+        codes[thing] = codes[other]
+    return codes
+
+
+def expected(question: str, body: str) -> str:
+    """The line with the answer that the text gives."""
+    codes = read(body)
+    if found := re.match(r"What is the code of the (\w+)\?", question):
+        (code,) = codes[found[1]]
+        return f"{found[0]} The code of the {found[1]} is {code}."
+    if found := re.match(r"What are the codes of the (\w+)\?", question):
+        *some, last = codes[found[1]]
+        return f"{found[0]} The codes of the {found[1]} are {', '.join(some)} and {last}."
+    if found := re.match(r"What are the codes of the (\w+) and the (\w+)\?", question):
+        (one,), (other,) = codes[found[1]], codes[found[2]]
+        return f"{found[0]} The code of the {found[1]} is {one} and the code of the {found[2]} is {other}."
+    if found := re.match(r"How many codes does the (\w+) have\?", question):
+        return f"{found[0]} It has {len(codes[found[1]])}."
+    words = question.removeprefix("How does it go on: ").split()
+    quoted = " ".join(words[:4])
+    assert body.count(quoted) == 1
+    after = body.partition(quoted)[2].split()[:4]
+    return f"How does it go on: {quoted} {' '.join(after)}"
+
+
+def parts(document: Document) -> tuple[str, list[str]]:
+    body, tail = document.text[: document.prompt_chars], document.text[document.prompt_chars :]
+    assert body.endswith(f"\n\n{QUESTIONS}\n")
+    return body.removesuffix(f"\n\n{QUESTIONS}\n"), tail.split("\n")
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), length=st.integers(128, 3000), kinds=st.sets(st.sampled_from(LONG_KINDS), min_size=1))
+def test_every_answer_follows_from_the_text(seed: int, length: int, kinds: set[str]) -> None:
+    for document in islice(long_documents([PROSE], length=length, seed=seed, kinds=sorted(kinds)), 3):
+        body, questions = parts(document)
+        for question in questions:
+            if question:
+                assert question == expected(question, body)
+
+
+def test_all_kinds_are_asked_and_only_those_named() -> None:
+    openings = {
+        "What is the code of": {"multi-key", "chain"},
+        "What are the codes of the": {"multi-value", "multi-query"},
+        "How many codes": {"count"},
+        "How does it go on": {"continue"},
+    }
+    for kinds in (LONG_KINDS, ("count",), ("chain", "continue")):
+        questions = [q for d in islice(long_documents([PROSE], length=2048, seed=1, kinds=kinds), 5) for q in parts(d)[1]]
+        for opening, those in openings.items():
+            assert any(q.startswith(opening) for q in questions) == bool(those & set(kinds))
+    chained = [d for d in islice(long_documents([PROSE], length=2048, seed=1), 5) if " has the code of the " in d.text]
+    assert chained
+
+
+@pytest.mark.parametrize("length", [512, 2048, 8192])
+def test_length_is_kept_and_used(length: int) -> None:
+    """In characters here, as a tokenizer with one token a character counts."""
+    for document in islice(long_documents([PROSE], length=length, seed=2, count_tokens=len), 20):
+        assert length - max(200, 0.2 * length) < len(document.text) + 2 <= length  # a sentence has up to 160 characters
+        assert 0.08 * length < len(document.text) - document.prompt_chars < 0.45 * length
+
+
+def test_the_estimate_is_not_below_what_the_nano_tokenizers_need() -> None:
+    assert estimated_tokens("") == 0
+    assert 10 <= estimated_tokens("What is the code of the ferry? It is 47.") <= 20
+    assert estimated_tokens("12345") == 5
+
+
+def test_needles_and_quotes_come_from_everywhere() -> None:
+    depths: list[float] = []
+    for document in islice(long_documents([PROSE], length=1500, seed=3), 60):
+        lines = parts(document)[0].split("\n")
+        depths += [i / len(lines) for i, line in enumerate(lines) if re.match(r"(The|One) code of the", line)]
+    shares = [sum(low / 5 <= depth < (low + 1) / 5 for depth in depths) / len(depths) for low in range(5)]
+    assert min(shares) > 0.15
+    assert max(shares) < 0.25
+
+
+def test_same_seed_same_documents() -> None:
+    def first(count: int, seed: int) -> list[Document]:
+        return list(islice(long_documents([PROSE], length=600, seed=seed), count))
+
+    assert first(9, 4) == first(9, 4)
+    assert first(3, 4) == first(9, 4)[:3]
+    assert len({document.text for document in first(9, 4) + first(9, 5)}) == 18
+    assert len({document.id for document in first(9, 4)}) == 9
+
+
+def test_training_asks_for_no_thing_of_the_evaluation() -> None:
+    assert not set(TRAINING_KEYS) & set(EVALUATION_KEYS)
+    assert len(set(TRAINING_KEYS)) == len(TRAINING_KEYS) > 2 * len(set(EVALUATION_KEYS)) > 80
+    things = {thing for d in islice(long_documents([PROSE], length=2048, seed=6), 40) for thing in read(d.text)}
+    assert things <= set(TRAINING_KEYS)
+    assert len(things) > 0.9 * len(TRAINING_KEYS)
+
+
+def test_read_as_a_source_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text(PROSE)
+    (tmp_path / "rows.jsonl").write_text(
+        '{"words": "One line of prose that is long enough to be read here."}\n{"words": 3}\n[]\n'
+    )
+    source = SourcePart(kind="long-documents", path="*.txt", documents=7, length=512, seed=3)
+    documents = list(read_rows("long", source, tmp_path))
+    assert len(documents) == 7
+    expected_texts = [document.text for document in read_rows("prose", SourcePart(kind="text", path="prose.txt"), tmp_path)]
+    assert documents == list(islice(long_documents(expected_texts, length=512, seed=3), 7))
+    rows = SourcePart(kind="long-documents", path="rows.jsonl", text="{words}", documents=2, length=256, tasks=("count",))
+    bad = BadRows(source="long", limit=2)
+    assert all("One line of prose" in document.text for document in read_rows("long", rows, tmp_path, bad))
+    assert bad.count >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"documents": None}, r"data\.sources\.long\.documents"),
+        ({"length": None}, r"data\.sources\.long\.length"),
+        ({"length": 100}, "length=100"),
+        ({"seed": 10**9}, r"data\.sources\.long\.seed"),
+        ({"tasks": ("riddle",)}, "riddle"),
+        ({"path": "nothing.txt"}, "nothing.txt"),
+    ],
+)
+def test_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    (tmp_path / "prose.txt").write_text(PROSE)
+    fields: dict[str, object] = {"path": "prose.txt", "documents": 3, "length": 512} | change
+    with pytest.raises(SpecError, match=message):
+        list(read_rows("long", SourcePart(kind="long-documents", **fields), tmp_path))  # type: ignore[arg-type]
+
+
+def test_no_text_no_documents() -> None:
+    with pytest.raises(SpecError, match="hold no text"):
+        long_documents(["", " \n\n"], length=512, seed=0)
+
+
+@given(st.text(alphabet=st.sampled_from("ab.?! \n\té\u2028"), max_size=300) | st.just("x" * 900) | st.just("word " * 300))
+def test_units_are_the_text(text: str) -> None:
+    found = units(text)
+    assert "".join("".join(found).split()) == "".join(text.split())
+    assert all(unit.strip() == unit and 0 < len(unit) <= 400 for unit in found)
