@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +46,6 @@ def train(
     for option, value in (("--hardware", hardware), ("--gpus", gpus)):
         if value is not None:
             raise SpecError(f"{option}={value!r}: changes nothing without --plan")
-    _one_thread_pool_a_rank()
     from tandem.cli.train_progress import Progress
     from tandem.train.run import run_recipe
 
@@ -79,11 +77,3 @@ def _list(names: tuple[str, ...], json_out: bool) -> None:
     for r in loaded:
         out.print(f"{r.name:22} {r.about}{'' if r.plan_only is None else ' (--plan only)'}", soft_wrap=True)
     return None
-
-
-def _one_thread_pool_a_rank() -> None:
-    """Ranks of one machine share its cores; torchrun alone would give each rank one thread whatever is there."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    import torch
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint import state_dict_loader as loader
+from torch.distributed.checkpoint import state_dict_saver as saver
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
 from tandem.spec.errors import SpecError
@@ -69,10 +70,10 @@ class Checkpoints:
         self.ranks.barrier()
         written: Future[Any]
         if self.asynchronous:
-            begun = dcp.async_save(state, checkpoint_id=draft, process_group=self._group, no_dist=self.ranks.world == 1)
+            begun = saver.async_save(state, checkpoint_id=draft, process_group=self._group, no_dist=self.ranks.world == 1)
             written = begun if isinstance(begun, Future) else begun.upload_completion
         else:
-            dcp.save(state, checkpoint_id=draft, process_group=self._group, no_dist=self.ranks.world == 1)
+            saver.save(state, checkpoint_id=draft, process_group=self._group, no_dist=self.ranks.world == 1)
             written = Future()
             written.set_result(None)
         self._saving = _Saving(draft, final, written)
@@ -107,8 +108,8 @@ class Checkpoints:
         if not there:
             return None
         weights, moments = get_state_dict(model, optimiser)
-        state = {"model": weights, "optimiser": moments}
-        dcp.load(state, checkpoint_id=there[-1], process_group=self._group, no_dist=self.ranks.world == 1)
+        state: dict[str, Any] = {"model": weights, "optimiser": moments}
+        loader.load(state, checkpoint_id=there[-1], process_group=self._group, no_dist=self.ranks.world == 1)
         set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
         run: dict[str, Any] = json.loads((there[-1] / _RUN).read_text(encoding="utf-8"))
         return run
@@ -138,8 +139,6 @@ def publish(draft: Path, final: Path) -> None:
 
 def full_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
     """All weights by their names, whole and on the CPU, on the first rank; nothing on the others."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    return dict(
-        get_model_state_dict(model, options=StateDictOptions(full_state_dict=ranks.world > 1, cpu_offload=ranks.world > 1))
-    )
+    whole = StateDictOptions(full_state_dict=ranks.world > 1, cpu_offload=ranks.world > 1)
+    weights: dict[str, Any] = get_model_state_dict(model, options=whole)
+    return weights

@@ -21,7 +21,8 @@ from tandem.model.hybrid import Decoder
 from tandem.model.tokenizer import Tokenizer
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
-from tandem.train.loss import IGNORED, Trainee
+from tandem.train.data.packing import IGNORED
+from tandem.train.loss import Trainee
 
 if TYPE_CHECKING:
     from tandem.train.data.procedural import Problem

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class Journal:
-    """`metrics.jsonl` of a run; the lines after the step that is gone on from are dropped, as those steps are made again."""
+    """`metrics.jsonl` of a run: one line for each step that counts."""
 
     def __init__(self, folder: Path, *, from_step: int, tensorboard: bool) -> None:
-        self.file = folder / "metrics.jsonl"
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_journal(folder) if line["step"] <= from_step]
-        draft = self.file.with_suffix(".new")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        draft.replace(self.file)
-        self._stream = self.file.open("a", encoding="utf-8")
+        self._stream = _open(folder, from_step)
         self._board: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
+            from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
@@ -32,11 +28,25 @@ class Journal:
             for name, value in _numbers(event):
                 self._board.add_scalar(name, value, event["step"])
 
+    def rewind(self, step: int) -> None:
+        """Drop what was written after `step`: those steps are made again."""
+        self._stream.close()
+        self._stream = _open(self.folder, step)
+
     def close(self) -> None:
         """End the files."""
         self._stream.close()
         if self._board is not None:
             self._board.close()
+
+
+def _open(folder: Path, step: int) -> TextIO:
+    file = folder / "metrics.jsonl"
+    draft = file.with_suffix(".new")
+    kept = [line for line in read_journal(folder) if line["step"] <= step]
+    draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    draft.replace(file)
+    return file.open("a", encoding="utf-8")
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:

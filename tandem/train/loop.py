@@ -14,14 +14,14 @@ from torch import nn
 from torch.optim import AdamW
 
 from tandem.model.hybrid import Decoder
-from tandem.spec.errors import SpecError
+from tandem.spec.errors import SpecError, TandemError
 from tandem.spec.files import write_whole
 from tandem.train.checkpoint import Checkpoints
-from tandem.train.data.stream import Batch, TokenStream
+from tandem.train.data.packing import Batch
+from tandem.train.data.stream import TokenStream
 from tandem.train.evaluate import held_out_loss
 from tandem.train.guard import Guard
 from tandem.train.journal import Journal, read_journal
-from tandem.train.loss import IGNORED
 from tandem.train.ranks import Ranks
 from tandem.train.recipe import Recipe
 from tandem.train.recipe_files import recipe_json
@@ -32,7 +32,7 @@ Listener = Callable[[dict[str, Any]], None]
 """Told of every event of a run; the command line draws its progress from them."""
 
 
-class Diverged(RuntimeError):
+class Diverged(TandemError):
     """A run that went wrong more often than its recipe allows."""
 
 
@@ -155,10 +155,10 @@ class _Run:
     def _one_step(self, steps: int) -> str | None:
         """One optimiser step; or why it must not be made."""
         began = time.perf_counter()
+        phase = self.stream.phase
         batch = self.stream.batch(self.ranks.rank, self.ranks.world)
         read_s = time.perf_counter() - began
-        mine = int((batch.labels != IGNORED).sum())
-        learned = round(self.ranks.total(mine))
+        learned = round(self.ranks.total(batch.learned))
         loss = self.ranks.total(self._gradients(batch, learned)) / max(learned, 1)
         norm = clip_gradients(self.model, self.recipe.optimiser.clip)
         refused = self.guard.refuses(loss, norm)
@@ -180,7 +180,7 @@ class _Run:
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            "phase": batch.phase,
+            "phase": phase,
             "tokens": self.step * self.recipe.batch.tokens_per_step,
             "learned_tokens": self.learned,
             "seconds": seconds,
@@ -229,13 +229,15 @@ class _Run:
 
     def _go_back(self, why: str) -> None:
         """Return to the last good checkpoint, with the batches since then left out."""
-        wrong, retries, batches = self.step + 1, self.retries + 1, self.stream.state()
-        self._tell({"kind": "rollback", "step": self.step, "why": why, "retry": retries})
+        wrong, retries, ahead = self.step + 1, self.retries + 1, self.stream.state()
         if retries > self.recipe.guard.retries:
             raise Diverged(f"step {wrong}: {why}; {self.recipe.guard.retries} returns to a checkpoint did not help")
         self._resume()
         self.retries = retries
-        self.stream.restore(batches)
+        self.stream.restore(ahead)
+        if self.journal is not None:
+            self.journal.rewind(self.step)
+        self._tell({"kind": "rollback", "step": self.step, "at": wrong, "why": why, "retry": retries})
 
     def _tell(self, event: dict[str, Any]) -> None:
         if self.journal is not None:

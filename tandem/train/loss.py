@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tandem.model.hybrid import Decoder
+from tandem.train.data.packing import IGNORED
 
-IGNORED = -100
-"""The label of a token that is not learned: of a prompt, of padding, or the last of a document."""
 _PIECE_NUMBERS = 2**24
 """Logits that are held at once."""
 

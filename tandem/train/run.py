@@ -21,6 +21,7 @@ from tandem.spec.model import ModelSpec
 from tandem.train.build import model_spec, with_vocabulary
 from tandem.train.checkpoint import full_weights
 from tandem.train.data.prepare import prepare
+from tandem.train.data.procedural import evaluation_problems
 from tandem.train.data.stream import TokenStream
 from tandem.train.evaluate import samples, task_accuracy
 from tandem.train.loop import Listener, Speed, train_model
@@ -131,6 +132,13 @@ def _worth(recipe: Recipe, model: Decoder, tokenizer: Tokenizer, listen: Listene
         listen({"kind": "samples", "samples": found["samples"]})
     accuracy: dict[str, Any] = {}
     for task in part.tasks:
-        accuracy[task] = task_accuracy(model, tokenizer, task, part.problems).to_json()
+        problems = evaluation_problems(task, part.problems)
+        found_right = task_accuracy(model, tokenizer, task, problems)
+        accuracy[task] = {
+            "accuracy": found_right.share,
+            "low": found_right.low,
+            "high": found_right.high,
+            "count": found_right.count,
+        }
         listen({"kind": "task", "task": task, **accuracy[task]})
     return {**found, "accuracy": accuracy} if accuracy else found

@@ -55,7 +55,8 @@ def head_product(part: PrecisionPart) -> Product:
 
 def make_optimiser(model: nn.Module, part: OptimiserPart) -> AdamW:
     """AdamW; weight decay acts on matrices only, not on norms, biases, convolutions and the scan's numbers a head."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in model.parameters():
         (decayed if parameter.dim() == 2 else free).append(parameter)
     groups: list[dict[str, Any]] = [

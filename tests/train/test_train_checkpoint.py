@@ -84,7 +84,7 @@ if sys.argv[2] == "data":          # weights are written, the index is not
 elif sys.argv[2] == "name":        # all is written, the name is not given
     checkpoint.publish = die
 elif sys.argv[2] == "start":       # the folder is there and nothing in it
-    checkpoint.dcp.save = checkpoint.dcp.async_save = die
+    checkpoint.saver.save = checkpoint.saver.async_save = die
 kept.save(2, model, optimiser, {})
 kept.finish()
 """

@@ -11,7 +11,8 @@ from torch.nn import functional
 from tandem.model.hybrid import Decoder
 from tandem.spec.model import MLP, Attention, Mamba2, ModelSpec
 from tandem.train import loss
-from tandem.train.loss import IGNORED, Trainee, summed_nll
+from tandem.train.data.packing import IGNORED
+from tandem.train.loss import Trainee, summed_nll
 
 MIXERS = {
     "M": Mamba2(num_heads=4, head_dim=8, state_dim=8, groups=2),
