@@ -49,7 +49,8 @@ def estimated_tokens(text: str) -> int:
 
 
 def read_long_documents(name: str, source: SourcePart, folder: Path, bad: BadRows) -> Iterator[Document]:
-    """The long documents of a recipe's source; the prose is that of the text files, or JSONL where named so, at its path.
+    """The long documents of a recipe's source; the prose is what lies at its path: files named .txt, .jsonl or .parquet, else
+    a data set of the hub, which are read as sources of those kinds are.
 
     `tasks` chooses kinds of questions; without it all of them are asked. Raises SpecError for a field that cannot be.
     """
@@ -66,10 +67,22 @@ def read_long_documents(name: str, source: SourcePart, folder: Path, bad: BadRow
     for kind in source.tasks:
         if kind not in LONG_KINDS:
             raise SpecError(f"{field}.tasks={kind!r}: no such question; {', '.join(LONG_KINDS)} are there")
-    below: SourceKind = "jsonl" if ".jsonl" in (source.path or "") else "text"
-    prose = replace(source, kind=below, documents=None)
-    texts = [document.text for document in read_rows(name, prose, folder, bad)]
+    prose = replace(source, kind=_prose_kind(source.path or ""), prompt=None, documents=None)
+    texts, tokens = [], 0
+    for document in read_rows(name, prose, folder, bad):
+        texts.append(document.text)
+        tokens += estimated_tokens(document.text)
+        if tokens > source.documents * source.length:  # what a large source has beyond that would not be used
+            break
     return long_documents(texts, length=source.length, seed=source.seed, kinds=source.tasks or LONG_KINDS)
+
+
+def _prose_kind(path: str) -> SourceKind:
+    if ".jsonl" in path:
+        return "jsonl"
+    if ".parquet" in path:
+        return "parquet"
+    return "text" if ".txt" in path else "hub"
 
 
 def long_documents(

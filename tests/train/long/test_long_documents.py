@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from itertools import islice
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from tandem.spec.errors import SpecError
 from tandem.train.data.document import BadRows, Document
-from tandem.train.data.rows import read_rows
+from tandem.train.data.rows import READERS, read_rows
 from tandem.train.long import LONG_KINDS, QUESTIONS, estimated_tokens, long_documents
 from tandem.train.needles import EVALUATION_KEYS, TRAINING_KEYS, units
 from tandem.train.recipe import SourcePart
@@ -149,15 +150,24 @@ def test_read_as_a_source_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         '{"words": "One line of prose that is long enough to be read here."}\n{"words": 3}\n[]\n'
     )
-    source = SourcePart(kind="long-documents", path="*.txt", documents=7, length=512, seed=3)
+    source = SourcePart(kind="long-documents", path="*.txt", documents=60, length=512, seed=3)
     documents = list(read_rows("long", source, tmp_path))
-    assert len(documents) == 7
+    assert len(documents) == 60
     expected_texts = [document.text for document in read_rows("prose", SourcePart(kind="text", path="prose.txt"), tmp_path)]
-    assert documents == list(islice(long_documents(expected_texts, length=512, seed=3), 7))
+    assert documents == list(islice(long_documents(expected_texts, length=512, seed=3), 60))
     rows = SourcePart(kind="long-documents", path="rows.jsonl", text="{words}", documents=2, length=256, tasks=("count",))
     bad = BadRows(source="long", limit=2)
     assert all("One line of prose" in document.text for document in read_rows("long", rows, tmp_path, bad))
     assert bad.count >= 1
+
+
+def test_of_a_large_source_only_what_is_used_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_end(name: str, source: SourcePart, folder: Path, bad: BadRows) -> Iterator[Document]:
+        return (Document(text=prose(i, 20), id=str(i)) for i in count())
+
+    monkeypatch.setitem(READERS, "hub", without_end)
+    source = SourcePart(kind="long-documents", path="someone/prose", documents=4, length=512)
+    assert len(list(read_rows("long", source, tmp_path))) == 4
 
 
 @pytest.mark.parametrize(
