@@ -67,7 +67,7 @@ def _line(event: dict[str, Any]) -> str | None:
     """An event of a run as a line of the log; None where the progress bar says it."""
     match event["kind"]:
         case "data":
-            return f"data: {event['text']}"
+            return f"{event['stage']} {event['source']}: {event['documents']:,} documents"
         case "begin":
             return f"{event['recipe']}: {event['parameters'] / 1e6:.2f} M parameters, {event['steps']:,} steps"
         case "held_out":

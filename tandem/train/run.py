@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _run(
 ) -> Trained | None:
     began = time.perf_counter()
     if ranks.first:
-        prepare(recipe, data, recipe_folder=recipe_folder, progress=lambda text: listen({"kind": "data", "text": text}))
+        prepare(recipe, data, recipe_folder=recipe_folder, progress=partial(_tell_data, listen))
     ranks.barrier()
     tokenizer = load_tokenizer(data / "tokenizer")
     decoder = _fresh(recipe, tokenizer) if recipe.model.initial is None else _initial(recipe)
@@ -86,6 +87,10 @@ def _run(
     metrics = {**last, **_worth(recipe, trained, tokenizer, listen), "wall_s": time.perf_counter() - began}
     write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return Trained(checkpoint=out / "model", metrics=metrics)
+
+
+def _tell_data(listen: Listener, stage: str, source: str, documents: int) -> None:
+    listen({"kind": "data", "stage": stage, "source": source, "documents": documents})
 
 
 def export(spec: ModelSpec, weights: dict[str, torch.Tensor], tokenizer: Path, folder: Path) -> Decoder:

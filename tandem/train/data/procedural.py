@@ -82,7 +82,14 @@ TASKS: Mapping[str, Task] = {
     "chain_sum": Task(solve=solvers.chain_sum, settings={"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 2}),
     "basic_arithmetic": Task(
         solve=solvers.basic_arithmetic,
-        settings={"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1, "operators": ("+", "-", "*"), "allow_negation": False},
+        settings={
+            "min_terms": 2,
+            "max_terms": 4,
+            "min_digits": 1,
+            "max_digits": 1,
+            "operators": ("+", "-", "*"),
+            "allow_negation": False,
+        },
     ),
     "letter_counting": Task(solve=solvers.letter_counting, settings={"min_words": 2, "max_words": 6}),
     "leg_counting": Task(

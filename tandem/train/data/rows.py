@@ -162,7 +162,9 @@ def _read_hub(name: str, source: SourcePart, folder: Path, bad: BadRows) -> Iter
         raise
     except Exception as wrong:  # Networks, names, formats: the library and what it builds on raise whatever they like.
         reason = " ".join(str(wrong).split())[:200]
-        raise SpecError(f"data.sources.{name}.path={source.path!r}: cannot be read ({reason}); name a data set or a folder") from None
+        raise SpecError(
+            f"data.sources.{name}.path={source.path!r}: cannot be read ({reason}); name a data set or a folder"
+        ) from None
 
 
 def _counted(rows: Iterable[Any]) -> Iterator[tuple[int, Mapping[str, object]]]:

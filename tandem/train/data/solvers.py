@@ -16,8 +16,10 @@ Entry = dict[str, Any]
 Solver = Callable[[Entry], tuple[str, str] | None]
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-_EQUATION = re.compile(r"([-\d][-+*/×.\d ]*)=\s*[$€£¥]?(-?\d+(?:\.\d+)?)(?![\d/])")
-_PART = re.compile(r"\d+(?:\.\d+)?|[-+*/×]")
+_NUMBER = r"\d+(?:\.\d+)?"
+_EQUATION = re.compile(rf"(?<![\d.])((?:{_NUMBER} *[-+*/] *)+{_NUMBER}) *= *(-?{_NUMBER})(?!\.?\d|[/%]| *[-+*/] *\d)")
+_PART = re.compile(rf"{_NUMBER}|[-+*/]")
+_SIGNS = [(re.compile(r"(?<=\d),(?=\d{3})|[$€£¥]"), ""), (re.compile(r"×|(?<= )x(?= )"), "*"), (re.compile("÷"), "/")]
 
 
 def chain_sum(entry: Entry) -> tuple[str, str]:
@@ -109,40 +111,42 @@ def word_sequence_reversal(entry: Entry) -> tuple[str, str]:
 
 
 def gsm_symbolic(entry: Entry) -> tuple[str, str] | None:
-    """The working that reasoning-gym gives, where it ends in the answer and all its equations hold."""
+    """The working that reasoning-gym gives, where it ends in the answer and all its equations hold.
+
+    Problems with a negative result (somebody aged -2) are left out too.
+    """
     steps, mark, result = str(entry["metadata"]["answer_cot"]).rpartition("####")
-    if not mark or result.strip() != entry["answer"] or not _equations_hold(steps):
+    if not mark or result.strip() != entry["answer"] or result.strip().startswith("-") or not equations_hold(steps):
         return None
     return str(entry["question"]).removesuffix(" Give the result as your final answer. Do not include units."), steps.strip()
 
 
-def _equations_hold(text: str) -> bool:
-    """Whether each `a op b ... = c` of numbers in a text is true. What has words or brackets in it is not judged."""
+def equations_hold(text: str) -> bool:
+    """Whether each `a + b * c = d` of numbers in a text is true to a cent; what has words or brackets in it is not judged."""
+    for pattern, sign in _SIGNS:
+        text = pattern.sub(sign, text)
     for found in _EQUATION.finditer(text):
-        left, right = found.groups()
         before = text[: found.start()].rstrip()
-        parts = _PART.findall(left.replace("×", "*"))
-        if before.endswith((")", "%", "*", "/", "+", "-", "×")) or not re.fullmatch(r"[-\d]", left[0]):
+        if before.endswith((")", "%", "*", "/", "+", "-")):
             continue
-        value = _value(parts)
-        if value is not None and abs(value - Fraction(right)) > Fraction(1, 100):
+        value = _value(_PART.findall(found[1]))
+        if value is None or abs(value - Fraction(found[2])) > Fraction(1, 100):
             return False
     return True
 
 
 def _value(parts: list[str]) -> Fraction | None:
-    if len(parts) % 2 == 0 or any((i % 2 == 1) != (part in "+-*/") for i, part in enumerate(parts)):
-        return None
+    """Numbers and signs in turn, products before sums; None where it divides by zero."""
     total, product, sign = Fraction(0), Fraction(parts[0]), 1
-    for mark, number in zip(parts[1::2], parts[2::2], strict=True):
+    for mark, number in zip(parts[1::2], map(Fraction, parts[2::2]), strict=True):
         if mark == "*":
-            product *= Fraction(number)
+            product *= number
         elif mark == "/":
-            if not Fraction(number):
+            if not number:
                 return None
-            product /= Fraction(number)
+            product /= number
         else:
-            total, product, sign = total + sign * product, Fraction(number), 1 if mark == "+" else -1
+            total, product, sign = total + sign * product, number, 1 if mark == "+" else -1
     return total + sign * product
 
 
