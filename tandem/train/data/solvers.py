@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 Entry = dict[str, Any]
@@ -130,15 +129,15 @@ def equations_hold(text: str) -> bool:
         if before.endswith((")", "%", "*", "/", "+", "-")):
             continue
         value = _value(_PART.findall(found[1]))
-        if value is None or abs(value - Fraction(found[2])) > Fraction(1, 100):
+        if value is None or abs(value - float(found[2])) > 0.01:
             return False
     return True
 
 
-def _value(parts: list[str]) -> Fraction | None:
+def _value(parts: list[str]) -> float | None:
     """Numbers and signs in turn, products before sums; None where it divides by zero."""
-    total, product, sign = Fraction(0), Fraction(parts[0]), 1
-    for mark, number in zip(parts[1::2], map(Fraction, parts[2::2]), strict=True):
+    total, product, sign = 0.0, float(parts[0]), 1
+    for mark, number in zip(parts[1::2], map(float, parts[2::2]), strict=True):
         if mark == "*":
             product *= number
         elif mark == "/":
@@ -175,7 +174,7 @@ def number_filtering(entry: Entry) -> tuple[str, str]:
 def gcd(entry: Entry) -> tuple[str, str]:
     """Euclid's divisions."""
     large, small = sorted(entry["metadata"]["numbers"], reverse=True)
-    lines = []
+    lines: list[str] = []
     while small:
         lines.append(f"{large} = {large // small} x {small} + {large % small}")
         large, small = small, large % small
