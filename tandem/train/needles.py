@@ -27,15 +27,18 @@ KINDS: tuple[Kind, ...] = ("single", "multi-key", "multi-value", "multi-query", 
 another thing has too (RULER's variable tracking, asked from its far end)."""
 
 _WORDS = (
-    "apple arm army arrow bag ball band bank barn basket bear bed bee bell bird boat book boot bottle bowl box boy branch bread"
-    " bridge brother bucket bus cake camp candle car card cat chain chair cheese chicken child church city clock cloth cloud"
-    " coat coin cook corn cow crown cup daughter desk dog door dress drum duck egg eye farm father feather field fire fish flag"
-    " floor flower fly forest fork fox friend frog garden gate girl glass goat gold grape grass hand hat heart hen hill horse"
-    " house island judge key king kitchen knife lady lake lamp leaf letter lion lock log lord map market mill mirror moon"
-    " mother mountain mouse nail neck needle nest net nose nurse ocean orange oven owl paper pear pen pencil picture pie pig"
-    " pipe plate pond pot prince queen rabbit river road robe rock roof room root rope rose sail salt school sea seed sheep"
-    " shell ship shirt shoe shop silver sister snake snow soldier son song spoon star stone store storm street sugar sun sword"
-    " table tail tent tower town train tree truck village wagon wall watch water well wheel whale wind window wine wolf wood"
+    "age air ant apple army art bag ball bar bear bed bee beetle bell bird boat body book box boy bread bridge brother"
+    " budget bus butter butterfly cake candy cap car card cat chair chicken child church city class clock cloud coat cock"
+    " cook cost country course cow crab cricket crown cup daughter day death deer desk dinner doctor dog door dream dress"
+    " duck ear earth egg elephant eye face family farm father field fire fish flag floor flower food foot forest friend"
+    " future game garden gate giraffe girl goat gold grass grasshopper ground group hand hat head health heart hill history"
+    " home hope horse hour house island job judge key king kitchen lab lady lake lamp land law leaf letter level life light"
+    " line lion lobster lord love map mark market mind mirror money month moon mother mountain mouse name nation night nose"
+    " ocean orange order page paper park part party peace pen person pizza place plan plant plate point policy pound power"
+    " price prince problem program queen question rabbit rain rest ring river road roof room rose salt school scorpion sea"
+    " season second sheep ship shirt shoe shop shrimp sister slug snake snow soldier son song soul spider spirit spoon star"
+    " starfish state store storm street student sugar sun sword table tax team tiger time tower town trade train tree trip"
+    " truck village voice wall war wasp watch water week wheel wind window winter wolf wood word work world year"
 )
 _NOUNS = _WORDS.split()
 EVALUATION_KEYS = tuple(_NOUNS[3::4])
