@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 from tandem.perf.training import LinearFormat, LinearShape, TrainingStep
 from tandem.spec.model import MLP, Attention, Mamba2, Mixer, ModelSpec, MoE
@@ -35,9 +36,10 @@ class RankMemory:
     gathered: float
     """Whole weights of the layers at work in the format of their linears, and the gradient of one layer before it is cut."""
     activations: float
-    """What autograd keeps of the forward pass, and the widest layer's numbers in the backward pass."""
+    """What autograd keeps of the forward pass; and of the widest layer's backward pass what is more than `logits`, which are
+    gone by then."""
     logits: float
-    """A piece of the logits, and the gradients that the loss makes of the head's weights and inputs."""
+    """A piece of the logits twice, the gradient of the head's weights, and its inputs with theirs."""
 
     @property
     def total(self) -> float:
@@ -65,14 +67,14 @@ def rank_memory(model: ModelSpec, step: TrainingStep) -> RankMemory:
         again = _all_kept_bytes(mixer, formats, h, step) - of_layer  # made once more before its backward pass
         working = max(working, again + (2.0 * _widest(mixer) + h) * number)
     rows = min(tokens, LOSS_NUMBERS / model.vocab_size)
-    head_gradient = _FP32 * model.vocab_size * h / step.tp
+    of_loss = 2.0 * _FP32 * rows * model.vocab_size + _FP32 * model.vocab_size * h + 3.0 * number * tokens * h
     return RankMemory(
         weights=share,
         gradients=whole if step.passes > 1 and step.shards > 1 else share,
         optimiser=2.0 * share,
         gathered=_gathered(model, step, layers) if step.shards > 1 else 0.0,
-        activations=tokens / step.tp * (kept + working),
-        logits=rows * model.vocab_size / step.tp * (_FP32 + number) + head_gradient + 2.0 * number * tokens * h / step.tp,
+        activations=(tokens * kept + max(0.0, tokens * working - of_loss)) / step.tp,
+        logits=of_loss / step.tp,
     )
 
 
@@ -192,6 +194,7 @@ def working_weight_bytes(
 def _gathered(model: ModelSpec, step: TrainingStep, layers: Sequence[Sequence[tuple[LinearShape, LinearFormat]]]) -> float:
     other = _FP32 if step.formats.linears == "fp32" else itemsize("bf16")
     ends = (model.embedding_parameters + model.hidden_size) * other
-    sizes = sorted(working_weight_bytes(model, m, f, step) for m, f in zip(model.layers, layers, strict=True))
+    sizes = [working_weight_bytes(model, m, f, step) for m, f in zip(model.layers, layers, strict=True)]
+    at_work = max((sum(two) for two in pairwise(sizes)), default=sizes[0])
     gradient = _FP32 * max(m.parameters(model.hidden_size) for m, _ in model.mixers)
-    return (ends + sum(sizes[-2:]) + gradient) / step.tp
+    return (ends + at_work + gradient) / step.tp
