@@ -45,7 +45,7 @@ INLINE vf rounded(const round_job *job, vf x, vf scale) {
     vf v = x / scale, power = (vf)((vi)v & 0x7f800000);
     power = vselect(power < vset(job->smallest_power), vset(job->smallest_power), power);
     vf shift = power * vset(job->shift);
-    v = (v + shift) - shift;
+    v = (vf)((vi)((v + shift) - shift) | ((vi)v & (int32_t)0x80000000)); // what rounds to zero keeps its sign
     return job->multiply ? v * scale : v;
 }
 

@@ -87,14 +87,14 @@ def round_to(x: Float[Tensor, "*shape"], form: Fp8Format) -> Float[Tensor, "*sha
 
     Magnitudes above the largest, infinity among them, become the largest; NaN stays NaN; the sign of zero is kept.
     """
-    return torch.copysign(_round_in_range(x.clamp(-form.largest, form.largest), form), x)
+    return _round_in_range(x.clamp(-form.largest, form.largest), form)
 
 
 def _round_in_range(x: Tensor, form: Fp8Format) -> Tensor:
     """Adding a number whose last place is the format's last place rounds; taking it away again is exact."""
     power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^exponent of each number
     shift = power.clamp_min(2.0**form.min_exponent) * form.shift
-    return (x + shift) - shift
+    return torch.copysign((x + shift) - shift, x)
 
 
 def scales_of(largest: Float[Tensor, "*blocks"], form: Fp8Format, *, power_of_two: bool = False) -> Float[Tensor, "*blocks"]:
