@@ -223,7 +223,7 @@ def test_memory_is_cut_by_ranks_and_falls_with_recompute() -> None:
     assert memory(linears="bf16").activations > base.activations  # inputs of linears are kept in 8 bits
     assert memory(linears="bf16").gathered == base.gathered  # the layers at both ends are in bf16 either way
     assert memory(keep=0).gathered < base.gathered
-    assert memory(tp=8, micro=6).activations == pytest.approx(base.activations, rel=1e-9)
+    assert memory(tp=8, micro=6).activations == pytest.approx(base.activations, rel=0.01)
     several = memory(micro=1)
     assert several.gradients == 4 * NANO_12B.parameters / 4  # of the sums that wait, only tensor parallelism cuts
     assert several.activations < base.activations
