@@ -43,13 +43,17 @@ class Trained:
         return {"checkpoint": str(self.checkpoint), "metrics": self.metrics}
 
 
+def _nobody(event: dict[str, Any]) -> None:
+    """Listens to ranks that are not the first."""
+
+
 def run_recipe(
     recipe: Recipe,
     recipe_folder: Path,
     out: Path,
     *,
     data_folder: Path | None = None,
-    listen: Listener = lambda event: None,
+    listen: Listener = _nobody,
     tensorboard: bool = False,
 ) -> Trained | None:
     """Run a recipe into the folder `out`, or go on with the run that is there; every rank calls this, the first one returns.
@@ -67,6 +71,7 @@ def _run(
     recipe: Recipe, recipe_folder: Path, out: Path, data: Path, ranks: Ranks, listen: Listener, tensorboard: bool
 ) -> Trained | None:
     began = time.perf_counter()
+    listen = listen if ranks.first else _nobody
     if ranks.first:
         prepare(recipe, data, recipe_folder=recipe_folder, progress=partial(_tell_data, listen))
     ranks.barrier()

@@ -1,11 +1,13 @@
-"""Attention by FlexAttention against the same attention with a mask; on a GPU, compiled, by the code that runs there."""
+"""Attention within packed documents, one by one and by FlexAttention, against the same attention with a mask."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tandem.model.attention import attend, attend_documents
+from tandem.model.attention import attend, attend_documents, attend_each, document_lengths
 from tandem.model.span import Span
 
 
@@ -26,3 +28,20 @@ def test_flex_attention_within_documents_is_masked_attention() -> None:
 @pytest.mark.gpu
 def test_flex_attention_within_documents_is_masked_attention_on_a_gpu() -> None:
     assert documents_differ_from_masked("cuda", compiled=True) < 1e-3
+
+
+@given(seed=st.integers(0, 999), rows=st.integers(1, 3), time=st.integers(1, 40), change=st.floats(0.0, 0.6))
+@settings(max_examples=40, deadline=None)
+def test_documents_one_by_one_are_documents_under_a_mask(seed: int, rows: int, time: int, change: float) -> None:
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(rows, time, heads, 8, generator=random).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    segments = (torch.rand(rows, time, generator=random) < change).cumsum(1)
+    mask = (segments[:, None, :, None] == segments[:, None, None, :]) & torch.ones(time, time, dtype=torch.bool).tril()
+    lengths = document_lengths(segments)
+    assert sum(lengths) == rows * time
+    assert min(lengths) >= 1
+    each, masked = attend_each(q, k, v, lengths), attend(q, k, v, mask=mask)
+    torch.testing.assert_close(each, masked, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(each.shape, generator=random)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), (q, k, v)) for y in (each, masked)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
