@@ -123,10 +123,8 @@ def _all_kept_bytes(mixer: Mixer, formats: Sequence[tuple[LinearShape, LinearFor
             mixed = (mixer.q_width + mixer.kv_width + inner) * number + _FP32 * mixer.num_heads
             if mixer.qk_norm != "none":
                 mixed += (mixer.q_width + mixer.kv_width / 2) * number
-            if cpu:
-                mixed += _FP32 * step.sequence_length  # the mask of packed documents
-            if inputs["o_proj"] != number or (cpu and mixer.rope is not None):
-                mixed += inner * inputs["o_proj"]  # a copy: quantised, or turned back from heads to tokens
+            if inputs["o_proj"] != number or cpu:
+                mixed += inner * inputs["o_proj"]  # once more: quantised, or put together from documents
         case MLP():
             mixed = _hidden_bytes(mixer.ffn_size, inputs["down_proj"], gated=mixer.gated, step=step)
         case MoE():

@@ -186,8 +186,8 @@ def test_activations_are_what_a_forward_pass_leaves(layers: tuple[Mixer, ...], r
 @pytest.mark.parametrize("vocab", [64, 8192])
 @pytest.mark.parametrize("recompute", RECOMPUTES)
 def test_peak_of_a_step_is_within_what_is_planned(vocab: int, recompute: Recompute) -> None:
-    """Forward, loss and backward of the loop's own trainee: a plan is no less than the peak, gradients included, and without
-    them at most a quarter above it."""
+    """Forward, loss and backward of the loop's own trainee: with gradients a plan is no less than the peak; without them it is
+    within 3 % below and 30 % above it."""
     rows, time = 2, 256
     spec = spec_of(*(MAMBA, SQUARED) * 3, ATTENTION, SQUARED, vocab=vocab)
     decoder = Decoder(spec, seed=0)
@@ -205,7 +205,7 @@ def test_peak_of_a_step_is_within_what_is_planned(vocab: int, recompute: Recompu
         held += change
         peak = max(peak, held)
     plan = rank_memory(spec, TrainingStep(sequence_length=time, sequences=rows, micro=rows, device="cpu", recompute=recompute))
-    assert plan.activations + plan.logits <= 1.25 * peak
+    assert 0.97 * peak <= plan.activations + plan.logits <= 1.3 * peak
     assert peak <= plan.activations + plan.logits + plan.gradients
 
 
