@@ -23,7 +23,7 @@ from model import ALLOCATOR
 if __name__ == "__main__" and not ALLOCATOR.keys() <= os.environ.keys():
     os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
 
-from train_parts import (  # noqa: E402
+from train_parts import (
     Bench,
     Ours,
     Peer,
@@ -36,7 +36,7 @@ from train_parts import (  # noqa: E402
     two_ranks,
 )
 
-from tandem.model.precision import cpu_has_fast_bf16  # noqa: E402
+from tandem.model.precision import cpu_has_fast_bf16
 
 AT_LEAST_RATIO = 1.3
 AT_LEAST_SHARE = 0.6
@@ -79,7 +79,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"hidden 512, {share['parameters'] / 1e6:.1f} M parameters, fp32: {share['tokens_per_s']:,.0f} tokens/s,")
     print(f"  {share['share']:.0%} of {share['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s (at least {AT_LEAST_SHARE:.0%} wanted)")
     loader = result["loader"]
-    print(f"data: {1e3 * loader['batch_s']:.2f} ms a batch, {loader['share']:.2%} of the step (at most {AT_MOST_LOADER:.0%} wanted)")
+    print(f"data: {1e3 * loader['batch_s']:.2f} ms a batch, {loader['share']:.2%} of a step (at most {AT_MOST_LOADER:.0%})")
     if "ranks" in result:
         ranks = result["ranks"]
         print(

@@ -1,0 +1,151 @@
+"""The runs behind `tandem study pretraining`: variants of the nano recipes times seeds, one after the other, on shared data.
+
+    python benchmarks/pretraining_runs.py --out out/pretraining --tokens 1200000
+
+Finished runs are skipped and one that was interrupted is gone on with, so the same command may be started again. Each run is
+`tandem train` in a process of its own. The long-context runs go on from the hybrid of the same seed; then needles are asked of
+all three. Two cores take some five minutes for a million tokens of the hybrid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.spec.files import write_whole
+from tandem.study.pretraining_claims import FP8, FP8_TENSOR, FP32, HYBRID, LONG, ONE_BLEND, SHORT, TRANSFORMER
+from tandem.train.recipe_files import load_recipe
+
+TASKS = ("chain_sum", "letter_counting", "leg_counting", "gsm_symbolic")
+NEEDLES = (256, 512, 1024, 2048)
+NEEDLE_CASES = 40
+"""Of each kind at each length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A recipe and what is changed in it."""
+
+    recipe: str
+    changes: tuple[str, ...] = ()
+    follows: bool = False
+    """Whether it goes on from the hybrid of the same seed."""
+
+
+def one_blend() -> str:
+    """The three phases' tokens of each source as one phase."""
+    phases, weights, begin = load_recipe("nano-hybrid")[0].data.phases, {}, 0.0
+    for phase in phases:
+        total = sum(phase.weights.values())
+        for name, share in phase.weights.items():
+            weights[name] = weights.get(name, 0.0) + (phase.until - begin) * share / total
+        begin = phase.until
+    return f"data.phases={json.dumps([{'until': 1.0, 'weights': {k: round(v, 9) for k, v in weights.items()}}])}"
+
+
+def variants() -> dict[str, Variant]:
+    """All of them, in the order of running."""
+    long, _ = load_recipe("nano-long")
+    last = load_recipe("nano-hybrid")[0].data.phases[-1]
+    short = (
+        f"batch.tokens={long.batch.tokens}",
+        f"data.phases={json.dumps([{'until': 1.0, 'weights': last.weights}])}",
+        f"optimiser.lr={long.optimiser.lr}",
+        f"optimiser.min_lr={long.optimiser.min_lr}",
+        "optimiser.schedule=constant",
+        "optimiser.warmup=0.0",
+        "optimiser.decay=0.0",
+    )
+    return {
+        HYBRID: Variant(recipe="nano-hybrid", changes=("precision.linears=bf16",)),
+        FP8: Variant(recipe="nano-hybrid", changes=("precision.linears=fp8-block",)),
+        TRANSFORMER: Variant(recipe="nano-transformer", changes=("precision.linears=bf16",)),
+        ONE_BLEND: Variant(recipe="nano-hybrid", changes=("precision.linears=bf16", one_blend())),
+        FP32: Variant(recipe="nano-hybrid", changes=("precision.linears=fp32",)),
+        LONG: Variant(recipe="nano-long", follows=True),
+        SHORT: Variant(recipe="nano-hybrid", changes=short, follows=True),
+        FP8_TENSOR: Variant(recipe="nano-hybrid", changes=("precision.linears=fp8-tensor",)),
+    }
+
+
+def place(out: Path, name: str, seed: int) -> Path:
+    """The folder of a run."""
+    return out / name / f"seed-{seed}"
+
+
+def train(out: Path, name: str, variant: Variant, seed: int, more: Sequence[str], tokens: int, problems: int) -> None:
+    """One run, unless it is finished."""
+    folder = place(out, name, seed)
+    if (folder / "metrics.json").is_file():
+        return
+    asked = [f"evaluate.tasks=[{','.join(TASKS)}]", f"evaluate.problems={problems}", f"seed={seed}"]
+    data = "data"
+    if variant.follows:
+        base = place(out, HYBRID, seed) / "model"
+        asked += [f"model.initial={base.resolve()}"]
+        if variant.recipe == "nano-long":
+            # The tokenizer is the same for every seed, and so is this data.
+            asked += [f"data.tokenizer.name={(place(out, HYBRID, 0) / 'model').resolve()}"]
+            data = "data-long"
+    else:
+        asked.append(f"batch.tokens={tokens}")
+    command = [sys.executable, "-m", "tandem.cli", "train", variant.recipe, *variant.changes, *asked, *more]
+    began = time.perf_counter()
+    print(f"{name}, seed {seed}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        subprocess.run(
+            [*command, "--out", str(folder), "--data", str(out / data), "--json"], stdout=log, stderr=log, check=True
+        )
+    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    right = ", ".join(f"{task} {share['accuracy']:.0%}" for task, share in found.get("accuracy", {}).items())
+    print(f"  loss {found['loss']:.4f}; {right}; {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
+
+
+def ask_needles(folder: Path, cases: int) -> None:
+    """Ask a finished run for facts in long texts, and keep the shares beside it; prose of the haystack was not learned from."""
+    target = folder / "needles.json"
+    if target.is_file() or not (folder / "metrics.json").is_file():
+        return
+    from tandem.model.load import load_model
+    from tandem.model.tokenizer import load_tokenizer
+    from tandem.train.needles import accuracy_by, answer_cases, needle_suite
+
+    model, tokenizer = load_model(folder / "model"), load_tokenizer(folder / "model")
+    asked = needle_suite(tokenizer, None, NEEDLES, cases, seed=10**9)
+    by = accuracy_by(asked, answer_cases(model, tokenizer, asked), "kind", "length")
+    found: dict[str, dict[str, Any]] = {}
+    for (kind, length), share in by.items():
+        row = {"accuracy": share.share, "low": share.low, "high": share.high, "count": share.count}
+        found.setdefault(str(kind), {})[str(length)] = row
+    write_whole(target, json.dumps(found, indent=1) + "\n")
+    print(f"  needles: {json.dumps({kind: {n: round(s['accuracy'], 2) for n, s in b.items()} for kind, b in found.items()})}")
+
+
+def main() -> None:
+    known = variants()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/pretraining"))
+    parser.add_argument("--tokens", type=int, default=1_200_000, help="Of each base run.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(known), default=list(known))
+    parser.add_argument("--problems", type=int, default=200, help="Of each task.")
+    parser.add_argument("--cases", type=int, default=NEEDLE_CASES, help="Needles of each kind and length.")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD.PATH=VALUE", help="Changes to every run.")
+    options = parser.parse_args()
+    for seed in range(options.seeds):  # seed by seed, so that whatever is there when time ends can be compared
+        for name in options.only:
+            train(options.out, name, known[name], seed, options.set, options.tokens, options.problems)
+            if name in (HYBRID, LONG, SHORT):
+                ask_needles(place(options.out, name, seed), options.cases)
+
+
+if __name__ == "__main__":
+    main()
