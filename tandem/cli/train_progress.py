@@ -42,6 +42,9 @@ class Progress:
             if not self.console.is_terminal and event["step"] % every == 0:
                 self.console.print(f"step {event['step']:,} of {self.recipe.batch.steps:,}: {text}", soft_wrap=True)
             return
+        if event["kind"] == "data":
+            self.bar.update(self.task, text=f"{event['stage']} {event['source']}: {event['documents']:,} documents")
+            return
         line = _line(event)
         if line is not None:
             self.console.print(line, soft_wrap=True, markup=False)
@@ -66,8 +69,6 @@ def _step(event: dict[str, Any]) -> str:
 def _line(event: dict[str, Any]) -> str | None:
     """An event of a run as a line of the log; None where the progress bar says it."""
     match event["kind"]:
-        case "data":
-            return f"{event['stage']} {event['source']}: {event['documents']:,} documents"
         case "begin":
             return f"{event['recipe']}: {event['parameters'] / 1e6:.2f} M parameters, {event['steps']:,} steps"
         case "held_out":

@@ -6,6 +6,9 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+"""Of glibc's malloc.h."""
+
 
 @cache
 def _trim() -> Callable[[int], int] | None:
@@ -23,3 +26,15 @@ def return_freed_memory() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the rest of the process. A training step frees and takes the same large tensors over
+    and over, and by default each time as fresh pages of the system (docs/training.md has what that costs)."""
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for option, value in ((_MMAP_THRESHOLD, 1 << 30), (_TRIM_THRESHOLD, (1 << 31) - 1), (_TOP_PAD, 1 << 28)):
+        set_option(option, value)

@@ -13,6 +13,7 @@ import torch
 
 from tandem.model.hybrid import Decoder, TokenIds
 from tandem.model.load import load_model, save_model
+from tandem.model.memory import keep_freed_memory
 from tandem.model.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from tandem.perf.training import flops_per_token
 from tandem.spec.catalog import find_weights
@@ -71,6 +72,8 @@ def _run(
     recipe: Recipe, recipe_folder: Path, out: Path, data: Path, ranks: Ranks, listen: Listener, tensorboard: bool
 ) -> Trained | None:
     began = time.perf_counter()
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     listen = listen if ranks.first else _nobody
     if ranks.first:
         prepare(recipe, data, recipe_folder=recipe_folder, progress=partial(_tell_data, listen))
