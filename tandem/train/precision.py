@@ -25,6 +25,9 @@ from tandem.spec.units import require_int
 from tandem.train.fp8 import BLOCK, BLOCKWISE, CURRENT_SCALING, E4M3, Fp8Format, Fp8Recipe, quantise, round_trip
 from tandem.train.recipe import PrecisionPart
 
+NARROW = 16
+"""Sides up to which torch does not ask oneDNN for a product, and so does not heed its number format."""
+
 
 @contextmanager
 def _bf16_multiplication() -> Iterator[None]:
@@ -48,7 +51,8 @@ def multiply_bf16(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], *, rounded: 
     """
     if a.device.type == "cuda":
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    if a.device.type == "cpu" and cpu_has_fast_bf16() and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and a.device.type == "cpu" and min(*a.shape, b.shape[1]) > NARROW and cpu_has_fast_bf16():
         with _bf16_multiplication():
             return a @ b
     return a @ b if rounded else a.bfloat16().float() @ b.bfloat16().float()
@@ -170,7 +174,7 @@ class Fp8Linear(Linear):
 def _apply(linear: Linear, x: Tensor, product: type[torch.autograd.Function], *more: Any) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).float()
     y: Tensor = product.apply(flat, linear.weight.float(), *more)
-    y = y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+    y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]).to(x.dtype)  # FSDP2 warns of modules that return views
     return y if linear.bias is None else y + linear.bias.to(x.dtype)
 
 

@@ -54,7 +54,8 @@ def slow_quantise(
             here = np.s_[i * high : (i + 1) * high, j * wide : (j + 1) * wide]
             scales[i, j] = slow_scale(x[here], form, power_of_two)
             values[here] = round_to(torch.from_numpy(x[here] / scales[i, j]), form).numpy()
-            back[here] = values[here] * scales[i, j]
+            with np.errstate(over="ignore"):
+                back[here] = values[here] * scales[i, j]
     return values, scales, back
 
 
@@ -68,10 +69,8 @@ def check(x: np.ndarray, block: tuple[int, int] | None, form: Fp8Format, power_o
 
 
 @given(x=matrices, block=st.sampled_from(BLOCKS), form=st.sampled_from([E4M3, E5M2]), power_of_two=st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_same_bits_as_plain_loops(
-    x: np.ndarray, block: tuple[int, int] | None, form: Fp8Format, power_of_two: bool
-) -> None:
+@settings(max_examples=80, deadline=None)
+def test_same_bits_as_plain_loops(x: np.ndarray, block: tuple[int, int] | None, form: Fp8Format, power_of_two: bool) -> None:
     if fp8_native.usable(torch.zeros(1, 1)):
         check(x, block, form, power_of_two)
     with pytest.MonkeyPatch.context() as patch:
@@ -81,11 +80,11 @@ def test_same_bits_as_plain_loops(
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("form", [E4M3, E5M2])
-@pytest.mark.parametrize("shape", [(256, 128), (130, 257), (1, 300), (129, 1), (40, 72)])
+@pytest.mark.parametrize("shape", [(256, 128), (130, 257), (1, 300), (129, 1)])
 def test_same_bits_at_real_sizes(code: str, shape: tuple[int, int], form: Fp8Format, power_of_two: bool) -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal(shape) * 10.0 ** rng.integers(-6, 6, shape)).astype(np.float32)
-    for block in BLOCKS:
+    for block in ((1, BLOCK), (BLOCK, 1), (BLOCK, BLOCK), (7, 40), None):
         check(x, block, form, power_of_two)
 
 

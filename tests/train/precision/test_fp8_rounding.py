@@ -26,11 +26,8 @@ def finite_codes(exponent_bits: int, fraction_bits: int, bias: int, e4m3: bool) 
             continue
         if not e4m3 and exponent == 2**exponent_bits - 1:
             continue
-        if exponent == 0:
-            value = math.ldexp(fraction / whole, 1 - bias)
-        else:
-            value = math.ldexp(1 + fraction / whole, exponent - bias)
-        found.append((value, code))
+        hidden, power = (0, 1 - bias) if exponent == 0 else (1, exponent - bias)
+        found.append((math.ldexp(hidden + fraction / whole, power), code))
     return sorted(found)
 
 
@@ -49,11 +46,8 @@ def nearest(x: float, name: str) -> float:
     above = bisect.bisect_right(values, size)
     low, high = table[above - 1], table[above]
     down, up = size - low[0], high[0] - size  # exact: neighbours of an fp32 number in double precision
-    if down == up:
-        chosen = low if low[1] % 2 == 0 else high
-    else:
-        chosen = low if down < up else high
-    return math.copysign(chosen[0], x)
+    takes_low = low[1] % 2 == 0 if down == up else down < up
+    return math.copysign((low if takes_low else high)[0], x)
 
 
 def bits_of(x: torch.Tensor) -> list[int]:
