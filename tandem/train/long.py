@@ -30,7 +30,8 @@ QUESTIONS = "Questions"
 """The line between the text and what is asked about it."""
 _CHUNK_UNITS = 3
 _SAMPLED = 0.1
-_TAIL = 0.3
+_SHARE, _FEW, _MOST = 0.3, 180, 0.8
+"""Of a document's tokens for facts and what is asked about them: a share, but a few questions' in short documents."""
 _QUOTED, _CONTINUED = 4, 4
 _SPECIAL_TOKENS = 2
 _WORD = re.compile(r"[^\W\d_]+")
@@ -98,7 +99,7 @@ def long_documents(
     Document i depends on i and `seed`, not on how many there are. `count_tokens` is a tokenizer's, where one is known. About
     three tenths of a document are questions. Raises SpecError where the texts hold nothing or the length is too short.
     """
-    require_int("length", length, low=128)
+    require_int("length", length, low=64)
     hay = [unit for text in texts for unit in units(text)]
     if not hay:
         raise SpecError("texts: hold no text; name files that do")
@@ -117,7 +118,7 @@ def _document(
 ) -> Document:
     rng = Random(f"long documents {seed} {number}")
     room = length - _SPECIAL_TOKENS - count_tokens(f"\n{QUESTIONS}\n")
-    asked = _facts(kinds, int(room * _TAIL), count_tokens, rng)
+    asked = _facts(kinds, max(int(_SHARE * room), min(_FEW, int(_MOST * room))), count_tokens, rng)
     room -= sum(_cost(question, count_tokens) for question in asked)
     body: list[str] = []
     start = rng.randrange(len(hay))
@@ -152,7 +153,7 @@ def _facts(kinds: Sequence[str], budget: int, count_tokens: Callable[[str], int]
         kind = order[len(asked) % len(order)]
         question = _counted(things, rng) if kind == "count" else make_question(kind, things, rng)
         budget -= _cost(question, count_tokens)
-        if budget < 0:
+        if budget < 0 and asked:
             break
         asked.append(question)
     return asked

@@ -79,7 +79,7 @@ def parts(document: Document) -> tuple[str, list[str]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), length=st.integers(128, 3000), kinds=st.sets(st.sampled_from(LONG_KINDS), min_size=1))
+@given(seed=st.integers(0, 10**6), length=st.integers(64, 3000), kinds=st.sets(st.sampled_from(LONG_KINDS), min_size=1))
 def test_every_answer_follows_from_the_text(seed: int, length: int, kinds: set[str]) -> None:
     for document in islice(long_documents([PROSE], length=length, seed=seed, kinds=sorted(kinds)), 3):
         body, questions = parts(document)
@@ -101,6 +101,15 @@ def test_all_kinds_are_asked_and_only_those_named() -> None:
             assert any(q.startswith(opening) for q in questions) == bool(those & set(kinds))
     chained = [d for d in islice(long_documents([PROSE], length=2048, seed=1), 5) if " has the code of the " in d.text]
     assert chained
+
+
+def test_short_documents_have_questions_too() -> None:
+    for length in (64, 128, 256):
+        for document in islice(long_documents([PROSE], length=length, seed=8, kinds=("multi-key",)), 20):
+            questions = parts(document)[1]
+            assert all(questions)
+            assert len(questions) >= {64: 1, 128: 2, 256: 4}[length]
+            assert estimated_tokens(document.text) <= length
 
 
 @pytest.mark.parametrize("length", [512, 2048, 8192])
@@ -125,6 +134,13 @@ def test_needles_and_quotes_come_from_everywhere() -> None:
     shares = [sum(low / 5 <= depth < (low + 1) / 5 for depth in depths) / len(depths) for low in range(5)]
     assert min(shares) > 0.15
     assert max(shares) < 0.25
+
+
+def test_nothing_is_asked_that_the_text_says_twice() -> None:
+    """Prose of one paragraph again and again: words that stand in it once stand there as often as it does."""
+    paragraph = "Nobody knew at all when the old ship would come home from sea. It came at last.\n"
+    for document in islice(long_documents([paragraph * 50], length=2048, seed=7, kinds=("continue",)), 3):
+        assert document.prompt_chars == len(document.text)
 
 
 def test_same_seed_same_documents() -> None:
@@ -175,7 +191,7 @@ def test_of_a_large_source_only_what_is_used_is_read(tmp_path: Path, monkeypatch
     [
         ({"documents": None}, r"data\.sources\.long\.documents"),
         ({"length": None}, r"data\.sources\.long\.length"),
-        ({"length": 100}, "length=100"),
+        ({"length": 50}, "length=50"),
         ({"seed": 10**9}, r"data\.sources\.long\.seed"),
         ({"tasks": ("riddle",)}, "riddle"),
         ({"path": "nothing.txt"}, "nothing.txt"),
