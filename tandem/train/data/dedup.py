@@ -47,7 +47,7 @@ class NearDuplicates:
             raise SpecError("data.clean.near_duplicates: needs datasketch; pip install 'tandem-lm[train]', or null") from None
         self._threshold = threshold
         self._new: Any = datasketch.MinHash
-        self._index: Any = datasketch.MinHashLSH(threshold=min(threshold, 0.99), num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
+        self._index: Any = datasketch.MinHashLSH(threshold=0.9 * threshold, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
         self._kept: list[NDArray[np.uint64]] = []
 
     def seen(self, text: str) -> bool:

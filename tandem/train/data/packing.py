@@ -15,7 +15,7 @@ from tandem.train.data.shards import Shard
 IGNORED = -100
 """Label of a position that is not learned, as torch's cross entropy has it."""
 _IN_LINE = 32
-"""Documents among which one is looked for that fits: at 512 tokens and GSM8K's lengths padding falls from 22 % to ? %."""
+"""Documents among which one is looked for that fits. With the next one only, padding of nano-hybrid's data is 12 %; so, 3 %."""
 
 Piece = tuple[int, int, int]
 """Number of a document, offset into it, tokens taken from there."""
@@ -41,7 +41,8 @@ class Packer:
     """Takes a source's documents in a seeded order, epoch after epoch, and fills sequences with them.
 
     First-fit over the next few documents: each sequence begins with the one that waits longest, then takes whichever of those
-    in line fits, and ends in padding where none does. A document that is longer than a sequence is taken in pieces of a
+    in line fits, and ends in padding where none does. The line is used up before an epoch's last document is followed by the
+    next epoch's first. A document that is longer than a sequence is taken in pieces of a
     sequence's length; what a piece ends in still has its label, the first token of the next piece. With `cut` documents follow
     each other and sequences are filled to the last position. With `once` documents come in the order of the shard and there is
     no second epoch.
@@ -124,7 +125,7 @@ class Packer:
     def _fill_line(self) -> None:
         while len(self._line) < (1 if self._cut else _IN_LINE) and self._lengths:
             if self._cursor == len(self._order):
-                if self._once:
+                if self._line or self._once:
                     return
                 self._epoch, self._cursor = self._epoch + 1, 0
                 self._order = self._shuffled(self._epoch)

@@ -27,7 +27,7 @@ from tandem.train.data.clean import clean_document
 from tandem.train.data.decontaminate import EvaluationSets
 from tandem.train.data.dedup import ExactDuplicates, NearDuplicates
 from tandem.train.data.document import BadRows, Document
-from tandem.train.data.prepared import REPORT, DataReport, SourceReport, fingerprint, generated, read_report
+from tandem.train.data.prepared import REPORT, DataReport, SourceReport, evaluated_tasks, fingerprint, generated, read_report
 from tandem.train.data.procedural import OPEN, evaluation_problems
 from tandem.train.data.quality import BUCKETS, quality_bucket, quality_score
 from tandem.train.data.rows import read_rows
@@ -127,7 +127,7 @@ class _Rules:
         for path in clean.decontaminate:
             self._sets.add_file(path, folder)
         problems = recipe.evaluate.problems
-        self._questions = {p.question for task in recipe.evaluate.tasks for p in evaluation_problems(task, problems)}
+        self._questions = {p.question for task in evaluated_tasks(recipe) for p in evaluation_problems(task, problems)}
 
     def broken(self, document: Document, made: bool) -> str | None:
         """The name of the first rule that a document breaks, or None."""

@@ -95,11 +95,17 @@ def fingerprint(recipe: Recipe, recipe_folder: Path) -> str:
         "sources": {name: asdict(source) for name, source in data.sources.items()},
         "clean": asdict(data.clean),
         "held_out": data.held_out,
-        "evaluate": [sorted(recipe.evaluate.tasks), recipe.evaluate.problems if recipe.evaluate.tasks else 0],
+        "evaluate": dict.fromkeys(evaluated_tasks(recipe), recipe.evaluate.problems),
         "files": {str(file.name): digest for file, digest in _files(recipe, recipe_folder)},
         "versions": {name: _version(name) for name in _libraries(recipe)},
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def evaluated_tasks(recipe: Recipe) -> tuple[str, ...]:
+    """Tasks whose evaluation questions are kept out of training data: those that are evaluated and those that are learned."""
+    learned = (task for source in recipe.data.sources.values() for task in source.tasks)
+    return tuple(dict.fromkeys((*recipe.evaluate.tasks, *learned)))
 
 
 def generated(kind: str) -> bool:

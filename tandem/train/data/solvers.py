@@ -74,7 +74,8 @@ def leg_counting(entry: Entry) -> tuple[str, str]:
     """Legs of each kind of animal, and the sum so far."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-    total, lines = 0, []
+    lines: list[str] = []
+    total = 0
     for name, count in entry["metadata"]["animals"].items():
         legs = count * ANIMALS[name]
         line = f"{count} {name}: {count} x {ANIMALS[name]} = {legs}"

@@ -1,0 +1,242 @@
+"""From files to a prepared folder: nothing is lost unaccounted, and a folder is what its settings say or refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tandem.spec.errors import SpecError
+from tandem.train.data.prepare import prepare, prepared_tokenizer
+from tandem.train.data.prepared import DataReport, SourceReport, read_report
+from tandem.train.data.procedural import evaluation_problems
+from tandem.train.data.shards import PARTS, read_shard
+from tandem.train.data.stream import TokenStream, source_folder
+from tandem.train.recipe import (
+    BatchPart,
+    CleanPart,
+    DataPart,
+    EvaluatePart,
+    ModelPart,
+    PhasePart,
+    Recipe,
+    SourcePart,
+    TokenizerPart,
+)
+
+PROSE = (
+    "Paragraph {0} says that the {0} ships of the harbour went out to sea in the morning, and that those who had stayed "
+    "behind were seen with {1} baskets of fish when it was evening of day {2}."
+)
+LEAKED = "A farmer has twelve sheep and sells five of them to his neighbour on Monday. How many are left?"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rows = [{"q": f"What is {i} plus {i * 7 % 13}?", "a": f"{i} + {i * 7 % 13} = {i + i * 7 % 13}"} for i in range(50)]
+    rows += [rows[3], {"q": LEAKED, "a": "7"}, {"q": "No answer here"}, {"q": "\ufeffShort", "a": "\u200b"}]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nnot json\n", encoding="utf-8")
+    prose = "\n\n".join(PROSE.format(i, i * i, i * 31 % 17) for i in range(400))
+    (folder / "prose.txt.gz").write_bytes(gzip.compress(prose.encode()))
+    (folder / "test.jsonl").write_text(json.dumps({"question": LEAKED}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    sources = {
+        "rows": SourcePart(kind="jsonl", path="rows.jsonl", text="{q}\n<think>\n{a}", prompt="{q}\n<think>\n", licence="MIT"),
+        "prose": SourcePart(kind="text", path="prose.txt.gz", licence="public domain"),
+        "tasks": SourcePart(kind="procedural", tasks=("recall", "count_bits"), documents=600, licence="Apache-2.0"),
+    }
+    data = DataPart(
+        tokenizer=TokenizerPart(vocab_size=400),
+        sources=sources,
+        clean=CleanPart(min_chars=10, decontaminate=("test.jsonl",)),
+        phases=(PhasePart(until=1.0, weights={"rows": 1.0, "prose": 1.0, "tasks": 2.0}),),
+        held_out=0.1,
+        cut=("prose",),
+    )
+    batch = BatchPart(sequence_length=64, sequences=4, tokens=64 * 4 * 30)
+    evaluate = EvaluatePart(tasks=("count_bits",), problems=200)
+    return Recipe(name="test", model=ModelPart(pattern="M-"), data=data, batch=batch, evaluate=evaluate)
+
+
+def _by_name(report: DataReport) -> dict[str, SourceReport]:
+    return {source.name: source for source in report.sources}
+
+
+def test_every_row_is_accounted_for(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "data"
+    seen: list[tuple[str, str, int]] = []
+    report = prepare(recipe, folder, recipe_folder=texts, progress=lambda *event: seen.append(event))
+    sources = _by_name(report)
+    rows = sources["rows"]
+    assert (rows.read, rows.bad_rows) == (53, 2)
+    assert [(row.file, row.line) for row in rows.first_bad_rows] == [("rows.jsonl", 53), ("rows.jsonl", 55)]
+    assert rows.dropped == {"evaluation-set:test.jsonl": 1, "exact-duplicate": 1, "short": 1}
+    assert rows.licence == "MIT"
+    assert rows.prompt_tokens > 0
+    for source in sources.values():
+        assert source.read == source.documents + sum(source.dropped.values())
+        assert source.held_out_documents == round(0.1 * source.documents)
+        parts = [read_shard(source_folder(folder, source.name), part).documents for part in PARTS]
+        assert [len(part) for part in parts] == [source.documents - source.held_out_documents, source.held_out_documents]
+        assert [int(part[:, 1].sum()) for part in parts] == [source.tokens, source.held_out_tokens]
+    assert sum(sources["prose"].quality.values()) == sources["prose"].documents
+    assert sources["tasks"].quality == {}
+    assert report.tokens == sum(source.tokens for source in report.sources)
+    assert report.vocab_size == prepared_tokenizer(folder).backend.get_vocab_size() <= 400
+    assert ("read", "rows", 53) in seen
+    assert ("encode", "tasks", sources["tasks"].documents) in seen
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "sources", "tokenizer"]
+    assert [path.name for path in folder.parent.iterdir()] == ["data"]
+
+
+def test_documents_come_back_from_their_tokens(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path / "data", recipe_folder=texts)
+    tokenizer = prepared_tokenizer(tmp_path / "data")
+    questions = {problem.question for problem in evaluation_problems("count_bits", 200)}
+    found = set()
+    for part in PARTS:
+        shard = read_shard(source_folder(tmp_path / "data", "tasks"), part)
+        for start, length, prompt in shard.documents.tolist():
+            ids = shard.tokens[start : start + length].tolist()
+            assert (ids[0], ids[-1]) == (1, 2)
+            whole = tokenizer.decode(ids)
+            head = tokenizer.decode(ids[:prompt])
+            assert head.endswith("\n<think>\n")
+            assert whole.startswith(head)
+            assert tokenizer.encode(head) == ids[:prompt]
+            found.add(head.removesuffix("\n<think>\n"))
+    assert any("binary" in question for question in found)
+    assert not found & questions
+
+
+def test_a_stream_learns_only_what_is_not_held_out(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path / "data", recipe_folder=texts)
+    stream = TokenStream(tmp_path / "data", recipe.data, recipe.batch, seed=0)
+    tokenizer = prepared_tokenizer(tmp_path / "data")
+    held_out = {
+        p for b in stream.held_out("rows", 9, 2) for row in b.input_ids for p in _prompts(tokenizer.decode(row.tolist()))
+    }
+    learned: set[str] = set()
+    for _ in range(recipe.batch.steps):
+        for row in stream.batch().input_ids:
+            learned.update(_prompts(tokenizer.decode(row.tolist())))
+    assert len(held_out) == 5
+    assert len(learned) == 45
+    assert not learned & held_out
+
+
+def _prompts(text: str) -> list[str]:
+    return [line for line in text.replace("What is", "\nWhat is").split("\n") if line.startswith("What is")]
+
+
+def test_the_same_settings_take_the_folder_as_it_is(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    first = prepare(recipe, tmp_path / "data", recipe_folder=texts)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
+    blend = replace(recipe.data, phases=(PhasePart(until=1.0, weights={"prose": 1.0}),), cut=())
+    other = replace(recipe, name="other", seed=7, data=blend, batch=replace(recipe.batch, sequences=2))
+    assert prepare(other, tmp_path / "data", recipe_folder=texts) == first == read_report(tmp_path / "data")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
+
+
+def test_two_preparations_are_equal_byte_by_byte(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        prepare(recipe, tmp_path / name, recipe_folder=texts)
+        files = sorted((tmp_path / name).rglob("*.*"))
+        contents.append([(path.relative_to(tmp_path / name), path.read_bytes()) for path in files])
+    assert contents[0] == contents[1]
+    assert len(contents[0]) == 3 + 4 * 3
+
+
+def test_other_settings_or_files_are_refused(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path / "data", recipe_folder=texts)
+    data = recipe.data
+    more = replace(data.sources["tasks"], documents=601)
+    for other in (
+        replace(data, tokenizer=TokenizerPart(vocab_size=401)),
+        replace(data, held_out=0.2),
+        replace(data, clean=replace(data.clean, min_chars=11)),
+        replace(data, sources={**data.sources, "tasks": more}),
+    ):
+        with pytest.raises(SpecError, match="holds data of other settings or files"):
+            prepare(replace(recipe, data=other), tmp_path / "data", recipe_folder=texts)
+    changed = replace(recipe, evaluate=replace(recipe.evaluate, problems=201))
+    with pytest.raises(SpecError, match="holds data of other settings"):
+        prepare(changed, tmp_path / "data", recipe_folder=texts)
+    (texts / "test.jsonl").write_text(json.dumps({"question": LEAKED + " "}), encoding="utf-8")
+    with pytest.raises(SpecError, match="holds data of other settings or files"):
+        prepare(recipe, tmp_path / "data", recipe_folder=texts)
+
+
+def test_a_failure_leaves_nothing_behind(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    strict = replace(recipe, data=replace(recipe.data, clean=replace(recipe.data.clean, max_bad_rows=1)))
+    with pytest.raises(SpecError, match=r"max_bad_rows=1.*rows\.jsonl line 55: not JSON"):
+        prepare(strict, tmp_path / "out" / "data", recipe_folder=texts)
+    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out" / "data").mkdir()
+    with pytest.raises(SpecError, match="holds no prepared data"):
+        prepare(recipe, tmp_path / "out" / "data", recipe_folder=texts)
+
+
+def test_another_process_was_first(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Two start on a folder that is not there; the second to finish takes what the first made."""
+    folder = tmp_path / "data"
+    inner: list[DataReport] = []
+
+    def intrude(stage: str, source: str, documents: int) -> None:
+        if not inner and stage == "encode":
+            inner.append(prepare(recipe, folder, recipe_folder=texts))
+
+    assert prepare(recipe, folder, recipe_folder=texts, progress=intrude) == inner[0]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "texts"] == ["data"]
+
+
+def test_quality_below_the_least_is_dropped(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    (texts / "rows.jsonl").write_text('{"q": "### @@@ %%% &&&", "a": "#"}\n{"q": "What is this?", "a": "the end of it."}\n')
+    strict = replace(recipe, data=replace(recipe.data, clean=replace(recipe.data.clean, min_quality=0.8)))
+    rows = _by_name(prepare(strict, tmp_path / "data", recipe_folder=texts))["rows"]
+    assert rows.dropped == {"quality": 1}
+    assert rows.documents == 1
+    assert rows.held_out_documents == 0
+
+
+def test_near_duplicates_across_sources(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    copied = replace(recipe.data.sources["prose"])
+    twice = replace(recipe.data, sources={**recipe.data.sources, "again": copied})
+    reports = _by_name(prepare(replace(recipe, data=twice), tmp_path / "data", recipe_folder=texts))
+    assert reports["prose"].dropped == {}
+    assert reports["again"].dropped == {"exact-duplicate": reports["again"].read}
+    assert reports["again"].documents == 0
+    loose = replace(twice, clean=replace(twice.clean, exact_duplicates=False))
+    reports = _by_name(prepare(replace(recipe, data=loose), tmp_path / "loose", recipe_folder=texts))
+    assert reports["again"].dropped == {"near-duplicate": reports["again"].read}
+
+
+def test_a_tokenizer_that_exists_is_taken(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path / "data", recipe_folder=texts)
+    named = replace(recipe.data, tokenizer=TokenizerPart(name=str(tmp_path / "data" / "tokenizer")))
+    prepare(replace(recipe, data=named), tmp_path / "named", recipe_folder=texts)
+    for name in recipe.data.sources:
+        first, second = (source_folder(tmp_path / folder, name) / "tokens.bin" for folder in ("data", "named"))
+        assert np.array_equal(np.fromfile(first, "<u2"), np.fromfile(second, "<u2"))
+
+
+def test_large_vocabularies_have_four_bytes(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path / "data", recipe_folder=texts)
+    assert read_shard(source_folder(tmp_path / "data", "rows"), "train").tokens.dtype == np.dtype("<u2")
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_held_out_shares_that_are_refused(texts: Path, recipe: Recipe, tmp_path: Path, share: float) -> None:
+    with pytest.raises(SpecError, match=r"data\.held_out"):
+        prepare(replace(recipe, data=replace(recipe.data, held_out=share)), tmp_path / "data", recipe_folder=texts)
