@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from tandem.perf import ops
@@ -18,7 +18,7 @@ from tandem.perf.efficiency import OpTimer, bind
 from tandem.perf.ops import OUT, OpClass, Work
 from tandem.perf.training import ATTENTION_BACKWARD, LinearFormat, LinearShape, TrainingStep, step_flops
 from tandem.perf.training_memory import saved_activation_bytes, working_weight_bytes
-from tandem.spec.design import Estimate
+from tandem.spec.design import Estimate, Evidence
 from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import MLP, Attention, Mamba2, Mixer, ModelSpec, MoE
@@ -26,6 +26,8 @@ from tandem.spec.units import itemsize
 
 ROOFLINE_FACTOR = 2.0
 """Either end of the interval over the value where kernels were added up and no step was measured."""
+MEASURED_FACTOR = 1.5
+"""The same where passes were measured just before: the machine may have more or less to do beside them later."""
 _SCAN_BACKWARD = 3.0
 _OPTIMISER_BYTES = 32.0
 """Moved for a weight by clipping and AdamW: gradient twice, weight and two moments read, all three written."""
@@ -61,6 +63,12 @@ class StepSeconds:
         """Forward and backward pass without any exchange."""
         return self.linears + self.head + self.attention + self.scan + self.memory
 
+    def measured(self, computing_s: float) -> StepSeconds:
+        """The same where forward and backward passes were measured to take `computing_s`: their parts in proportion."""
+        factor = computing_s / self.computing
+        names = ("linears", "head", "attention", "scan", "memory")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
+
     def to_json(self) -> dict[str, float]:
         """Seconds by part."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -73,12 +81,16 @@ class CpuRates(NamedTuple):
     bytes_per_s: float
 
 
-def estimate_of(seconds: StepSeconds, model: ModelSpec, step: TrainingStep, peak_flops_per_s: float) -> Estimate:
-    """Seconds of a step with their interval: a factor of two either way, but not below the time at the ranks' peak."""
+def estimate_of(
+    seconds: StepSeconds, model: ModelSpec, step: TrainingStep, peak_flops_per_s: float, evidence: Evidence = "roofline"
+) -> Estimate:
+    """Seconds of a step with their interval: a factor of two either way, of 1.5 where its passes were measured
+    (`calibrated`), but not below the time at the ranks' peak."""
     value = seconds.total
+    factor = MEASURED_FACTOR if evidence == "calibrated" else ROOFLINE_FACTOR
     floor = step_flops(model, step).model / (peak_flops_per_s * step.gpus)
-    low = min(value, max(value / ROOFLINE_FACTOR, floor))
-    return Estimate(value=value, low=low, high=value * ROOFLINE_FACTOR, evidence="roofline")
+    low = min(value, max(value / factor, floor))
+    return Estimate(value=value, low=low, high=value * factor, evidence=evidence)
 
 
 def gpu_step_seconds(model: ModelSpec, step: TrainingStep, hardware: HardwareSpec) -> StepSeconds:

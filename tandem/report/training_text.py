@@ -122,7 +122,10 @@ def plan_sentences(plan: Mapping[str, Any]) -> Iterator[str]:
         size = gib(plan["bytes_per_rank"][part])
         helps = _SMALLER.get(part, "more gpus make them smaller")
         yield f"It does not fit: most of it, {size}, is {part}; {helps}."
-    rates = "two measured rates of this machine" if plan["hardware"] == "cpu" else "measured kernels, one after the other"
-    yield f"The time is that of {rates}; no such run was measured, so it may be half or twice as long. --json has all numbers."
+    if plan["seconds"]["evidence"] == "calibrated":
+        yield "The time is that of passes of this model, measured here just now. --json has all numbers."
+    else:
+        rates = "two measured rates of this machine" if plan["hardware"] == "cpu" else "measured kernels, one after the other"
+        yield f"The time is that of {rates}; no such run was measured: it may be half or twice as long. --json has all numbers."
     if plan["plan_only"]:
         yield f"It can be planned, not run: {plan['plan_only']}."

@@ -1,22 +1,23 @@
 """What a recipe's run would take, without running it: parameters, FLOPs, memory of a rank, time, and when what happens.
 
-Arithmetic for GPUs (`tandem.perf.training*`), so that a run of any size can be planned on a laptop without torch. For this
-machine's CPU two rates are measured first, which takes a second.
+Arithmetic for GPUs (`tandem.perf.training*`), so that a run of any size can be planned on a laptop without torch. On this
+machine's CPU a pass of the model is measured, which takes some seconds.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tandem.perf.training import LinearFormat, LinearFormats, StepFlops, TrainingStep, step_flops
 from tandem.perf.training_memory import RankMemory, rank_memory
 from tandem.perf.training_time import CpuRates, StepSeconds, cpu_step_seconds, estimate_of, gpu_step_seconds
 from tandem.spec.catalog import load_hardware
-from tandem.spec.design import Estimate
+from tandem.spec.design import Estimate, Evidence
 from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
@@ -26,6 +27,9 @@ from tandem.train.schedule import decay_begins, warmup_steps
 
 CPU = "cpu"
 """Name of this machine where a plan names its hardware."""
+MEASURED_PARAMETERS = 100_000_000
+"""Weights of a model up to which a pass is measured on a CPU; beyond, two rates say how long it takes."""
+_PASS_S = 1.5
 _FORMATS: dict[str, LinearFormat] = {"fp32": "fp32", "bf16": "bf16", "fp8-block": "fp8_block", "fp8-tensor": "fp8"}
 
 
@@ -109,7 +113,8 @@ def plan_run(
 ) -> TrainingPlan:
     """What `recipe` takes on `gpus` of `hardware`; both default to what the recipe says, without either to this machine's CPU.
 
-    `rates` replaces the measurement of a CPU. A run that does not fit is no error (`fits` says so). Raises SpecError for
+    On a CPU two rates are measured, and of models up to `MEASURED_PARAMETERS` a pass of the loop's own model, which then says
+    how long a step takes; `rates` replaces both. A run that does not fit is no error (`fits` says so). Raises SpecError for
     settings that do not go together, one line that names the field.
     """
     spec = model_spec(recipe)
@@ -117,10 +122,12 @@ def plan_run(
     step = training_step(recipe, gpus, device="cpu" if gpu is None else "gpu")
     step.check(spec)
     flops, steps = step_flops(spec, step), recipe.batch.steps
-    peak = compute_peak = 0.0
+    evidence: Evidence = "roofline"
     if gpu is None:
-        rates = rates or measure_cpu(spec, recipe.precision)
+        known, rates = rates is not None, rates or measure_cpu(spec, recipe.precision)
         parts = cpu_step_seconds(spec, step, rates)
+        if not known and spec.parameters <= MEASURED_PARAMETERS:
+            parts, evidence = parts.measured(measure_pass_s(spec, recipe) * step.sequences), "calibrated"
         peak = compute_peak = rates.matmul_flops_per_s / step.gpus  # ranks share the machine
         available = _physical_bytes() // step.gpus
     else:
@@ -128,7 +135,7 @@ def plan_run(
         peak = gpu.peak("fp32" if step.formats.linears == "fp32" else "bf16")
         compute_peak = gpu.peak(step.formats.linears)
         available = gpu.usable_memory_bytes
-    each = estimate_of(parts, spec, step, compute_peak)
+    each = estimate_of(parts, spec, step, compute_peak, evidence)
     formats = step.formats.of(spec)
     fp8 = [shape for shape, kind in formats if kind in ("fp8_block", "fp8")]
     return TrainingPlan(
@@ -197,6 +204,26 @@ def measure_cpu(spec: ModelSpec, part: PrecisionPart) -> CpuRates:
         target.copy_(source)
         best = max(best, 2.0 * source.nbytes / (time.perf_counter() - began))
     return CpuRates(matmul_flops_per_s(spec, part, torch.device("cpu"), seconds=0.5), best)
+
+
+def measure_pass_s(spec: ModelSpec, recipe: Recipe) -> float:
+    """Seconds that forward and backward pass of one sequence take on this machine, by the loop's own model, not compiled:
+    the median of as many as fit in a second and a half, after one that is not counted."""
+    import torch
+
+    from tandem.model.hybrid import Decoder
+    from tandem.train.ranks import Ranks
+    from tandem.train.trainee import make_trainee
+
+    model = make_trainee(Decoder(spec, seed=recipe.seed), replace(recipe, compile=False), Ranks())
+    ids = torch.arange(recipe.batch.sequence_length)[None] % spec.vocab_size
+    documents = torch.zeros_like(ids)
+    taken: list[float] = []
+    while len(taken) < 2 or sum(taken[1:]) < _PASS_S:
+        began = time.perf_counter()
+        model(ids, ids, documents).backward()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
 
 
 def _hardware(found: str | HardwareSpec | None) -> HardwareSpec | None:

@@ -283,6 +283,11 @@ def test_a_cpu_takes_at_least_the_time_of_its_products(rate: float, moved: float
     found = estimate_of(seconds, spec, step, rate)
     assert step_flops(spec, step).model / rate <= found.low * (1 + 1e-12)
     assert found.low <= found.value <= found.high
+    timed = seconds.measured(3.0)
+    assert timed.computing == pytest.approx(3.0)
+    assert timed.total - timed.computing == pytest.approx(seconds.optimiser)
+    sure = estimate_of(timed, spec, step, 1e13, "calibrated")
+    assert sure.high / sure.value < found.high / found.value
     half = cpu_step_seconds(spec, step, CpuRates(rate / 2, moved / 2))
     assert half.total == pytest.approx(2 * seconds.total)
 

@@ -171,7 +171,11 @@ def test_a_cpu_is_measured_where_no_rates_are_given() -> None:
     assert min(rates) > 0
     p = plan_run(r)
     assert p.hardware == "cpu"
-    assert p.seconds.value > 0
+    assert p.seconds.evidence == "calibrated"
+    each, planned = p.seconds_per_step, plan("nano-hybrid").seconds_per_step
+    assert each.head / each.linears == pytest.approx(planned.head / planned.linears)  # in proportion, whatever was measured
+    assert p.seconds.value == pytest.approx(each.total * p.steps)
+    assert any("measured here" in text for text in plan_sentences(p.to_json()))
 
 
 def plan_spec(r: Recipe) -> Any:
