@@ -20,17 +20,17 @@ from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
 from tandem.train.data.document import BadRows, Document
 from tandem.train.data.procedural import EVALUATION_SEED
-from tandem.train.needles import KINDS, TRAINING_KEYS, Question, Things, make_question, scatter, units
+from tandem.train.needles import KINDS, TRAINING_KEYS, Question, Things, fact, make_question, scatter, units
 from tandem.train.recipe import SourceKind, SourcePart
 
 LONG_KINDS = (*(kind for kind in KINDS if kind != "single"), "count", "continue")
 """Kinds of questions, which `tasks` of a recipe's source may name: those of the needles (a `single` among others is a
-`multi-key`), how many codes a thing has, and how a passage goes on."""
+`multi-key`), how many values a thing has, and how a passage goes on."""
 QUESTIONS = "Questions"
 """The line between the text and what is asked about it."""
 _CHUNK_UNITS = 3
 _SAMPLED = 0.1
-_SHARE, _FEW, _MOST = 0.3, 180, 0.8
+_SHARE, _FEW, _MOST = 0.3, 100, 0.8
 """Of a document's tokens for facts and what is asked about them: a share, but a few questions' in short documents."""
 _QUOTED, _CONTINUED = 4, 4
 _SPECIAL_TOKENS = 2
@@ -163,17 +163,15 @@ def _counted(things: Things, rng: Random) -> Question:
     key, number = things.key(), rng.randint(1, 3)
     return Question(
         kind="count",
-        prompt=f"How many codes does the {key} have? It has",
-        ending=f" {number}.",
+        prompt=f"Count {key}: ",
+        ending=str(number),
         answers=(str(number),),
-        needles=tuple(f"One code of the {key} is {things.value()}." for _ in range(number)),
+        needles=tuple(fact(key, things.value()) for _ in range(number)),
     )
 
 
 def _go_on(quoted: str, continued: str) -> Question:
-    return Question(
-        kind="continue", prompt=f"How does it go on: {quoted}", ending=f" {continued}", answers=(continued,), needles=()
-    )
+    return Question(kind="continue", prompt=f"Go on: {quoted}", ending=f" {continued}", answers=(continued,), needles=())
 
 
 def _continued(body: Sequence[str], wanted: int, rng: Random) -> list[Question]:

@@ -1,9 +1,10 @@
 """Facts whose answers are known, scattered in prose and asked for at its end: needles in a haystack, after RULER.
 
-RULER (Hsieh et al. 2024) asks for values of single keys, of keys among others, for several values, for several keys and
-for variables that are set to each other. So do these, in sentences that a model of a few million parameters can learn: keys are
-common nouns, values numbers of two digits. As in RULER, a prompt ends with the beginning of the answer. `tandem.train.long`
-makes training documents of the same sentences about other nouns.
+RULER (Hsieh et al. 2024) asks for values of single keys, of keys among others, for several values, for several keys and for
+variables that are set to each other. So do these, in sentences that a model of a few million parameters can learn:
+`Remember ship=47.`, whose key is a common noun and whose value, a number of two digits, stands within four tokens of it, the
+width of a Mamba-2 convolution. As in RULER, a prompt ends with the beginning of the answer. `tandem.train.long` makes
+training documents of the same sentences about other nouns.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from tandem.train.evaluate import Accuracy, prompt_ids, samples
 
 Kind = Literal["single", "multi-key", "multi-value", "multi-query", "chain"]
 KINDS: tuple[Kind, ...] = ("single", "multi-key", "multi-value", "multi-query", "chain")
-"""What is asked: one code where no other stands, one among many, all codes of a thing, codes of two things, and a code that
-another thing has too (RULER's variable tracking, asked from its far end)."""
+"""What is asked: one value where no other stands, one among many, all values of a thing, those of two things, and that of a
+thing which is like another (RULER's variable tracking, asked from its far end)."""
 
 _WORDS = (
     "age air ant apple army art bag ball bar bear bed bee beetle bell bird boat body book box boy bread bridge brother"
@@ -122,46 +123,43 @@ def make_question(kind: str, things: Things, rng: Random) -> Question:
     return maker(kind, things, rng)
 
 
-def _fact(key: str, value: str) -> str:
-    return f"The code of the {key} is {value}."
-
-
-def _asked(kind: str, key: str, value: str, needles: tuple[str, ...]) -> Question:
-    prompt = f"What is the code of the {key}? The code of the {key} is"
-    return Question(kind=kind, prompt=prompt, ending=f" {value}.", answers=(value,), needles=needles)
+def fact(key: str, value: str) -> str:
+    """The sentence that gives a thing a value."""
+    return f"Remember {key}={value}."
 
 
 def _one(kind: str, things: Things, rng: Random) -> Question:
     key, value = things.key(), things.value()
-    return _asked(kind, key, value, (_fact(key, value),))
+    prompt = f"Recall {key}: {key}="
+    return Question(kind=kind, prompt=prompt, ending=value, answers=(value,), needles=(fact(key, value),))
 
 
 def _values(kind: str, things: Things, rng: Random) -> Question:
     key, values = things.key(), tuple(things.value() for _ in range(rng.randint(2, 3)))
-    listed = f"{', '.join(values[:-1])} and {values[-1]}"
-    return Question(
-        kind=kind,
-        prompt=f"What are the codes of the {key}? The codes of the {key} are",
-        ending=f" {listed}.",
-        answers=values,
-        needles=tuple(f"One code of the {key} is {value}." for value in values),
-    )
+    needles = tuple(fact(key, value) for value in values)
+    return Question(kind=kind, prompt=f"Recall all of {key}: {key}=", ending=",".join(values), answers=values, needles=needles)
 
 
 def _query(kind: str, things: Things, rng: Random) -> Question:
     (first, a), (second, b) = ((things.key(), things.value()) for _ in range(2))
     return Question(
         kind=kind,
-        prompt=f"What are the codes of the {first} and the {second}? The code of the {first} is",
-        ending=f" {a} and the code of the {second} is {b}.",
+        prompt=f"Recall {first}, {second}: {first}=",
+        ending=f"{a}, {second}={b}",
         answers=(a, b),
-        needles=(_fact(first, a), _fact(second, b)),
+        needles=(fact(first, a), fact(second, b)),
     )
 
 
 def _chain(kind: str, things: Things, rng: Random) -> Question:
     first, second, value = things.key(), things.key(), things.value()
-    return _asked(kind, second, value, (_fact(first, value), f"The {second} has the code of the {first}."))
+    return Question(
+        kind=kind,
+        prompt=f"Recall {second}: {second} like",
+        ending=f" {first}={value}",
+        answers=(value,),
+        needles=(fact(first, value), f"Remember {second} like {first}."),
+    )
 
 
 def units(text: str) -> list[str]:
@@ -261,8 +259,8 @@ def answer_cases(
 ) -> list[bool]:
     """Which cases the model answers rightly in a short greedy continuation.
 
-    Chance is to name some code of the text: 1 in 6 of `multi-key` and `chain`, far less where two are asked for. A `single`
-    has one code only, so it shows that a needle is found at all.
+    Chance is to name some value of the text: 1 in 6 of `multi-key` and `chain`, far less where two are asked for. A `single`
+    has one value only, so it shows that a needle is found at all.
     """
     texts = samples(model, tokenizer, [case.prompt for case in cases], max_tokens=max_tokens, batch=batch)
     return [is_right(case, text) for case, text in zip(cases, texts, strict=True)]

@@ -34,42 +34,42 @@ def prose(seed: int, sentences: int = 400) -> str:
 
 
 PROSE = prose(0)
-"""Prose with some numbers in it, which are no codes."""
+"""Prose with some numbers in it, which are no values."""
 
 
 def read(body: str) -> dict[str, list[str]]:
-    """Codes of every thing, as the sentences of a text say, one at a time from the first on."""
-    codes: dict[str, list[str]] = defaultdict(list)
-    same: dict[str, str] = {}
+    """Values of every thing, as the sentences of a text say, one at a time from the first on."""
+    values: dict[str, list[str]] = defaultdict(list)
+    like: dict[str, str] = {}
     for line in body.split("\n"):
-        if found := re.fullmatch(r"(?:The|One) code of the (\w+) is (\d\d)\.", line):
-            codes[found[1]].append(found[2])
-        if found := re.fullmatch(r"The (\w+) has the code of the (\w+)\.", line):
-            same[found[1]] = found[2]
-    for thing, other in same.items():
-        codes[thing] = codes[other]
-    return codes
+        if found := re.fullmatch(r"Remember (\w+)=(\d\d)\.", line):
+            values[found[1]].append(found[2])
+        if found := re.fullmatch(r"Remember (\w+) like (\w+)\.", line):
+            like[found[1]] = found[2]
+    for thing, other in like.items():
+        assert len(values[other]) == 1
+        values[thing] = [f"{other}={values[other][0]}"]
+    return values
 
 
 def expected(question: str, body: str) -> str:
     """The line with the answer that the text gives."""
-    codes = read(body)
-    if found := re.match(r"What is the code of the (\w+)\?", question):
-        (code,) = codes[found[1]]
-        return f"{found[0]} The code of the {found[1]} is {code}."
-    if found := re.match(r"What are the codes of the (\w+)\?", question):
-        *some, last = codes[found[1]]
-        return f"{found[0]} The codes of the {found[1]} are {', '.join(some)} and {last}."
-    if found := re.match(r"What are the codes of the (\w+) and the (\w+)\?", question):
-        (one,), (other,) = codes[found[1]], codes[found[2]]
-        return f"{found[0]} The code of the {found[1]} is {one} and the code of the {found[2]} is {other}."
-    if found := re.match(r"How many codes does the (\w+) have\?", question):
-        return f"{found[0]} It has {len(codes[found[1]])}."
-    words = question.removeprefix("How does it go on: ").split()
+    values = read(body)
+    if found := re.match(r"Recall all of (\w+): ", question):
+        return f"{found[0]}{found[1]}={','.join(values[found[1]])}"
+    if found := re.match(r"Recall (\w+), (\w+): ", question):
+        (one,), (other,) = values[found[1]], values[found[2]]
+        return f"{found[0]}{found[1]}={one}, {found[2]}={other}"
+    if found := re.match(r"Recall (\w+): ", question):
+        (value,) = values[found[1]]
+        return f"{found[0]}{found[1]}{' like ' if '=' in value else '='}{value}"
+    if found := re.match(r"Count (\w+): ", question):
+        return f"{found[0]}{len(values[found[1]])}"
+    words = question.removeprefix("Go on: ").split()
     quoted = " ".join(words[:4])
     assert body.count(quoted) == 1
     after = body.partition(quoted)[2].split()[:4]
-    return f"How does it go on: {quoted} {' '.join(after)}"
+    return f"Go on: {quoted} {' '.join(after)}"
 
 
 def parts(document: Document) -> tuple[str, list[str]]:
@@ -90,17 +90,17 @@ def test_every_answer_follows_from_the_text(seed: int, length: int, kinds: set[s
 
 def test_all_kinds_are_asked_and_only_those_named() -> None:
     openings = {
-        "What is the code of": {"multi-key", "chain"},
-        "What are the codes of the": {"multi-value", "multi-query"},
-        "How many codes": {"count"},
-        "How does it go on": {"continue"},
+        r"Recall \w+: \w+=": "multi-key",
+        r"Recall \w+: \w+ like": "chain",
+        r"Recall all of": "multi-value",
+        r"Recall \w+, ": "multi-query",
+        r"Count ": "count",
+        r"Go on: ": "continue",
     }
     for kinds in (LONG_KINDS, ("count",), ("chain", "continue")):
         questions = [q for d in islice(long_documents([PROSE], length=2048, seed=1, kinds=kinds), 5) for q in parts(d)[1]]
-        for opening, those in openings.items():
-            assert any(q.startswith(opening) for q in questions) == bool(those & set(kinds))
-    chained = [d for d in islice(long_documents([PROSE], length=2048, seed=1), 5) if " has the code of the " in d.text]
-    assert chained
+        for opening, kind in openings.items():
+            assert any(re.match(opening, question) for question in questions) == (kind in kinds)
 
 
 def test_short_documents_have_questions_too() -> None:
@@ -122,7 +122,7 @@ def test_length_is_kept_and_used(length: int) -> None:
 
 def test_the_estimate_is_not_below_what_the_nano_tokenizers_need() -> None:
     assert estimated_tokens("") == 0
-    assert 10 <= estimated_tokens("What is the code of the ferry? It is 47.") <= 20
+    assert 10 <= estimated_tokens("Remember ferry=47. Recall ferry: ferry=47") <= 20
     assert estimated_tokens("12345") == 5
 
 
@@ -130,7 +130,7 @@ def test_needles_and_quotes_come_from_everywhere() -> None:
     depths: list[float] = []
     for document in islice(long_documents([PROSE], length=1500, seed=3), 60):
         lines = parts(document)[0].split("\n")
-        depths += [i / len(lines) for i, line in enumerate(lines) if re.match(r"(The|One) code of the", line)]
+        depths += [i / len(lines) for i, line in enumerate(lines) if line.startswith("Remember ")]
     shares = [sum(low / 5 <= depth < (low + 1) / 5 for depth in depths) / len(depths) for low in range(5)]
     assert min(shares) > 0.15
     assert max(shares) < 0.25

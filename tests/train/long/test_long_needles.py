@@ -51,23 +51,23 @@ def sentences(case: Case) -> list[str]:
     return case.prompt.rpartition("\n\n")[0].split("\n")
 
 
-def codes(case: Case, thing: str) -> set[str]:
+def values(case: Case, thing: str) -> set[str]:
     """By search from the question back, not in order of the text: independent of how cases are made."""
     text = "\n".join(sentences(case))
-    if other := re.search(rf"^The {thing} has the code of the (\w+)\.$", text, re.MULTILINE):
-        return codes(case, other[1])
-    return set(re.findall(rf"^(?:The|One) code of the {thing} is (\d\d)\.$", text, re.MULTILINE))
+    if other := re.search(rf"^Remember {thing} like (\w+)\.$", text, re.MULTILINE):
+        return values(case, other[1])
+    return set(re.findall(rf"^Remember {thing}=(\d\d)\.$", text, re.MULTILINE))
 
 
 def test_answers_follow_from_the_prompt(suite: list[Case]) -> None:
     assert {case.kind for case in suite} == set(KINDS)
     for case in suite:
-        question = case.prompt.rpartition("\n\n")[2].partition("?")[0]
-        things = re.findall(r"the (\w+)", question.partition(" of ")[2])
+        question = case.prompt.rpartition("\n\n")[2].partition(":")[0]
+        things = re.findall(r"\w+", question.replace("Recall all of", "").replace("Recall", ""))
         assert len(things) == (2 if case.kind == "multi-query" else 1)
         assert set(things) <= set(EVALUATION_KEYS)
-        assert set(case.answers) == {code for thing in things for code in codes(case, thing)}
-        others = set(re.findall(r"code of the \w+ is (\d\d)", case.prompt)) - set(case.answers)
+        assert set(case.answers) == {value for thing in things for value in values(case, thing)}
+        others = set(re.findall(r"=(\d\d)\.", case.prompt)) - set(case.answers)
         assert len(others) == (0 if case.kind == "single" else 5)
 
 
@@ -81,14 +81,28 @@ def test_needles_are_at_their_depths_which_are_spread(suite: list[Case]) -> None
     assert sorted({case.depth for case in suite}) == pytest.approx([(i + 0.5) / 12 for i in range(12)])
     for case in suite:
         text = case.prompt.rpartition("\n\n")[0]
-        first = min(text.index(f" is {answer}.") for answer in case.answers)
+        first = min(text.index(f"={answer}.") for answer in case.answers)
         assert first / len(text) == pytest.approx(case.depth, abs=0.2 if case.length == 3000 else 0.35)
 
 
-def test_several_codes_stand_in_the_order_of_the_answer(suite: list[Case]) -> None:
+def test_other_values_are_everywhere(suite: list[Case]) -> None:
+    depths = []
+    for case in suite:
+        lines = sentences(case)
+        wanted = [
+            i
+            for i, line in enumerate(lines)
+            if (value := re.search(r"^Remember \w+=(\d\d)\.$", line)) and value[1] not in case.answers
+        ]
+        depths += [i / (len(lines) - 1) for i in wanted]
+    assert 0.4 < sum(depths) / len(depths) < 0.6
+    assert 0.2 < sum(depth < 1 / 3 for depth in depths) / len(depths) < 0.45
+
+
+def test_several_values_stand_in_the_order_of_the_answer(suite: list[Case]) -> None:
     for case in suite:
         if case.kind == "multi-value":
-            places = [case.prompt.index(f" is {answer}.") for answer in case.answers]
+            places = [case.prompt.index(f"={answer}.") for answer in case.answers]
             assert places == sorted(places)
 
 
@@ -103,8 +117,8 @@ def test_same_seed_same_cases(tokenizer: Tokenizer, suite: list[Case]) -> None:
 def test_filler_where_there_is_no_prose(tokenizer: Tokenizer) -> None:
     (case,) = needle_suite(tokenizer, None, [600], 1, 0, ["single"])
     assert case.prompt.count("Nobody is at home.") >= 2
-    with pytest.raises(SpecError, match="lengths=90"):
-        needle_suite(tokenizer, None, [90], 1, 0, ["single"])
+    with pytest.raises(SpecError, match="lengths=60"):
+        needle_suite(tokenizer, None, [60], 1, 0, ["single"])
     with pytest.raises(SpecError, match="kind='riddle'"):
         needle_suite(tokenizer, None, [600], 1, 0, ["riddle"])
 
@@ -112,13 +126,13 @@ def test_filler_where_there_is_no_prose(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("continuation", "right"),
     [
-        (" 47 and the code of the ship is 33.", True),
+        ("47, ship=33", True),
         ("33, 47", True),
-        (" 47.", False),
-        (" 47 and 34.", False),
-        (" 147 and 33.", False),
-        (" 473 and 33.", False),
-        (" 47 and\n33", False),
+        ("47", False),
+        ("47, ship=34", False),
+        ("147, ship=33", False),
+        ("473,33", False),
+        ("47\n33", False),
         ("", False),
         ("\n 47 33", True),
     ],
@@ -134,7 +148,7 @@ def test_a_perfect_reader_is_right_and_another_answer_is_not(kind: str) -> None:
     things = Things(rng, EVALUATION_KEYS)
     question, other = make_question(kind, things, rng), make_question(kind, things, rng)
     case = Case(prompt=question.prompt, answers=question.answers, kind=kind, length=1, depth=0.0)
-    assert is_right(case, question.ending + "\nWhat")
+    assert is_right(case, question.ending + "\nRecall")
     assert not is_right(case, other.ending)
 
 
