@@ -84,8 +84,8 @@ def _run_table(plan: Mapping[str, Any]) -> Table:
 
 def _schedule(plan: Mapping[str, Any]) -> str:
     warm, decays = plan["warmup_steps"], plan["decay_begins_step"]
-    begun = f"warm-up over {warm:,} steps, " if warm else ""
-    return begun + ("then constant" if decays >= plan["steps"] else f"decay from step {decays:,}")
+    said = [f"warm-up over {warm:,} steps"] if warm else []
+    return ", ".join([*said, "constant" if decays >= plan["steps"] else f"decay from step {decays:,}"])
 
 
 def _machine(plan: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ CPU = "cpu"
 """Name of this machine where a plan names its hardware."""
 MEASURED_PARAMETERS = 100_000_000
 """Weights of a model up to which a pass is measured on a CPU; beyond, two rates say how long it takes."""
-_PASS_S = 1.5
+_PASS_S, _PASS_TOKENS = 1.5, 2**14
 _FORMATS: dict[str, LinearFormat] = {"fp32": "fp32", "bf16": "bf16", "fp8-block": "fp8_block", "fp8-tensor": "fp8"}
 
 
@@ -127,7 +127,7 @@ def plan_run(
         known, rates = rates is not None, rates or measure_cpu(spec, recipe.precision)
         parts = cpu_step_seconds(spec, step, rates)
         if not known and spec.parameters <= MEASURED_PARAMETERS:
-            parts, evidence = parts.measured(measure_pass_s(spec, recipe) * step.sequences), "calibrated"
+            parts, evidence = parts.measured(measure_pass_s(spec, recipe, step.micro) * step.sequences), "calibrated"
         peak = compute_peak = rates.matmul_flops_per_s / step.gpus  # ranks share the machine
         available = _physical_bytes() // step.gpus
     else:
@@ -206,24 +206,29 @@ def measure_cpu(spec: ModelSpec, part: PrecisionPart) -> CpuRates:
     return CpuRates(matmul_flops_per_s(spec, part, torch.device("cpu"), seconds=0.5), best)
 
 
-def measure_pass_s(spec: ModelSpec, recipe: Recipe) -> float:
-    """Seconds that forward and backward pass of one sequence take on this machine, by the loop's own model, not compiled:
-    the median of as many as fit in a second and a half, after one that is not counted."""
+def measure_pass_s(spec: ModelSpec, recipe: Recipe, micro: int) -> float:
+    """Seconds a sequence of forward and backward pass on this machine, by the loop's own model, not compiled.
+
+    A pass has `micro` sequences, or as many as hold `_PASS_TOKENS`; of those that fit in `_PASS_S` after a first one that is
+    not counted, the median.
+    """
     import torch
 
     from tandem.model.hybrid import Decoder
     from tandem.train.ranks import Ranks
     from tandem.train.trainee import make_trainee
 
+    length = recipe.batch.sequence_length
+    rows = min(micro, max(1, _PASS_TOKENS // length))
     model = make_trainee(Decoder(spec, seed=recipe.seed), replace(recipe, compile=False), Ranks())
-    ids = torch.arange(recipe.batch.sequence_length)[None] % spec.vocab_size
+    ids = (torch.arange(rows * length) % spec.vocab_size).view(rows, length)
     documents = torch.zeros_like(ids)
     taken: list[float] = []
     while len(taken) < 2 or sum(taken[1:]) < _PASS_S:
         began = time.perf_counter()
         model(ids, ids, documents).backward()
         taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
+    return statistics.median(taken[1:]) / rows
 
 
 def _hardware(found: str | HardwareSpec | None) -> HardwareSpec | None:
