@@ -35,6 +35,8 @@ def library() -> ctypes.CDLL | Infeasible:
 
 def usable(x: Tensor) -> bool:
     """Whether C can round this: an fp32 tensor on the CPU with numbers in it, outside of compilation and transforms."""
+    if torch.compiler.is_compiling():
+        return False
     return x.numel() > 0 and tasks.usable(x) and isinstance(library(), ctypes.CDLL)
 
 
