@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tandem.model.tokenizer import load_tokenizer
 from tandem.spec.errors import SpecError
 from tandem.train.data.document import BadRow
 from tandem.train.data.rows import find_files
@@ -16,6 +18,7 @@ from tandem.train.recipe import Recipe
 
 REPORT = "report.json"
 _FORMAT = 1
+_OF_FILES = ("jsonl", "parquet", "text")
 _GENERATED = ("procedural", "long-documents")
 
 
@@ -86,17 +89,19 @@ def fingerprint(recipe: Recipe, recipe_folder: Path) -> str:
     """A digest of everything that decides what a prepared folder holds.
 
     Sources, tokenizer, cleaning, held-out share, the evaluation questions that are kept out, and the content of every file that
-    is read. The blend, the batch and the run's seed are not among them, so runs that differ only there share a folder.
+    is read; of a hub source its name only. The blend, the batch and the run's seed are not among them, so runs that differ only
+    there share a folder.
     """
     data = recipe.data
     settings = {
         "format": _FORMAT,
         "tokenizer": asdict(data.tokenizer),
+        "vocabulary": None if data.tokenizer.name is None else load_tokenizer(data.tokenizer.name).backend.to_str(),
         "sources": {name: asdict(source) for name, source in data.sources.items()},
         "clean": asdict(data.clean),
         "held_out": data.held_out,
         "evaluate": dict.fromkeys(evaluated_tasks(recipe), recipe.evaluate.problems),
-        "files": {str(file.name): digest for file, digest in _files(recipe, recipe_folder)},
+        "files": [(file.name, _content(file)) for file in _files(recipe, recipe_folder)],
         "versions": {name: _version(name) for name in _libraries(recipe)},
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -104,7 +109,7 @@ def fingerprint(recipe: Recipe, recipe_folder: Path) -> str:
 
 def evaluated_tasks(recipe: Recipe) -> tuple[str, ...]:
     """Tasks whose evaluation questions are kept out of training data: those that are evaluated and those that are learned."""
-    learned = (task for source in recipe.data.sources.values() for task in source.tasks)
+    learned = (task for source in recipe.data.sources.values() if source.kind == "procedural" for task in source.tasks)
     return tuple(dict.fromkeys((*recipe.evaluate.tasks, *learned)))
 
 
@@ -113,14 +118,17 @@ def generated(kind: str) -> bool:
     return kind in _GENERATED
 
 
-def _files(recipe: Recipe, folder: Path) -> list[tuple[Path, str]]:
+def _files(recipe: Recipe, folder: Path) -> list[Path]:
     found: list[Path] = []
     for name, source in recipe.data.sources.items():
-        if source.kind in ("jsonl", "parquet", "text") or (source.kind == "long-documents" and source.path):
+        if source.kind in _OF_FILES:
             found += find_files(f"data.sources.{name}.path", source.path, folder)
+        elif source.kind == "long-documents":
+            with suppress(SpecError):  # Its prose may be a data set of the hub, or one that is not there: reading tells.
+                found += find_files(f"data.sources.{name}.path", source.path, folder)
     for path in recipe.data.clean.decontaminate:
         found += find_files("data.clean.decontaminate", path, folder)
-    return [(file, _content(file)) for file in found]
+    return found
 
 
 def _content(file: Path) -> str:

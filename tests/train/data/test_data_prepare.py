@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from tandem.spec.errors import SpecError
+from tandem.train.data.bpe import save_tokenizer, train_bpe
+from tandem.train.data.document import Document
 from tandem.train.data.prepare import prepare, prepared_tokenizer
 from tandem.train.data.prepared import DataReport, SourceReport, read_report
 from tandem.train.data.procedural import evaluation_problems
-from tandem.train.data.shards import PARTS, read_shard
+from tandem.train.data.shards import PARTS, read_shard, write_shard
 from tandem.train.data.stream import TokenStream, source_folder
 from tandem.train.recipe import (
     BatchPart,
@@ -225,15 +227,37 @@ def test_near_duplicates_across_sources(texts: Path, recipe: Recipe, tmp_path: P
 def test_a_tokenizer_that_exists_is_taken(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
     prepare(recipe, tmp_path / "data", recipe_folder=texts)
     named = replace(recipe.data, tokenizer=TokenizerPart(name=str(tmp_path / "data" / "tokenizer")))
-    prepare(replace(recipe, data=named), tmp_path / "named", recipe_folder=texts)
+    recipe = replace(recipe, data=named)
+    prepare(recipe, tmp_path / "named", recipe_folder=texts)
     for name in recipe.data.sources:
         first, second = (source_folder(tmp_path / folder, name) / "tokens.bin" for folder in ("data", "named"))
         assert np.array_equal(np.fromfile(first, "<u2"), np.fromfile(second, "<u2"))
+    save_tokenizer(train_bpe(["other text"], 300), tmp_path / "data" / "tokenizer")
+    with pytest.raises(SpecError, match="holds data of other settings"):
+        prepare(recipe, tmp_path / "named", recipe_folder=texts)
 
 
-def test_large_vocabularies_have_four_bytes(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
-    prepare(recipe, tmp_path / "data", recipe_folder=texts)
-    assert read_shard(source_folder(tmp_path / "data", "rows"), "train").tokens.dtype == np.dtype("<u2")
+@pytest.mark.parametrize(("added", "dtype"), [(65536 - 300, "<u2"), (65537 - 300, "<u4")])
+def test_large_vocabularies_have_four_bytes(tmp_path: Path, added: int, dtype: str) -> None:
+    tokenizer = train_bpe(PROSE.split(), 300)
+    size = tokenizer.backend.get_vocab_size()
+    tokenizer.backend.add_tokens([f"[{i}]" for i in range(added + 300 - size)])
+    last = f"[{added + 299 - size}]"
+    write_shard(tmp_path / "shard", [Document(text=f"a{last}", id="d")], tokenizer, np.array([False]))
+    tokens = read_shard(tmp_path / "shard", "train").tokens
+    assert tokens.dtype == np.dtype(dtype)
+    assert tokens[-2] == added + 299
+
+
+def test_long_documents_go_with_the_prose_that_they_are_made_of(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    long = SourcePart(kind="long-documents", path="prose.txt.gz", documents=8, length=400, tasks=("count",))
+    recipe = replace(recipe, data=replace(recipe.data, sources={**recipe.data.sources, "long": long}))
+    made = _by_name(prepare(recipe, tmp_path / "data", recipe_folder=texts))["long"]
+    assert made.read == 8
+    assert made.documents > 1
+    (texts / "prose.txt.gz").write_bytes(gzip.compress(b"Something else altogether. " * 500))
+    with pytest.raises(SpecError, match="holds data of other settings or files"):
+        prepare(recipe, tmp_path / "data", recipe_folder=texts)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
