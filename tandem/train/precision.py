@@ -76,8 +76,8 @@ class _Bf16Product(torch.autograd.Function):
         return multiply_bf16(grad, weight) if wants_x else None, multiply_bf16(grad.T, x) if wants_weight else None
 
 
-class _Fp8Product(torch.autograd.Function):
-    """x W^T, g W and g^T x of FP8 numbers (`Fp8Linear`)."""
+class _BlockProduct(torch.autograd.Function):
+    """x W^T, g W and g^T x of FP8 numbers with a scale a block (`Fp8Linear`)."""
 
     @staticmethod
     def forward(
@@ -85,7 +85,8 @@ class _Fp8Product(torch.autograd.Function):
     ) -> Float[Tensor, "tokens rows"]:
         ctx.recipe = recipe
         ctx.save_for_backward(x, weight)
-        return _multiply(_operand(x, recipe, along=1), _operand(weight, recipe), recipe, transpose=(False, True))
+        x, weight = (_rounded(t, block, E4M3, recipe) for t, block in ((x, (1, BLOCK)), (weight, (BLOCK, BLOCK))))
+        return _multiply(x, weight.T, recipe)
 
     @staticmethod
     @once_differentiable
@@ -93,38 +94,52 @@ class _Fp8Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         recipe, grad_x, grad_weight = ctx.recipe, None, None
         if ctx.needs_input_grad[0]:
-            across = _operand(grad, recipe, recipe.gradients, along=1)
-            grad_x = _multiply(across, _operand(weight, recipe), recipe)
+            across = _rounded(grad, (1, BLOCK), recipe.gradients, recipe)
+            grad_x = _multiply(across, _rounded(weight, (BLOCK, BLOCK), E4M3, recipe), recipe)
         if ctx.needs_input_grad[1]:
-            down = _operand(grad, recipe, recipe.gradients, along=0)
-            grad_weight = _multiply(down, _operand(x, recipe, along=0), recipe, transpose=(True, False))
+            down = _rounded(grad, (BLOCK, 1), recipe.gradients, recipe)
+            grad_weight = _multiply(down.T, _rounded(x, (BLOCK, 1), E4M3, recipe), recipe)
         return grad_x, grad_weight, None
 
 
-def _operand(x: Tensor, recipe: Fp8Recipe, form: Fp8Format = E4M3, *, along: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Numbers to multiply and what to multiply the product by; `along` is the axis of tiles, None is for square blocks."""
-    if recipe.scaling == "tensor":
-        whole = quantise(x, None, form, power_of_two=recipe.power_of_two)
-        return whole.values, whole.scales
-    block = {None: (BLOCK, BLOCK), 0: (BLOCK, 1), 1: (1, BLOCK)}[along]
-    return round_trip(x, block, form, power_of_two=recipe.power_of_two), None
+def _rounded(x: Tensor, block: tuple[int, int], form: Fp8Format, recipe: Fp8Recipe) -> Tensor:
+    return round_trip(x, block, form, power_of_two=recipe.power_of_two)
 
 
-def _multiply(
-    a: tuple[Tensor, Tensor | None],
-    b: tuple[Tensor, Tensor | None],
-    recipe: Fp8Recipe,
-    *,
-    transpose: tuple[bool, bool] = (False, False),
-) -> Tensor:
-    """The product; FP8 numbers are bf16 numbers, with a power of two as scale as well, with another one they are not."""
-    left, right = (m.T if flip else m for (m, _), flip in zip((a, b), transpose, strict=True))
-    if recipe.scaling == "block" and not recipe.power_of_two:
-        return left @ right
-    product = multiply_bf16(left, right, rounded=True)
-    for _, scale in (a, b):
-        product = product if scale is None else product.mul_(scale)
-    return product
+def _multiply(a: Tensor, b: Tensor, recipe: Fp8Recipe) -> Tensor:
+    """FP8 numbers times powers of two are bf16 numbers; times other scales they have too many digits."""
+    return multiply_bf16(a, b, rounded=True) if recipe.power_of_two else a @ b
+
+
+class _TensorProduct(torch.autograd.Function):
+    """The same with a scale a tensor, which is multiplied in after the product; FP8 numbers themselves are bf16 numbers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "tokens width"], weight: Float[Tensor, "rows width"], recipe: Fp8Recipe
+    ) -> Float[Tensor, "tokens rows"]:
+        (values, scale), (columns, other) = _whole(x, E4M3, recipe), _whole(weight, E4M3, recipe)
+        ctx.recipe = recipe
+        ctx.save_for_backward(values, scale, weight)
+        return multiply_bf16(values, columns.T, rounded=True).mul_(scale * other)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Float[Tensor, "tokens rows"]) -> tuple[Tensor | None, Tensor | None, None]:
+        x, x_scale, weight = ctx.saved_tensors
+        values, scale = _whole(grad, ctx.recipe.gradients, ctx.recipe)
+        grad_x, grad_weight = None, None
+        if ctx.needs_input_grad[0]:
+            rows, other = _whole(weight, E4M3, ctx.recipe)
+            grad_x = multiply_bf16(values, rows, rounded=True).mul_(scale * other)
+        if ctx.needs_input_grad[1]:
+            grad_weight = multiply_bf16(values.T, x, rounded=True).mul_(scale * x_scale)
+        return grad_x, grad_weight, None
+
+
+def _whole(x: Tensor, form: Fp8Format, recipe: Fp8Recipe) -> tuple[Tensor, Tensor]:
+    quantised = quantise(x, None, form, power_of_two=recipe.power_of_two)
+    return quantised.values, quantised.scales
 
 
 class Bf16Linear(Linear):
@@ -164,7 +179,8 @@ class Fp8Linear(Linear):
         if kernel is not None:
             y = kernel(x.bfloat16(), self.weight.bfloat16(), BLOCK).to(x.dtype)
             return y if self.bias is None else y + self.bias
-        return _apply(self, x, _Fp8Product, self.recipe)
+        product = _BlockProduct if self.recipe.scaling == "block" else _TensorProduct
+        return _apply(self, x, product, self.recipe)
 
     def extra_repr(self) -> str:
         """As of other linears, with the recipe."""
