@@ -165,14 +165,16 @@ def test_micro_batches_default_to_all_at_once() -> None:
     assert (training_step(small).passes, training_step(r).passes) == (3, 1)
 
 
-def test_a_cpu_is_measured_where_no_rates_are_given() -> None:
-    r = recipe("nano-hybrid")
+def test_a_cpu_is_measured_where_no_rates_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandem.train.plan._PASS_S", 0.05)
+    small = ("batch.sequence_length=64", "batch.sequences=2")
+    r = recipe("nano-hybrid", *small)
     rates = measure_cpu(plan_spec(r), r.precision)
     assert min(rates) > 0
     p = plan_run(r)
     assert p.hardware == "cpu"
     assert p.seconds.evidence == "calibrated"
-    each, planned = p.seconds_per_step, plan("nano-hybrid").seconds_per_step
+    each, planned = p.seconds_per_step, plan("nano-hybrid", *small).seconds_per_step
     assert each.head / each.linears == pytest.approx(planned.head / planned.linears)  # in proportion, whatever was measured
     assert p.seconds.value == pytest.approx(each.total * p.steps)
     assert any("measured here" in text for text in plan_sentences(p.to_json()))
