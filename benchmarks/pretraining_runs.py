@@ -23,7 +23,6 @@ from tandem.spec.files import write_whole
 from tandem.study.pretraining_claims import FP8, FP8_TENSOR, FP32, HYBRID, LONG, ONE_BLEND, SHORT, TRANSFORMER
 from tandem.train.recipe_files import load_recipe
 
-TASKS = ("chain_sum", "letter_counting", "leg_counting", "gsm_symbolic")
 NEEDLES = (256, 512, 1024, 2048)
 NEEDLE_CASES = 40
 """Of each kind at each length."""
@@ -65,7 +64,7 @@ def variants() -> dict[str, Variant]:
     )
     return {
         HYBRID: Variant(recipe="nano-hybrid", changes=("precision.linears=bf16",)),
-        FP8: Variant(recipe="nano-hybrid", changes=("precision.linears=fp8-block",)),
+        FP8: Variant(recipe="nano-hybrid-fp8"),
         TRANSFORMER: Variant(recipe="nano-transformer", changes=("precision.linears=bf16",)),
         ONE_BLEND: Variant(recipe="nano-hybrid", changes=("precision.linears=bf16", one_blend())),
         FP32: Variant(recipe="nano-hybrid", changes=("precision.linears=fp32",)),
@@ -80,12 +79,12 @@ def place(out: Path, name: str, seed: int) -> Path:
     return out / name / f"seed-{seed}"
 
 
-def train(out: Path, name: str, variant: Variant, seed: int, more: Sequence[str], tokens: int, problems: int) -> None:
-    """One run, unless it is finished."""
+def train(out: Path, name: str, variant: Variant, seed: int, more: Sequence[str], problems: int) -> None:
+    """One run, unless it is finished; the log of one that fails stays in its folder."""
     folder = place(out, name, seed)
     if (folder / "metrics.json").is_file():
         return
-    asked = [f"evaluate.tasks=[{','.join(TASKS)}]", f"evaluate.problems={problems}", f"seed={seed}"]
+    asked = [f"evaluate.problems={problems}", f"seed={seed}"]
     data = "data"
     if variant.follows:
         base = place(out, HYBRID, seed) / "model"
@@ -94,23 +93,23 @@ def train(out: Path, name: str, variant: Variant, seed: int, more: Sequence[str]
             # The tokenizer is the same for every seed, and so is this data.
             asked += [f"data.tokenizer.name={(place(out, HYBRID, 0) / 'model').resolve()}"]
             data = "data-long"
-    else:
-        asked.append(f"batch.tokens={tokens}")
     command = [sys.executable, "-m", "tandem.cli", "train", variant.recipe, *variant.changes, *asked, *more]
     began = time.perf_counter()
     print(f"{name}, seed {seed}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
-        subprocess.run(
-            [*command, "--out", str(folder), "--data", str(out / data), "--json"], stdout=log, stderr=log, check=True
-        )
+        places = ["--out", str(folder), "--data", str(out / data), "--json"]
+        done = subprocess.run([*command, *places], stdout=log, stderr=log, check=False)
+    if done.returncode:
+        last = (folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1:]
+        raise SystemExit(f"{name}, seed {seed}: {''.join(last)}")
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     right = ", ".join(f"{task} {share['accuracy']:.0%}" for task, share in found.get("accuracy", {}).items())
     print(f"  loss {found['loss']:.4f}; {right}; {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
 
 
 def ask_needles(folder: Path, cases: int) -> None:
-    """Ask a finished run for facts in long texts, and keep the shares beside it; prose of the haystack was not learned from."""
+    """Ask a finished run for facts in long texts, and keep the shares beside it; the haystack is plain sentences, over and over."""
     target = folder / "needles.json"
     if target.is_file() or not (folder / "metrics.json").is_file():
         return
@@ -134,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/pretraining"))
     parser.add_argument("--tokens", type=int, default=1_200_000, help="Of each base run.")
+    parser.add_argument("--long-tokens", type=int, help="Of each run that goes on from one; default nano-long's.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(known), default=list(known))
     parser.add_argument("--problems", type=int, default=200, help="Of each task.")
@@ -142,7 +142,9 @@ def main() -> None:
     options = parser.parse_args()
     for seed in range(options.seeds):  # seed by seed, so that whatever is there when time ends can be compared
         for name in options.only:
-            train(options.out, name, known[name], seed, options.set, options.tokens, options.problems)
+            tokens = options.long_tokens if known[name].follows else options.tokens
+            more = [*([] if tokens is None else [f"batch.tokens={tokens}"]), *options.set]
+            train(options.out, name, known[name], seed, more, options.problems)
             if name in (HYBRID, LONG, SHORT):
                 ask_needles(place(options.out, name, seed), options.cases)
 

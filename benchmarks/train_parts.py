@@ -37,7 +37,7 @@ transformers.logging.set_verbosity_error()
 QUIET = ["evaluate.every=1000000", "evaluate.batches=1", "checkpoint.every=1000000", "checkpoint.keep=1"]
 PROSE = ["data.phases=[{until: 1.0, weights: {plays: 0.5, addresses: 0.5}}]"]
 """Text that is learned from its first token to its last, so that both sides compute the loss of every position."""
-FEWER = ["data.sources.reasoning.documents=4000"]
+FEWER = ["data.sources.reasoning.documents=4000", "evaluate.tasks=[]", "evaluate.samples=[]"]
 HIDDEN_512 = [
     "model.pattern=M-M-*M-M-M-*M-M-",
     "model.hidden_size=512",

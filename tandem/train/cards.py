@@ -14,7 +14,7 @@ from tandem.spec.mixers import MLP, Attention, Mamba2, MoE
 from tandem.spec.model import ModelSpec
 from tandem.train.card_text import bullets, card, code, table
 from tandem.train.data.prepared import DataReport
-from tandem.train.data_card import blend_rows, data_card, notice_lines
+from tandem.train.data_card import blend_table, data_card, notice_lines
 from tandem.train.recipe import PrecisionPart, Recipe
 
 __all__ = ["data_card", "model_card"]
@@ -94,7 +94,7 @@ def model_card(
         "### Loss",
         table(("step", "tokens", "training loss, nats a learned token", "learning rate"), _curve(steps)),
         "## Data",
-        table(("source", "licence", "documents", "tokens", "share of the sequences by phase"), blend_rows(recipe, data)),
+        blend_table(recipe, data),
         _data_note(recipe, data),
         "## Evaluation",
         *_evaluation(held_out, accuracy),

@@ -39,11 +39,9 @@ def data_card(recipe: Recipe, data: DataReport, *, date: str, version: str, noti
         "tags": ["tandem", "pre-training", *(["synthetic"] if any(generated(source.kind) for source in data.sources) else [])],
     }
     clean = recipe.data.clean
-    near = (
-        "kept" if clean.near_duplicates is None else f"dropped from a Jaccard similarity of {clean.near_duplicates:g} of words"
-    )
+    near = "kept" if clean.near_duplicates is None else f"dropped from a Jaccard similarity of {clean.near_duplicates:g} on"
     rules = [
-        f"shorter than {clean.min_chars} characters, or without anything to learn: dropped",
+        f"below {clean.min_chars:,} character{'s' * (clean.min_chars != 1)}, or without anything to learn: dropped",
         f"equal text, in all sources together: {'dropped' if clean.exact_duplicates else 'kept'}",
         f"nearly equal text (MinHash over word 5-grams, read sources only): {near}",
         f"quality below {clean.min_quality:g} of 1 (rules in tandem/train/data/quality.py, read sources only): dropped",
@@ -79,7 +77,7 @@ def data_card(recipe: Recipe, data: DataReport, *, date: str, version: str, noti
         *_bad_rows(data.sources),
         *_quality(data.sources),
         "## Blend",
-        table(("source", "licence", "documents", "tokens", "share of the sequences by phase"), blend_rows(recipe, data)),
+        blend_table(recipe, data),
         "## Make it again",
         code(f"tandem train {recipe.name}") + f"\n\nprepares the data first. Fingerprint `{data.fingerprint}`.",
         "## Limits",
@@ -96,16 +94,16 @@ def _hub_licence(licence: str) -> str:
     return _LICENCES.get(licence.strip().lower(), "other")
 
 
-def blend_rows(recipe: Recipe, data: DataReport) -> list[tuple[str, str, str, str, str]]:
-    """Sources with their tokens and their share of the sequences up to which part of the run."""
+def blend_table(recipe: Recipe, data: DataReport) -> str:
+    """Sources with their tokens, and their shares of the sequences until which part of the run."""
+    phases = recipe.data.phases
     rows = []
     for source in data.sources:
-        shares = []
-        for phase in recipe.data.phases:
-            share = phase.weights.get(source.name, 0.0) / math.fsum(phase.weights.values())
-            shares.append(f"{share:.0%} to {phase.until:.0%}")
-        rows.append((source.name, source.licence, f"{source.documents:,}", f"{source.tokens:,}", ", ".join(shares)))
-    return rows
+        shares = [phase.weights.get(source.name, 0.0) / math.fsum(phase.weights.values()) for phase in phases]
+        size = (source.licence, f"{source.documents:,}", f"{source.tokens:,}")
+        rows.append((source.name, *size, *(f"{share:.0%}" for share in shares)))
+    head = ("source", "licence", "documents", "tokens", *(f"sequences until {phase.until:.0%} of the run" for phase in phases))
+    return table(head, rows)
 
 
 def notice_lines(data: DataReport) -> list[str]:
