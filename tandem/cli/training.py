@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +56,8 @@ def train(
             chosen,
             folder,
             out or Path("out/train") / chosen.name,
+            date=datetime.date.today().isoformat(),
+            command=shlex.join(["tandem", "train", recipe, *(changes or ())]),
             data_folder=data,
             listen=progress.listen,
             tensorboard=tensorboard,

@@ -19,7 +19,7 @@ from tandem.spec.files import write_whole
 from tandem.train.checkpoint import Checkpoints
 from tandem.train.data.packing import Batch
 from tandem.train.data.stream import TokenStream
-from tandem.train.evaluate import held_out_loss
+from tandem.train.evaluate import loss_sum
 from tandem.train.guard import Guard
 from tandem.train.journal import Journal, read_journal
 from tandem.train.ranks import Ranks
@@ -206,13 +206,15 @@ class _Run:
         return total
 
     def _evaluate(self) -> None:
-        """Held-out loss of every source, by all ranks alike since a sharded model runs on all at once."""
-        part, rows = self.recipe.evaluate, max(1, self.recipe.batch.sequences // self.ranks.world)
+        """Held-out loss of every source; each rank runs its rows of every batch."""
+        rank, world = self.ranks.rank, self.ranks.world
         losses = {}
         for source in self.recipe.data.sources:
-            batches = self.stream.held_out(source, part.batches, rows)
-            if batches:
-                losses[source] = held_out_loss(self.model, batches)
+            batches = self.stream.held_out(source, self.recipe.evaluate.batches, self.recipe.batch.sequences)
+            mine = [b.rows(rank, world) for b in batches]
+            total, tokens = (self.ranks.total(value) for value in loss_sum(self.model, mine))
+            if tokens:
+                losses[source] = total / tokens
         self._tell({"kind": "held_out", "step": self.step, "loss": losses})
 
     def _save(self) -> None:

@@ -60,9 +60,10 @@ class SourcePart:
     config: str | None = None
     """Of a hub source: the name of its configuration."""
     text: str = "{text}"
-    """How a row becomes a document: a template over its columns."""
+    """How a row becomes a document: a template over its columns. Of a worked answer as GSM8K has them, `{column:steps}` is
+    what comes before the result and `{column:result}` the result."""
     prompt: str | None = None
-    """The part of a document before what is learned, likewise; None: all of it is learned."""
+    """The part of a document before what is learned, likewise: a literal beginning of `text`. None: all of it is learned."""
     tasks: tuple[str, ...] = ()
     """Of a procedural source: the names of its tasks."""
     documents: int | None = None

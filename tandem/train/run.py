@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tandem._version import __version__
 from tandem.model.hybrid import Decoder, TokenIds
 from tandem.model.load import load_model, save_model
 from tandem.model.memory import keep_freed_memory
@@ -21,11 +22,14 @@ from tandem.spec.errors import SpecError
 from tandem.spec.files import write_whole
 from tandem.spec.model import ModelSpec
 from tandem.train.build import model_spec, with_vocabulary
+from tandem.train.cards import data_card, model_card
 from tandem.train.checkpoint import full_weights
 from tandem.train.data.prepare import prepare
+from tandem.train.data.prepared import DataReport, read_report
 from tandem.train.data.procedural import evaluation_problems
 from tandem.train.data.stream import TokenStream
 from tandem.train.evaluate import samples, task_accuracy
+from tandem.train.journal import read_journal
 from tandem.train.loop import Listener, Speed, train_model
 from tandem.train.machine import matmul_flops_per_s
 from tandem.train.ranks import Ranks, joined
@@ -53,6 +57,8 @@ def run_recipe(
     recipe_folder: Path,
     out: Path,
     *,
+    date: str,
+    command: str | None = None,
     data_folder: Path | None = None,
     listen: Listener = _nobody,
     tensorboard: bool = False,
@@ -60,16 +66,24 @@ def run_recipe(
     """Run a recipe into the folder `out`, or go on with the run that is there; every rank calls this, the first one returns.
 
     Data are prepared once into `data_folder` (default: `out/data`), which runs with the same data may share. The trained
-    model is `out/model`, a Hugging Face checkpoint in bf16. Raises SpecError for settings that cannot be run.
+    model is `out/model`, a Hugging Face checkpoint in bf16 with its card and that of its data, which state `date` and the
+    `command` that made them. Raises SpecError for settings that cannot be run.
     """
     if recipe.plan_only is not None:
         raise SpecError(f"recipe={recipe.name!r}: {recipe.plan_only}; `tandem train {recipe.name} --plan` says what it takes")
     with joined() as ranks:
-        return _run(recipe, recipe_folder, out, data_folder or out / "data", ranks, listen, tensorboard)
+        return _run(recipe, recipe_folder, out, data_folder or out / "data", (date, command), ranks, listen, tensorboard)
 
 
 def _run(
-    recipe: Recipe, recipe_folder: Path, out: Path, data: Path, ranks: Ranks, listen: Listener, tensorboard: bool
+    recipe: Recipe,
+    recipe_folder: Path,
+    out: Path,
+    data: Path,
+    made: tuple[str, str | None],
+    ranks: Ranks,
+    listen: Listener,
+    tensorboard: bool,
 ) -> Trained | None:
     began = time.perf_counter()
     if ranks.device.type == "cpu":
@@ -94,7 +108,26 @@ def _run(
     trained = export(decoder.spec, weights, data / "tokenizer", out / "model")
     metrics = {**last, **_worth(recipe, trained, tokenizer, listen), "wall_s": time.perf_counter() - began}
     write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    _write_cards(recipe, decoder.spec, out, metrics, read_report(data), recipe_folder, *made)
     return Trained(checkpoint=out / "model", metrics=metrics)
+
+
+def _write_cards(
+    recipe: Recipe,
+    spec: ModelSpec,
+    out: Path,
+    metrics: dict[str, Any],
+    data: DataReport,
+    recipe_folder: Path,
+    date: str,
+    command: str | None,
+) -> None:
+    notices = [file.read_text(encoding="utf-8") for file in sorted((recipe_folder / "data").glob("NOTICE*"))]
+    about = model_card(
+        recipe, spec, metrics, read_journal(out), data, date=date, version=__version__, base=recipe.model.initial
+    )
+    write_whole(out / "model" / "README.md", about)
+    write_whole(out / "model" / "DATA.md", data_card(recipe, data, date=date, version=__version__, notices="\n".join(notices)))
 
 
 def _tell_data(listen: Listener, stage: str, source: str, documents: int) -> None:

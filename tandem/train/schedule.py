@@ -18,7 +18,7 @@ def learning_rate(step: int, steps: int, part: OptimiserPart) -> float:
     begin = decay_begins(steps, part)
     if step < begin:
         return part.lr
-    return part.lr + (part.min_lr - part.lr) * (step + 1 - begin) / (steps - begin)
+    return part.min_lr + (part.lr - part.min_lr) * (steps - 1 - step) / (steps - begin)
 
 
 def warmup_steps(steps: int, part: OptimiserPart) -> int:

@@ -36,6 +36,11 @@ class Batch:
         """Positions with a label."""
         return int((self.labels != IGNORED).sum())
 
+    def rows(self, rank: int, world: int) -> Batch:
+        """Rows `rank`, `rank + world`, ...: what one of `world` ranks computes."""
+        one = slice(rank, None, world)
+        return Batch(input_ids=self.input_ids[one], labels=self.labels[one], documents=self.documents[one])
+
 
 class Packer:
     """Takes a source's documents in a seeded order, epoch after epoch, and fills sequences with them.
