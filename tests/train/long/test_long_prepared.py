@@ -14,17 +14,14 @@ from tandem.train.recipe import BatchPart, DataPart, ModelPart, PhasePart, Recip
 from tandem.train.recipe_files import load_recipe, recipes_folder
 
 
-@pytest.mark.slow
 def test_documents_fit_their_sequences_and_questions_are_learned(tmp_path: Path) -> None:
     recipe = Recipe(
         name="long-only",
         model=ModelPart(pattern="M*-"),
         data=DataPart(
-            tokenizer=TokenizerPart(vocab_size=2048, sample_bytes=2_000_000),
+            tokenizer=TokenizerPart(vocab_size=2048, sample_bytes=200_000),
             sources={
-                "questions": SourcePart(kind="long-documents", path="data/*.txt.gz", documents=40, length=2048),
-                "addresses": SourcePart(kind="text", path="data/us_addresses.txt.gz"),
-                "plays": SourcePart(kind="text", path="data/tinyshakespeare.txt.gz"),
+                "questions": SourcePart(kind="long-documents", path="data/*.txt.gz", documents=30, length=2048),
             },
             phases=(PhasePart(until=1.0, weights={"questions": 1.0}),),
         ),
@@ -32,8 +29,8 @@ def test_documents_fit_their_sequences_and_questions_are_learned(tmp_path: Path)
     )
     report = prepare(recipe, tmp_path / "data", recipe_folder=recipes_folder())
     source = report.sources[0]
-    assert (source.documents, source.dropped, source.bad_rows) == (40, {}, 0)
-    assert 0.8 * 2048 < source.tokens / (source.documents - source.held_out_documents) <= 2048
+    assert (source.documents, source.dropped, source.bad_rows) == (30, {}, 0)
+    assert 0.7 * 2048 < source.tokens / (source.documents - source.held_out_documents) <= 2048
     tokenizer = prepared_tokenizer(tmp_path / "data")
     batch = TokenStream(tmp_path / "data", recipe.data, recipe.batch, seed=0).batch()
     for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
