@@ -26,7 +26,10 @@ def draw(figure: dict[str, Any], target: Path) -> None:
     panels = figure["panels"]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    sheet, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    named = bool(figure["x_labels"])
+    sheet, axes = pyplot.subplots(
+        rows, columns, figsize=((8.4 if named else 4.2) * columns, 3.2 * rows), squeeze=False, layout="constrained"
+    )
     colours: dict[str, str] = {}
     for axis, panel in zip(axes.flat, panels, strict=False):
         for series in panel["series"]:
@@ -47,10 +50,13 @@ def draw(figure: dict[str, Any], target: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.set_xticks(sorted({x for series in panel["series"] for x in series["x"]}))
             axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%d"))
-        if figure["x_labels"]:
+        if named:
             axis.set_xticks(range(len(figure["x_labels"])), figure["x_labels"], rotation=15)
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=8)
+        handles, labels = axis.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if named else {}
+        axis.legend(once.values(), once.keys(), frameon=False, fontsize=8, **beside)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
     sheet.savefig(target, metadata={"Date": None, "Creator": None})

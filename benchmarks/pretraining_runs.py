@@ -109,7 +109,7 @@ def train(out: Path, name: str, variant: Variant, seed: int, more: Sequence[str]
 
 
 def ask_needles(folder: Path, cases: int) -> None:
-    """Ask a finished run for facts in long texts, and keep the shares beside it; the haystack is plain sentences, over and over."""
+    """Ask a finished run for facts in long texts of plain sentences, and keep the shares beside it."""
     target = folder / "needles.json"
     if target.is_file() or not (folder / "metrics.json").is_file():
         return

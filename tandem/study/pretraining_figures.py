@@ -43,7 +43,12 @@ def figures_of(runs: Runs) -> dict[str, Figure]:
     made = {
         "loss": _loss(runs),
         "gap": _gap(runs),
-        "sources": _bars(runs, "Held-out loss by source", "nats a token", lambda run: run.held_out),
+        "sources": _bars(
+            {name: by_seed for name, by_seed in runs.items() if name not in (LONG, SHORT)},
+            "Held-out loss over that of the hybrid in bf16",
+            "per cent of the loss",
+            lambda run: _over(run, runs.get(HYBRID, {})),
+        ),
         "answers": _bars(runs, "Verified answers by task", "share right", _shares),
         "needles": _needles(runs),
     }
@@ -118,8 +123,17 @@ def _shares(run: TrainingRun) -> dict[str, float]:
     return {task: found["accuracy"] for task, found in run.accuracy.items()}
 
 
+def _over(run: TrainingRun, base: Mapping[int, TrainingRun]) -> dict[str, float]:
+    """Held-out loss by source, as per cent over that of the base at the same seed; empty where it has none."""
+    if run.seed not in base:
+        return {}
+    wide = base[run.seed].held_out
+    return {name: 100 * (loss / wide[name] - 1) for name, loss in run.held_out.items() if name in wide}
+
+
 def _bars(runs: Runs, title: str, unit: str, values: Callable[[TrainingRun], Mapping[str, float]]) -> Figure | None:
-    here = {name: list(runs[name].values()) for name in NAMES if name in runs}
+    asked = {name: [run for run in runs[name].values() if values(run)] for name in NAMES if name in runs}
+    here = {name: found for name, found in asked.items() if found}
     sets = [set(values(run)) for found in here.values() for run in found]
     cases = sorted(set.intersection(*sets)) if sets else []
     if not cases:
@@ -137,7 +151,6 @@ def _bars(runs: Runs, title: str, unit: str, values: Callable[[TrainingRun], Map
         y_title=unit,
         panels=(Panel(title="at the end of the run", series=tuple(series)),),
         x_labels=tuple(cases),
-        y_log=min(y for one in series for y in one.y) > 1,
     )
 
 
