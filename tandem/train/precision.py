@@ -31,7 +31,10 @@ NARROW = 16
 
 @contextmanager
 def _bf16_multiplication() -> Iterator[None]:
-    """Inside, torch multiplies fp32 matrices on the CPU by rounding them to bf16 and adding up in fp32 (AMX, AVX512-BF16)."""
+    """Inside, torch multiplies fp32 matrices on the CPU by rounding them to bf16 and adding up in fp32 (AMX, AVX512-BF16).
+
+    The setting is that of the process: fp32 products of other threads in that moment are rounded as well.
+    """
     mkldnn: Any = torch.backends.mkldnn  # its types do not know the settings
     settings = mkldnn.matmul
     before = settings.fp32_precision
@@ -112,7 +115,10 @@ def _multiply(a: Tensor, b: Tensor, recipe: Fp8Recipe) -> Tensor:
 
 
 class _TensorProduct(torch.autograd.Function):
-    """The same with a scale a tensor, which is multiplied in after the product; FP8 numbers themselves are bf16 numbers."""
+    """The same with a scale a tensor, which is multiplied in after the product; FP8 numbers themselves are bf16 numbers.
+
+    Not in place: selective recompute keeps products as they were.
+    """
 
     @staticmethod
     def forward(
@@ -121,7 +127,7 @@ class _TensorProduct(torch.autograd.Function):
         (values, scale), (columns, other) = _whole(x, E4M3, recipe), _whole(weight, E4M3, recipe)
         ctx.recipe = recipe
         ctx.save_for_backward(values, scale, weight)
-        return multiply_bf16(values, columns.T, rounded=True).mul_(scale * other)
+        return multiply_bf16(values, columns.T, rounded=True) * (scale * other)
 
     @staticmethod
     @once_differentiable
@@ -131,9 +137,9 @@ class _TensorProduct(torch.autograd.Function):
         grad_x, grad_weight = None, None
         if ctx.needs_input_grad[0]:
             rows, other = _whole(weight, E4M3, ctx.recipe)
-            grad_x = multiply_bf16(values, rows, rounded=True).mul_(scale * other)
+            grad_x = multiply_bf16(values, rows, rounded=True) * (scale * other)
         if ctx.needs_input_grad[1]:
-            grad_weight = multiply_bf16(values.T, x, rounded=True).mul_(scale * x_scale)
+            grad_weight = multiply_bf16(values.T, x, rounded=True) * (scale * x_scale)
         return grad_x, grad_weight, None
 
 
