@@ -58,7 +58,17 @@ def multiply_bf16(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], *, rounded: 
     if not compiling and a.device.type == "cpu" and min(*a.shape, b.shape[1]) > NARROW and cpu_has_fast_bf16():
         with _bf16_multiplication():
             return a @ b
-    return a @ b if rounded else a.bfloat16().float() @ b.bfloat16().float()
+    return a @ b if rounded else _as_bf16(a) @ _as_bf16(b)
+
+
+def _as_bf16(x: Tensor) -> Tensor:
+    """fp32 numbers rounded to bf16. torch.compile takes a cast and the cast back for nothing, so there it is done on bits."""
+    if not torch.compiler.is_compiling():
+        return x.bfloat16().float()
+    bits = x.view(torch.int32)
+    even = (bits >> 16) & 1
+    rounded = ((bits + 0x7FFF + even) & -0x10000).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded)
 
 
 class _Bf16Product(torch.autograd.Function):

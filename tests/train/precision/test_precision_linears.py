@@ -88,6 +88,27 @@ def test_bf16_mode_ends_with_the_product(route: str) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+def test_rounding_to_bf16_on_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All upper halves of fp32 numbers, with the lower halves that decide."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)[:, None] << 16
+    x = (upper + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)).view(torch.float32)
+    cast = precision._as_bf16(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    on_bits = precision._as_bf16(x)
+    assert torch.equal(on_bits.isnan(), x.isnan())
+    assert torch.equal(on_bits[~x.isnan()].view(torch.int32), cast[~x.isnan()].view(torch.int32))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when inductor is imported
+def test_compiled_products_are_rounded() -> None:
+    """inductor, which leaves out what it takes for pointless casts, leaves the rounding in."""
+    a, b = batch(64, 128), batch(128, 64, seed=1)
+    found = torch.compile(multiply_bf16)(a, b)
+    assert close(found, a.bfloat16().double(), b.bfloat16().double())
+    assert not close(found, a.double(), b.double())
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_block_products(route: str, sizes: tuple[int, int, int], power_of_two: bool) -> None:
