@@ -10,7 +10,7 @@ import yaml
 
 def card(front: Mapping[str, Any], parts: Iterable[str]) -> str:
     """YAML that a hub reads, then Markdown; empty parts are left out."""
-    head = yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True, width=120)
+    head = yaml.safe_dump(dict(front), sort_keys=False, width=120)
     return f"---\n{head}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.spec.errors import SpecError
@@ -115,8 +115,8 @@ def test_the_model_card_says_what_the_run_says(recipe: Recipe, report: DataRepor
         f"{spec.parameters:,} parameters", "`M-M-M*-M-M*-`", "tandem train nano-hybrid seed=7", "| seed | 7 |", "2026-11-29",
         f"{STEPS * 4096:,}, {STEPS * 2048:,} of them learned", "| plays | 2.2500 |", "| reasoning | 0.7500 |",
         "| chain_sum | 72.5% | 66.0% to 78.0% | 200 |", "word-problems: MIT. Copyright (c) 2021 OpenAI", "E4M3",
-        "the first 4 and the last 4 in bf16", "    What is 1 + 1?", "| addresses | public domain | 900 | 80,000 | 20% | 5% | 0% |",
-        "30 minutes",
+        "the first 4 and the last 4 in bf16", "    What is 1 + 1?", "30 minutes",
+        "| addresses | public domain | 900 | 80,000 | 20% | 5% | 0% |",
     ):  # fmt: skip
         assert said in card, said
     assert "| plays | 3.5000 |" not in card  # the evaluation on the way
@@ -134,6 +134,7 @@ def test_no_answers_no_index_and_no_invention(recipe: Recipe, report: DataReport
 
 
 @given(count=st.integers(1, 400))
+@settings(deadline=None)
 def test_the_curve_has_every_step_once(count: int) -> None:
     recipe, report = load_recipe("nano-transformer")[0], DataReport(fingerprint="0", vocab_size=300, sources=())
     steps = [
@@ -165,6 +166,7 @@ def test_the_data_card_names_what_was_left_out(recipe: Recipe, report: DataRepor
 
 
 @given(text=st.text(max_size=60))
+@settings(deadline=None)
 def test_no_name_breaks_a_table_or_the_yaml(text: str) -> None:
     recipe = load_recipe("nano-hybrid")[0]
     report = DataReport(fingerprint="0", vocab_size=300, sources=(source(text, "text", text, text),))
