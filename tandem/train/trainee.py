@@ -20,6 +20,7 @@ from tandem.train.recipe import OptimiserPart, PrecisionPart, Recipe
 
 _KEPT = (
     torch.ops.aten.mm.default,
+    torch.ops.aten.mm.dtype,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
