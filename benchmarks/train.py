@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,15 @@ from train_parts import (
 
 from tandem.model.precision import cpu_has_fast_bf16
 
+BEGAN = time.perf_counter()
 AT_LEAST_RATIO = 1.3
 AT_LEAST_SHARE = 0.6
 AT_MOST_LOADER = 0.02
+
+
+def note(text: str) -> None:
+    """A line on stderr when a part begins: all of them take minutes."""
+    print(f"{time.perf_counter() - BEGAN:4.0f} s  {text}", file=sys.stderr, flush=True)
 
 
 def beside_trainer(bench: Bench, rounds: int) -> dict[str, Any]:
@@ -97,18 +104,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
+        note("data")
         bench = prepared(Path(scratch))
+        note("beside transformers' Trainer")
         trainer = beside_trainer(bench, options.rounds)
+        note("share of the matmul rate")
+        matmul = matmul_share(bench, max(2, options.rounds // 2))
         batch_s = loader_seconds(bench)
         result: dict[str, Any] = {
             "machine": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
             "threads": options.threads,
             "trainer": trainer,
-            "matmul": matmul_share(bench, max(2, options.rounds // 2)),
+            "matmul": matmul,
             "loader": {"batch_s": batch_s, "share": batch_s / min(trainer["step_s"].values())},
         }
         if options.rank_steps:
-            result["ranks"] = two_ranks(bench, options.rank_steps)
+            note("two ranks")
+            result["ranks"] = two_ranks(bench, options.rank_steps, options.threads)
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

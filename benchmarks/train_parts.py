@@ -235,28 +235,28 @@ def loader_seconds(bench: Bench, batches: int = 50) -> float:
     return statistics.median(timed(stream.batch) for _ in range(batches))
 
 
-def two_ranks(bench: Bench, steps: int) -> dict[str, float]:
-    """One process with all cores beside two with half of them each: how far losses are apart, and the speeds."""
-    found: dict[str, dict[str, float]] = {}
+def two_ranks(bench: Bench, steps: int, threads: int) -> dict[str, float]:
+    """One process with all threads beside two with half of them each: how far losses are apart, and the speeds."""
+    found: dict[int, dict[int, dict[str, Any]]] = {}
     for ranks in (1, 2):
         out = bench.scratch / f"ranks-{ranks}"
         tokens = load_recipe("nano-hybrid")[0].batch.tokens_per_step * steps
         changes = [*FEWER, *QUIET, "precision.linears=fp32", f"batch.tokens={tokens}"]
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         command = [sys.executable, *launch, "-m", "tandem.cli", "train", "nano-hybrid", *changes]
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, threads // ranks))}
         subprocess.run(
             [*command, "--out", str(out), "--data", str(bench.data), "--json"],
-            env=os.environ | threads,
+            env=environment,
             check=True,
             capture_output=True,
         )
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        found[str(ranks)] = {line["step"]: line for line in lines if line["kind"] == "step"}  # type: ignore[misc]
-    one, two = found["1"], found["2"]
+        found[ranks] = {line["step"]: line for line in lines if line["kind"] == "step"}
+    one, two = found[1], found[2]
     return {
         "steps": len(one),
-        "largest_loss_difference": max(abs(one[i]["loss"] - two[i]["loss"]) for i in one),  # type: ignore[index]
-        "tokens_per_s_1": statistics.median(line["tokens_per_s"] for line in one.values()),  # type: ignore[index]
-        "tokens_per_s_2": statistics.median(line["tokens_per_s"] for line in two.values()),  # type: ignore[index]
+        "largest_loss_difference": max(abs(one[i]["loss"] - two[i]["loss"]) for i in one),
+        "tokens_per_s_1": statistics.median(line["tokens_per_s"] for line in one.values()),
+        "tokens_per_s_2": statistics.median(line["tokens_per_s"] for line in two.values()),
     }

@@ -42,14 +42,16 @@ def model_card(
     command: str | None = None,
     base: str | None = None,
     datasets: Sequence[str] = (),
+    needles: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     language: str = "en",
 ) -> str:
     """The card of a trained checkpoint.
 
     `metrics` and `journal` are a run's metrics.json and the lines of its metrics.jsonl, `date` and `version` (of Tandem) stand
     in the card as given. `command` makes the model again; default the recipe by its name. `base` names the model that the run
-    went on from, `datasets` data sets of a hub beyond those that the recipe reads there. Raises SpecError where the run has
-    no step.
+    went on from (a folder's path is not told: it means nothing elsewhere), `datasets` data sets of a hub beyond those that the
+    recipe reads there. `needles` are shares of facts found in long texts, by kind and tokens of the prompt, each with
+    `accuracy` and `count`. Raises SpecError where the run has no step.
     """
     steps = [line for line in journal if line["kind"] == "step"]
     if not steps:
@@ -66,7 +68,8 @@ def model_card(
     }
     if hub or datasets:
         front["datasets"] = sorted({*hub, *datasets})
-    if base is not None:
+    named = base is not None and not _is_path(base)
+    if named:
         front["base_model"] = base
     results = _results(accuracy)
     if results:
@@ -76,7 +79,8 @@ def model_card(
         f"# {recipe.name}",
         recipe.about.strip() + ("" if recipe.about.rstrip().endswith(".") else ".") if recipe.about else "",
         f"A base model of {spec.parameters:,} parameters: it continues text and has had no training in following instructions. "
-        f"Trained {date} with Tandem {version}." + (f" It goes on from {base}." if base else ""),
+        f"Trained {date} with Tandem {version}."
+        + (f" It goes on from {base}." if named else "" if base is None else " It goes on from another run's model."),
         "## Make it again",
         code(run) + "\n\nThe same seed on the same machine and libraries gives the same weights; elsewhere rounding differs.",
         "## Use it",
@@ -97,7 +101,7 @@ def model_card(
         blend_table(recipe, data),
         _data_note(recipe, data),
         "## Evaluation",
-        *_evaluation(held_out, accuracy),
+        *_evaluation(held_out, accuracy, needles or {}),
         *_samples(metrics),
         "## Limits",
         _limits(spec),
@@ -205,7 +209,16 @@ def _data_note(recipe: Recipe, data: DataReport) -> str:
                    if kept_out else "")  # fmt: skip
 
 
-def _evaluation(held_out: Mapping[str, float], accuracy: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _is_path(base: str) -> bool:
+    """Whether a base model is named by where it lies: a hub's names have at most one slash, after a word."""
+    return base.startswith((".", "/", "~")) or base.count("/") > 1 or "\\" in base
+
+
+def _evaluation(
+    held_out: Mapping[str, float],
+    accuracy: Mapping[str, Mapping[str, Any]],
+    needles: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> list[str]:
     parts = []
     if held_out:
         parts.append("Loss on documents that were never learned from:")
@@ -217,6 +230,16 @@ def _evaluation(held_out: Mapping[str, float], accuracy: Mapping[str, Mapping[st
             for task, found in accuracy.items()
         ]
         parts.append(table(("task", "right", "95 % interval (Wilson)", "problems"), rows))
+    if needles:
+        lengths = sorted({length for by in needles.values() for length in by}, key=int)
+        counts = sorted({found["count"] for by in needles.values() for found in by.values()})
+        many = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+        parts.append(f"Facts found in plain text of so many tokens ({many} questions each):")
+        found_rows = [
+            (kind, *(f"{by[length]['accuracy']:.0%}" if length in by else "-" for length in lengths))
+            for kind, by in needles.items()
+        ]
+        parts.append(table(("kind", *(f"{int(length):,}" for length in lengths)), found_rows))
     return parts or ["None was asked for."]
 
 

@@ -133,6 +133,24 @@ def test_no_answers_no_index_and_no_invention(recipe: Recipe, report: DataReport
         model_card(recipe, model_spec(recipe), {}, [], report, **ABOUT)
 
 
+def test_needles_are_a_column_a_length(recipe: Recipe, report: DataReport, journal: list[dict[str, Any]]) -> None:
+    shares = {"2048": {"accuracy": 0.4, "count": 40}, "512": {"accuracy": 0.9, "count": 40}}
+    card = written(recipe, report, journal, needles={"single": shares, "chain": {"512": {"accuracy": 0.25, "count": 40}}})
+    assert "| kind | 512 | 2,048 |" in card
+    assert "| single | 90% | 40% |" in card
+    assert "| chain | 25% | - |" in card
+
+
+@pytest.mark.parametrize(("base", "named"), [("nano-hybrid", True), ("a/b", True), ("/x/model", False), ("out/a/model", False)])
+def test_a_path_is_no_base_model(
+    recipe: Recipe, report: DataReport, journal: list[dict[str, Any]], base: str, named: bool
+) -> None:
+    card = written(recipe, report, journal, base=base)
+    assert (base in card) == named
+    assert ("base_model" in front_of(card)) == named
+    assert "It goes on from" in card
+
+
 @given(count=st.integers(1, 400))
 @settings(deadline=None)
 def test_the_curve_has_every_step_once(count: int) -> None:
