@@ -69,6 +69,9 @@ def model_card(
     if hub or datasets:
         front["datasets"] = sorted({*hub, *datasets})
     named = base is not None and not _is_path(base)
+    begun = ""
+    if base is not None:
+        begun = f" It goes on from {base if named else 'the model of another run'}."
     if named:
         front["base_model"] = base
     results = _results(accuracy)
@@ -79,8 +82,8 @@ def model_card(
         f"# {recipe.name}",
         recipe.about.strip() + ("" if recipe.about.rstrip().endswith(".") else ".") if recipe.about else "",
         f"A base model of {spec.parameters:,} parameters: it continues text and has had no training in following instructions. "
-        f"Trained {date} with Tandem {version}."
-        + (f" It goes on from {base}." if named else "" if base is None else " It goes on from another run's model."),
+        f"Trained {date} with Tandem {version}.{begun}",
+        +(f" It goes on from {base}." if named else "" if base is None else " It goes on from another run's model."),
         "## Make it again",
         code(run) + "\n\nThe same seed on the same machine and libraries gives the same weights; elsewhere rounding differs.",
         "## Use it",

@@ -20,6 +20,10 @@ from tandem.train.recipe import Recipe
 from tandem.train.recipe_files import load_recipe
 
 STEPS = 120
+PHASES = (
+    "[{until: 0.6, weights: {addresses: 0.4, plays: 0.2, reasoning: 1.4}}, {until: 0.9, weights: {addresses: 5, plays: 95}}, "
+    "{until: 1.0, weights: {plays: 1}}]"
+)
 ABOUT = {"date": "2026-11-29", "version": "0.8.0"}
 
 
@@ -33,7 +37,7 @@ def source(name: str, kind: str, licence: str, notice: str = "", **more: Any) ->
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return load_recipe("nano-hybrid", ["seed=7", "precision.linears=fp8-block"])[0]
+    return load_recipe("nano-hybrid", ["seed=7", "precision.linears=fp8-block", f"data.phases={PHASES}"])[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,7 @@ def test_the_model_card_says_what_the_run_says(recipe: Recipe, report: DataRepor
     card = written(recipe, report, journal, command="tandem train nano-hybrid seed=7")
     spec = model_spec(recipe)
     for said in (
-        f"{spec.parameters:,} parameters", "`M-M-M*-M-M*-`", "tandem train nano-hybrid seed=7", "| seed | 7 |", "2026-11-29",
+        f"{spec.parameters:,} parameters", f"`{recipe.model.pattern}`", "tandem train nano-hybrid seed=7", "| seed | 7 |", "2026-11-29",
         f"{STEPS * 4096:,}, {STEPS * 2048:,} of them learned", "| plays | 2.2500 |", "| reasoning | 0.7500 |",
         "| chain_sum | 72.5% | 66.0% to 78.0% | 200 |", "word-problems: MIT. Copyright (c) 2021 OpenAI", "E4M3",
         "the first 4 and the last 4 in bf16", "    What is 1 + 1?", "30 minutes",
