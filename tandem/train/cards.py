@@ -83,7 +83,6 @@ def model_card(
         recipe.about.strip() + ("" if recipe.about.rstrip().endswith(".") else ".") if recipe.about else "",
         f"A base model of {spec.parameters:,} parameters: it continues text and has had no training in following instructions. "
         f"Trained {date} with Tandem {version}.{begun}",
-        +(f" It goes on from {base}." if named else "" if base is None else " It goes on from another run's model."),
         "## Make it again",
         code(run) + "\n\nThe same seed on the same machine and libraries gives the same weights; elsewhere rounding differs.",
         "## Use it",

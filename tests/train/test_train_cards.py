@@ -116,7 +116,8 @@ def test_the_model_card_says_what_the_run_says(recipe: Recipe, report: DataRepor
     card = written(recipe, report, journal, command="tandem train nano-hybrid seed=7")
     spec = model_spec(recipe)
     for said in (
-        f"{spec.parameters:,} parameters", f"`{recipe.model.pattern}`", "tandem train nano-hybrid seed=7", "| seed | 7 |", "2026-11-29",
+        f"{spec.parameters:,} parameters", f"`{recipe.model.pattern}`", "tandem train nano-hybrid seed=7",
+        "| seed | 7 |", "2026-11-29",
         f"{STEPS * 4096:,}, {STEPS * 2048:,} of them learned", "| plays | 2.2500 |", "| reasoning | 0.7500 |",
         "| chain_sum | 72.5% | 66.0% to 78.0% | 200 |", "word-problems: MIT. Copyright (c) 2021 OpenAI", "E4M3",
         "the first 4 and the last 4 in bf16", "    What is 1 + 1?", "30 minutes",
