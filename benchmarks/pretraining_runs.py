@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,12 @@ def one_blend() -> str:
 
 def variants() -> dict[str, Variant]:
     """All of them, in the order of running."""
-    long, _ = load_recipe("nano-long")
-    last = load_recipe("nano-hybrid")[0].data.phases[-1]
+    long, base = load_recipe("nano-long")[0], load_recipe("nano-hybrid")[0]
     short = (
         f"batch.tokens={long.batch.tokens}",
-        f"data.phases={json.dumps([{'until': 1.0, 'weights': last.weights}])}",
-        f"optimiser.lr={long.optimiser.lr}",
-        f"optimiser.min_lr={long.optimiser.min_lr}",
-        "optimiser.schedule=constant",
-        "optimiser.warmup=0.0",
-        "optimiser.decay=0.0",
+        f"batch.sequences={max(1, long.batch.tokens_per_step // base.batch.sequence_length)}",
+        f"data.phases={json.dumps([{'until': 1.0, 'weights': base.data.phases[-1].weights}])}",
+        *(f"optimiser.{name}={value}" for name, value in asdict(long.optimiser).items()),
     )
     return {
         HYBRID: Variant(recipe="nano-hybrid", changes=("precision.linears=bf16",)),
