@@ -27,6 +27,7 @@ docs: $(VENV)/.docs  ## the documentation site, into site/
 bench: $(VENV)/.test  ## speed, as ratios to a peer measured in the same run
 	$(BIN)/python benchmarks/planner_speed.py
 	$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/serve.py
 
 clean:

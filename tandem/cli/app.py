@@ -10,7 +10,7 @@ from typing import Annotated, Any, Never
 
 import typer
 
-from tandem.cli import generating, serving, simulating, training
+from tandem.cli import generating, serving, simulating, studies, training
 from tandem.spec.errors import SpecError, TandemError
 
 app = typer.Typer(
@@ -348,42 +348,7 @@ def validate(
     calibrating.run_validate(rows, given | _given(tp=tp, pp=pp, ep=ep, dp=dp), against, peer_python, report, json_out)
 
 
-study = typer.Typer(help="Re-derive a paper, claim by claim.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(study, name="study")
-
-
-@study.command("paper-b")
-def study_paper_b(
-    out: Annotated[Path | None, typer.Option(help="Folder for the HTML report and claims.json.")] = None,
-    json_out: Json = False,
-) -> None:
-    """Beyond the Buzz: when to disaggregate, in which proportion; every finding beside the printed one."""
-    from tandem.cli import studying
-
-    studying.run_paper_b(out, json_out)
-
-
-@study.command("hybrids")
-def study_hybrids(
-    out: Annotated[Path | None, typer.Option(help="Folder for the HTML report and claims.json.")] = None,
-    json_out: Json = False,
-) -> None:
-    """Mamba-2 hybrids beside Transformers of their size: which traffic makes splitting worth it, and what moves."""
-    from tandem.cli import studying
-
-    studying.run_hybrids(out, json_out)
-
-
-@study.command("elastic")
-def study_elastic(
-    out: Annotated[Path | None, typer.Option(help="Folder for the HTML report and claims.json.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One short synthetic traffic for one model, in seconds.")] = False,
-    json_out: Json = False,
-) -> None:
-    """Scaling policies on the same arrivals: constant sizes, published controllers, the joint policy, a clairvoyant."""
-    from tandem.cli import studying
-
-    studying.run_elastic(out, quick, json_out)
+app.add_typer(studies.study, name="study")
 
 
 @app.command()

@@ -37,6 +37,12 @@ ELASTIC_LEAD = (
     "prefill:decode ratio loses when the latency target or the traffic moves."
 )
 
+PRETRAINING_TITLE = "Pre-training at nano scale"
+PRETRAINING_LEAD = (
+    "Models of 3.8 million parameters, trained on two CPU cores in variants that differ in one thing each: what FP8, Mamba-2, "
+    "three phases and a long-context phase are worth. Differences are taken seed by seed."
+)
+
 
 def run_paper_b(out: Path | None, json_out: bool) -> None:
     """Run the study of paper B; the exit code does not depend on which claims hold."""
@@ -76,6 +82,26 @@ def run_elastic(out: Path | None, quick: bool, json_out: bool) -> None:
         page=elastic_page,
         also=policies_table,
         closing=elastic_sentences,
+    )
+
+
+def run_pretraining(runs: Path, out: Path | None, json_out: bool) -> None:
+    """Judge finished runs; the exit code does not depend on which claims hold."""
+    from tandem.report.pretraining_html import pretraining_page, pretraining_sentences, variants_table
+    from tandem.study.pretraining import study_pretraining
+
+    _require_new_folder(out)
+    data = study_pretraining(runs).to_json()
+    _finish(
+        "pretraining",
+        PRETRAINING_TITLE,
+        PRETRAINING_LEAD,
+        data,
+        out,
+        json_out,
+        page=pretraining_page,
+        also=variants_table,
+        closing=pretraining_sentences,
     )
 
 

@@ -1,0 +1,58 @@
+"""`tandem study`: one command for each study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+study = typer.Typer(help="Re-derive a paper, claim by claim.", no_args_is_help=True, rich_markup_mode=None)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (SI units) on stdout.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the HTML report and claims.json.")]
+
+
+@study.command("paper-b")
+def study_paper_b(
+    out: Out = None,
+    json_out: Json = False,
+) -> None:
+    """Beyond the Buzz: when to disaggregate, in which proportion; every finding beside the printed one."""
+    from tandem.cli import studying
+
+    studying.run_paper_b(out, json_out)
+
+
+@study.command("hybrids")
+def study_hybrids(
+    out: Out = None,
+    json_out: Json = False,
+) -> None:
+    """Mamba-2 hybrids beside Transformers of their size: which traffic makes splitting worth it, and what moves."""
+    from tandem.cli import studying
+
+    studying.run_hybrids(out, json_out)
+
+
+@study.command("elastic")
+def study_elastic(
+    out: Out = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One short synthetic traffic for one model, in seconds.")] = False,
+    json_out: Json = False,
+) -> None:
+    """Scaling policies on the same arrivals: constant sizes, published controllers, the joint policy, a clairvoyant."""
+    from tandem.cli import studying
+
+    studying.run_elastic(out, quick, json_out)
+
+
+@study.command("pretraining")
+def study_pretraining(
+    runs: Annotated[Path, typer.Argument(help="Folder of runs that benchmarks/pretraining_runs.py made.")],
+    out: Out = None,
+    json_out: Json = False,
+) -> None:
+    """FP8 beside bf16, hybrid beside Transformer, three phases beside one blend, long context: finished runs, seed by seed."""
+    from tandem.cli import studying
+
+    studying.run_pretraining(runs, out, json_out)
