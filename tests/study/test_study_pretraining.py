@@ -108,6 +108,14 @@ def test_one_seed_proves_nothing(tmp_path: Path) -> None:
     assert set(result.figures) == {"loss", "gap", "sources", "answers"}
 
 
+@pytest.mark.parametrize(("spread", "proven"), [(0.0005, True), (0.004, False)])
+def test_a_gap_is_small_when_its_whole_interval_is(tmp_path: Path, spread: float, proven: bool) -> None:
+    for seed in range(3):
+        write_run(tmp_path, "hybrid", seed)
+        write_run(tmp_path, "hybrid-fp8", seed, scale=1.006 + spread * (seed - 1))
+    assert held(study_pretraining(tmp_path)) == {"P1": proven}
+
+
 def test_only_seeds_that_both_have_are_paired(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         write_run(tmp_path, "hybrid", seed)
