@@ -124,6 +124,24 @@ def ask_needles(folder: Path, cases: int) -> None:
     print(f"  needles: {json.dumps({kind: {n: round(s['accuracy'], 2) for n, s in b.items()} for kind, b in found.items()})}")
 
 
+def ask_long(out: Path, folder: Path, batches: int = 20) -> None:
+    """Loss of a finished run on the held-out sequences of the long-context phase, by source, kept beside it."""
+    target = folder / "long.json"
+    if target.is_file() or not ((folder / "metrics.json").is_file() and (out / "data-long").is_dir()):
+        return
+    from tandem.model.load import load_model
+    from tandem.train.data.stream import TokenStream
+    from tandem.train.evaluate import held_out_loss
+
+    recipe, _ = load_recipe("nano-long")
+    stream = TokenStream(out / "data-long", recipe.data, recipe.batch, seed=0)
+    model = load_model(folder / "model")
+    asked = {name: stream.held_out(name, batches, recipe.batch.sequences) for name in recipe.data.phases[-1].weights}
+    found = {name: held_out_loss(model, rows) for name, rows in asked.items() if any(row.learned for row in rows)}
+    write_whole(target, json.dumps(found, indent=1) + "\n")
+    print("  long sequences: " + ", ".join(f"{name} {loss:.3f}" for name, loss in found.items()), flush=True)
+
+
 def main() -> None:
     known = variants()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,8 +159,9 @@ def main() -> None:
             tokens = options.long_tokens if known[name].follows else options.tokens
             more = [*([] if tokens is None else [f"batch.tokens={tokens}"]), *options.set]
             train(options.out, name, known[name], seed, more, options.problems)
-            if name in (HYBRID, LONG, SHORT):
-                ask_needles(place(options.out, name, seed), options.cases)
+        for name in (HYBRID, LONG, SHORT):
+            ask_needles(place(options.out, name, seed), options.cases)
+            ask_long(options.out, place(options.out, name, seed))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ def figures_of(runs: Runs) -> dict[str, Figure]:
             lambda run: _over(run, runs.get(HYBRID, {})),
         ),
         "answers": _bars(runs, "Verified answers by task", "share right", _shares),
+        "long": _bars(
+            {name: by_seed for name, by_seed in runs.items() if name in (HYBRID, LONG, SHORT)},
+            "Held-out loss on the long-context phase's sequences",
+            "nats a token",
+            lambda run: run.long_held_out,
+        ),
         "needles": _needles(runs),
     }
     return {name: figure for name, figure in made.items() if figure is not None}

@@ -4,6 +4,7 @@ metrics.json      the last step, verified answers by task
 metrics.jsonl     every step and every evaluation on held-out text
 recipe.json       the settings
 needles.json      answers about long texts by kind and length, where they were asked for
+long.json         loss on held-out sequences of the long-context phase by source, where it was measured
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class TrainingRun:
     """By task."""
     needles: Mapping[str, Mapping[int, Share]]
     """By kind and by tokens of the prompt."""
+    long_held_out: Mapping[str, float]
+    """Loss by source on held-out sequences of the long-context phase; empty where it was not measured."""
     seconds: float
     tokens_per_s: float
     """Median of the steps."""
@@ -78,8 +81,7 @@ def read_run(folder: Path, variant: str, seed: int) -> TrainingRun | None:
     try:
         metrics, recipe = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "recipe"))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        asked = folder / "needles.json"
-        needles = json.loads(asked.read_text(encoding="utf-8")) if asked.is_file() else {}
+        needles, long = (_there(folder / f"{name}.json") for name in ("needles", "long"))
         steps = [line for line in lines if line["kind"] == "step"]
         held_out = [line for line in lines if line["kind"] == "held_out"]
         return TrainingRun(
@@ -90,12 +92,19 @@ def read_run(folder: Path, variant: str, seed: int) -> TrainingRun | None:
             held_out={k: float(v) for k, v in held_out[-1]["loss"].items()} if held_out else {},
             accuracy=metrics.get("accuracy", {}),
             needles={kind: {int(n): found for n, found in by.items()} for kind, by in needles.items()},
+            long_held_out={name: float(loss) for name, loss in long.items()},
             seconds=float(metrics["wall_s"]),
             tokens_per_s=_median([float(step["tokens_per_s"]) for step in steps]),
             precision=str(recipe["precision"]["linears"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as wrong:
         raise SpecError(f"{folder}: is no finished run ({type(wrong).__name__}: {' '.join(str(wrong).split())})") from None
+
+
+def _there(file: Path) -> dict[str, Any]:
+    """What a file holds that not every run has."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
 
 
 def read_runs(folder: Path) -> dict[str, dict[int, TrainingRun]]:
@@ -129,6 +138,7 @@ def as_row(run: TrainingRun) -> dict[str, Any]:
         "accuracy": run.mean_accuracy,
         "by_task": {task: found["accuracy"] for task, found in run.accuracy.items()},
         "needles": {str(n): run.needles_at(n) for n in sorted({n for by in run.needles.values() for n in by})},
+        "long_held_out": dict(run.long_held_out),
         "seconds": run.seconds,
         "tokens_per_s": run.tokens_per_s,
         "precision": run.precision,

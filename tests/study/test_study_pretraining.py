@@ -30,7 +30,7 @@ SOURCES = ("plays", "reasoning")
 
 def write_run(
     folder: Path, variant: str, seed: int, *, scale: float = 1.0, right: float = 0.5, reasoning: float = 1.0,
-    needles: dict[int, float] | None = None, linears: str = "bf16",
+    needles: dict[int, float] | None = None, linears: str = "bf16", questions: float | None = None,
 ) -> Path:  # fmt: skip
     """A finished run: loss falls from 8 to 2 with noise of its seed, all losses times `scale`."""
     place = folder / variant / f"seed-{seed}"
@@ -52,19 +52,21 @@ def write_run(
     if needles:
         found = {kind: {str(n): {"accuracy": a, "count": 40} for n, a in needles.items()} for kind in ("single", "chain")}
         (place / "needles.json").write_text(json.dumps(found), encoding="utf-8")
+    if questions is not None:
+        (place / "long.json").write_text(json.dumps({"long-questions": questions + 0.01 * seed}), encoding="utf-8")
     return place
 
 
-def write_all(folder: Path, *, fp8: float = 1.004, phases: float = 1.03, after: float = 0.6) -> None:
+def write_all(folder: Path, *, fp8: float = 1.004, phases: float = 1.03, after: float = 0.6, questions: float = 2.4) -> None:
     for seed in range(3):
         jitter = 1 + 0.0005 * seed
-        write_run(folder, "hybrid", seed, needles={512: 0.5, 2048: 0.05})
+        write_run(folder, "hybrid", seed, needles={512: 0.5, 2048: 0.05}, questions=3.0)
         write_run(folder, "hybrid-fp8", seed, scale=fp8 * jitter, linears="fp8-block")
         write_run(folder, "hybrid-fp32", seed, scale=0.999 * jitter, linears="fp32")
         write_run(folder, "transformer", seed, scale=1.05 * jitter, right=0.4 - 0.002 * seed)
         write_run(folder, "one-blend", seed, reasoning=phases * jitter, right=0.45 - 0.002 * seed)
-        write_run(folder, "long", seed, needles={512: 0.6, 2048: after + 0.01 * seed}, right=0.495)
-        write_run(folder, "short", seed, needles={512: 0.5, 2048: 0.06 + 0.005 * seed})
+        write_run(folder, "long", seed, needles={512: 0.6, 2048: after + 0.01 * seed}, right=0.495, questions=questions)
+        write_run(folder, "short", seed, needles={512: 0.5, 2048: 0.06 + 0.005 * seed}, questions=2.8)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,17 @@ def held(result: StudyResult) -> dict[str, bool]:
 
 
 def test_claims_come_out_as_the_runs_were_made(study: StudyResult) -> None:
-    assert held(study) == {"P1": True, "P2": True, "P4": True, "P5": True, "P6": True, "P7": True, "P8": True, "P9": True}
+    assert held(study) == {
+        "P1": True,
+        "P2": True,
+        "P4": True,
+        "P5": True,
+        "P6": True,
+        "P7": True,
+        "P8": True,
+        "P9": True,
+        "P10": True,
+    }
     gap = study.claims[0].values["held_out"]
     assert gap["mean"] == pytest.approx(1.004 * 1.0005 - 1)
     assert gap["half"] == pytest.approx(stats.t.ppf(0.975, 2) * 1.004 * 0.0005 / math.sqrt(3), rel=1e-3)
@@ -92,9 +104,9 @@ def test_claims_come_out_as_the_runs_were_made(study: StudyResult) -> None:
 
 
 def test_claims_can_fail(tmp_path: Path) -> None:
-    write_all(tmp_path, fp8=1.02, phases=0.99, after=0.05)
+    write_all(tmp_path, fp8=1.02, phases=0.99, after=0.05, questions=2.9)
     assert held(study_pretraining(tmp_path)) == {
-        "P1": False, "P2": False, "P4": True, "P5": True, "P6": False, "P7": True, "P8": False, "P9": True,
+        "P1": False, "P2": False, "P4": True, "P5": True, "P6": False, "P7": True, "P8": False, "P9": False, "P10": True,
     }  # fmt: skip
 
 
@@ -168,7 +180,7 @@ def test_the_page_and_the_table_have_every_variant(study: StudyResult) -> None:
     assert rows["hybrid"][1:3] == ["3", "0.41 M"]
     assert rows["transformer"][6] == "-"
     assert rows["hybrid"][6] == "5.0%"
-    assert set(data["figures"]) == {"loss", "gap", "sources", "answers", "needles"}
+    assert set(data["figures"]) == {"loss", "gap", "sources", "answers", "long", "needles"}
     assert "http" not in html.split("plotly")[0]
     assert any("hybrid-fp8-tensor (3 seeds)" in line for line in pretraining_sentences(data))
 
