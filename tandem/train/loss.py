@@ -9,12 +9,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from tandem.model.hybrid import Decoder
 from tandem.train.data.packing import IGNORED
 
 _PIECE_NUMBERS = 2**24
 """Logits that are held at once."""
+_ROWS = 256
+"""Learned tokens are made up to a multiple of this: oneDNN keeps compiled code and memory for every shape that it has met."""
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """a @ b of two fp32 matrices, as fp32, its operands rounded as the recipe says."""
@@ -44,7 +47,9 @@ def summed_nll(
     hidden: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, " n"], product: Product
 ) -> Float[Tensor, ""]:
     """Sum of -log softmax(hidden W^T)[label], fp32; the gradients of both are computed on the way, once."""
-    total: Tensor = _SummedNll.apply(hidden, weight, labels, product, torch.is_grad_enabled())
+    more = -len(labels) % _ROWS  # rows of zeros that are left out again
+    padded = functional.pad(hidden, (0, 0, 0, more)), weight, functional.pad(labels, (0, more), value=IGNORED)
+    total: Tensor = _SummedNll.apply(*padded, product, torch.is_grad_enabled())
     return total
 
 
@@ -57,13 +62,15 @@ class _SummedNll(torch.autograd.Function):
         rows = max(1, _PIECE_NUMBERS // weight.shape[0])
         for begin in range(0, len(labels), rows):
             piece, wished = hidden[begin : begin + rows], labels[begin : begin + rows]
+            left_out, wished = wished == IGNORED, wished.clamp(min=0)
             logits = product(piece, weight.t())
             log_sum = logits.logsumexp(1)
-            total += (log_sum - logits.gather(1, wished[:, None])[:, 0]).sum()
+            total += (log_sum - logits.gather(1, wished[:, None])[:, 0]).masked_fill_(left_out, 0.0).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             grad = logits.sub_(log_sum[:, None]).exp_()
             grad[torch.arange(len(wished), device=grad.device), wished] -= 1.0
+            grad.masked_fill_(left_out[:, None], 0.0)
             grad_hidden[begin : begin + rows] = product(grad, weight)
             grad_weight += product(grad.t(), piece)
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -124,7 +124,15 @@ def _write_cards(
 ) -> None:
     notices = [file.read_text(encoding="utf-8") for file in sorted((recipe_folder / "data").glob("NOTICE*"))]
     about = model_card(
-        recipe, spec, metrics, read_journal(out), data, date=date, version=__version__, base=recipe.model.initial
+        recipe,
+        spec,
+        metrics,
+        read_journal(out),
+        data,
+        date=date,
+        version=__version__,
+        command=command,
+        base=recipe.model.initial,
     )
     write_whole(out / "model" / "README.md", about)
     write_whole(out / "model" / "DATA.md", data_card(recipe, data, date=date, version=__version__, notices="\n".join(notices)))
