@@ -68,7 +68,7 @@ def read_long_documents(name: str, source: SourcePart, folder: Path, bad: BadRow
     for kind in source.tasks:
         if kind not in LONG_KINDS:
             raise SpecError(f"{field}.tasks={kind!r}: no such question; {', '.join(LONG_KINDS)} are there")
-    prose = replace(source, kind=_prose_kind(source.path or ""), prompt=None, documents=None)
+    prose = replace(source, kind=_prose_kind(source.path or ""), prompt=None, documents=None, tasks=(), length=None)
     texts, tokens = [], 0
     for document in read_rows(name, prose, folder, bad):
         texts.append(document.text)

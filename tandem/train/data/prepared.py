@@ -17,7 +17,7 @@ from tandem.train.data.rows import find_files
 from tandem.train.recipe import Recipe
 
 REPORT = "report.json"
-_FORMAT = 1
+_FORMAT = 2
 _OF_FILES = ("jsonl", "parquet", "text")
 _GENERATED = ("procedural", "long-documents")
 

@@ -40,19 +40,30 @@ class Shard:
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], int]]:
     """Ids of each document, between begin and end of text, and how many of them are prompt (begin of text counts as one).
 
-    Prompt and rest are encoded apart, so a model meets in training what it is given when it is asked. Raises SpecError where
-    the tokenizer has no end of text.
+    Prompt and rest are encoded apart, so a model meets in training what it is given when it is asked. Of special tokens that
+    stand in a text only the letters count (`encode_plain`). Raises SpecError where the tokenizer has no end of text.
     """
     bos, eos = (tokenizer.backend.token_to_id(tokenizer.special.get(name, "")) for name in ("bos_token", "eos_token"))
     if eos is None:
         raise SpecError("data.tokenizer: has no eos_token in its tokenizer_config.json, which ends a document")
     begin = [] if bos is None else [bos]
-    prompts = tokenizer.backend.encode_batch_fast([d.text[: d.prompt_chars] for d in documents], add_special_tokens=False)
-    rests = tokenizer.backend.encode_batch_fast([d.text[d.prompt_chars :] for d in documents], add_special_tokens=False)
-    return [
-        ([*begin, *prompt.ids, *rest.ids, eos], len(begin) + len(prompt.ids))
-        for prompt, rest in zip(prompts, rests, strict=True)
-    ]
+    prompts = encode_plain(tokenizer, [document.text[: document.prompt_chars] for document in documents])
+    rests = encode_plain(tokenizer, [document.text[document.prompt_chars :] for document in documents])
+    return [([*begin, *prompt, *rest, eos], len(begin) + len(prompt)) for prompt, rest in zip(prompts, rests, strict=True)]
+
+
+def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text, nothing added: `</s>` in it is four characters and ends no document.
+
+    Added tokens that are not special, such as `<think>` of `train_bpe`, stay one token.
+    """
+    backend = tokenizer.backend
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
 
 
 def write_shard(folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, held_out: NDArray[np.bool_]) -> None:

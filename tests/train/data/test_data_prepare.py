@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tandem.spec.errors import SpecError
-from tandem.train.data.bpe import save_tokenizer, train_bpe
+from tandem.train.data.bpe import CONTROL, MARKS, save_tokenizer, train_bpe
 from tandem.train.data.document import Document
 from tandem.train.data.prepare import prepare, prepared_tokenizer
 from tandem.train.data.prepared import DataReport, SourceReport, read_report
 from tandem.train.data.procedural import evaluation_problems
-from tandem.train.data.shards import PARTS, read_shard, write_shard
+from tandem.train.data.shards import PARTS, encode_documents, read_shard, write_shard
 from tandem.train.data.stream import TokenStream, source_folder
 from tandem.train.recipe import (
     BatchPart,
@@ -235,6 +237,27 @@ def test_a_tokenizer_that_exists_is_taken(texts: Path, recipe: Recipe, tmp_path:
     save_tokenizer(train_bpe(["other text"], 300), tmp_path / "data" / "tokenizer")
     with pytest.raises(SpecError, match="holds data of other settings"):
         prepare(recipe, tmp_path / "named", recipe_folder=texts)
+
+
+TINY = train_bpe(PROSE.split(), 300)
+
+
+@given(
+    pieces=st.lists(
+        st.sampled_from([*CONTROL, *MARKS, "ships", " ", "\n", "7"]) | st.text(st.characters(codec="utf-8"), max_size=5)
+    ),
+    border=st.integers(0, 60),
+)
+def test_special_tokens_in_a_text_are_its_letters(pieces: list[str], border: int) -> None:
+    """No text begins, ends or pads a document; the marks that are learned stay one token each."""
+    head, rest = "".join(pieces)[:border], "".join(pieces)[border:]
+    ((ids, prompt),) = encode_documents(TINY, [Document(text=head + rest, prompt_chars=len(head), id="d")])
+    assert (ids[0], ids[-1]) == (CONTROL.index("<s>"), CONTROL.index("</s>"))
+    assert all(token >= len(CONTROL) for token in ids[1:-1])
+    assert (TINY.decode(ids[1:prompt]), TINY.decode(ids[prompt:-1])) == (head, rest)
+    marks = sum(head.count(mark) + rest.count(mark) for mark in MARKS)
+    assert sum(len(CONTROL) <= token < len(CONTROL) + len(MARKS) for token in ids) == marks
+    assert TINY.encode("</s>", add_special_tokens=False) == [CONTROL.index("</s>")]
 
 
 @pytest.mark.parametrize(("added", "dtype"), [(65536 - 300, "<u2"), (65537 - 300, "<u4")])
