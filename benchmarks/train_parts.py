@@ -84,6 +84,7 @@ class Ours:
         self.spec = model_spec(recipe)
         self.speed = Speed(
             flops_per_token=flops_per_token(self.spec, recipe.batch.sequence_length),
+            flops_per_learned_token=0.0,  # prose: all is learned, and the head is among the above
             peak_flops_per_s=step_peak(self.spec, recipe.precision, torch.device("cpu")),
         )
         self.losses: list[float] = []

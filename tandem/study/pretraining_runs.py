@@ -93,7 +93,7 @@ def read_run(folder: Path, variant: str, seed: int) -> TrainingRun | None:
             accuracy=metrics.get("accuracy", {}),
             needles={kind: {int(n): found for n, found in by.items()} for kind, by in needles.items()},
             long_held_out={name: float(loss) for name, loss in long.items()},
-            seconds=float(metrics["wall_s"]),
+            seconds=float(metrics["steps_s"]),
             tokens_per_s=_median([float(step["tokens_per_s"]) for step in steps]),
             precision=str(recipe["precision"]["linears"]),
         )

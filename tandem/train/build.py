@@ -11,7 +11,7 @@ from tandem.train.recipe import ModelPart, Recipe
 
 
 def model_spec(recipe: Recipe) -> ModelSpec:
-    """The model that a recipe trains, its vocabulary and context those of the recipe. Raises SpecError."""
+    """The model that a recipe trains: the catalogue's as it is, or the pattern with the recipe's vocabulary."""
     part, name = recipe.model, recipe.name
     if part.name is not None:
         if part.pattern is not None:

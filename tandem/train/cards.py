@@ -178,8 +178,8 @@ def _training_rows(
         ("linears compute in", _precision_told(recipe.precision)),
         ("seed", str(recipe.seed)),
     ]
-    if "wall_s" in metrics:
-        rows.append(("time", f"{metrics['wall_s'] / 60:.0f} minutes, data and evaluation included"))
+    if "steps_s" in metrics:
+        rows.append(("time of the steps", f"{metrics['steps_s'] / 60:.0f} minutes"))
     back = sum(line["kind"] == "rollback" for line in journal)
     if back:
         rows.append(("returns to a checkpoint", f"{back}, for spikes of the loss"))

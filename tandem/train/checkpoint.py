@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -20,6 +21,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.checkpoint import state_dict_loader as loader
 from torch.distributed.checkpoint import state_dict_saver as saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -61,8 +63,7 @@ class Checkpoints:
         self.finish()
         name = f"step-{step:08}"
         draft, final = self.folder / f".{name}", self.folder / name
-        weights, moments = get_state_dict(model, optimiser)
-        state = {"model": weights, "optimiser": moments}
+        state = _state(model, optimiser)
         if self.ranks.first:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
@@ -95,24 +96,57 @@ class Checkpoints:
         if self._saving is None:
             return
         saving, self._saving = self._saving, None
-        saving.written.result()
+        try:
+            saving.written.result()
+        except (CheckpointException, OSError) as wrong:
+            raise SpecError(f"{saving.final}: cannot be written ({_told(wrong)}); make room and start again") from None
         if self.ranks.first:
             publish(saving.draft, saving.final)
             for old in published(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
 
     def load(self, model: nn.Module, optimiser: Optimizer) -> dict[str, Any] | None:
-        """Fill model and optimiser from the last checkpoint and return its `run` with `step`; None where there is none."""
+        """Fill model and optimiser from the last checkpoint and return its `run` with `step`; None where there is none.
+
+        Raises SpecError where it cannot be read: another one is never taken instead without being asked for.
+        """
         self.finish()
         there = published(self.folder)
         if not there:
             return None
-        weights, moments = get_state_dict(model, optimiser)
-        state: dict[str, Any] = {"model": weights, "optimiser": moments}
-        loader.load(state, checkpoint_id=there[-1], process_group=self._group, no_dist=self.ranks.world == 1)
+        state = _state(model, optimiser)
+        try:
+            run: dict[str, Any] = json.loads((there[-1] / _RUN).read_text(encoding="utf-8"))
+            loader.load(state, checkpoint_id=there[-1], process_group=self._group, no_dist=self.ranks.world == 1)
+        except (CheckpointException, OSError, ValueError, EOFError, pickle.UnpicklingError) as wrong:
+            older = there[-2].name if len(there) > 1 else "the beginning"
+            raise SpecError(f"{there[-1]}: cannot be read ({_told(wrong)}); remove it to go on from {older}") from None
         set_state_dict(model, optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"])
-        run: dict[str, Any] = json.loads((there[-1] / _RUN).read_text(encoding="utf-8"))
         return run
+
+    def drop_last(self) -> None:
+        """Remove the last checkpoint where there is an older one to go back to."""
+        self.finish()
+        there = published(self.folder)
+        if self.ranks.first and len(there) > 1:
+            shutil.rmtree(there[-1])
+        self.ranks.barrier()
+
+
+def _state(model: nn.Module, optimiser: Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds. torch makes the moments of an optimiser that has none by a step without gradients or rate, and
+    counts it: our first step would be corrected for bias as a second one."""
+    fresh = not optimiser.state
+    weights, moments = get_state_dict(model, optimiser)
+    if fresh:
+        for held in optimiser.state.values():
+            held["step"].zero_()
+        weights, moments = get_state_dict(model, optimiser)
+    return {"model": weights, "optimiser": moments}
+
+
+def _told(wrong: BaseException) -> str:
+    return f"{type(wrong).__name__}: {' '.join(str(wrong).split())[:200]}"
 
 
 def published(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ _SHARE, _FEW, _MOST = 0.3, 100, 0.8
 """Of a document's tokens for facts and what is asked about them: a share, but a few questions' in short documents."""
 _QUOTED, _CONTINUED = 4, 4
 _SPECIAL_TOKENS = 2
+_FACT = re.compile(r"Remember \w+(?:=\d+| like \w+)\.")
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -76,6 +77,12 @@ def read_long_documents(name: str, source: SourcePart, folder: Path, bad: BadRow
         if tokens > source.documents * source.length:  # what a large source has beyond that would not be used
             break
     return long_documents(texts, length=source.length, seed=source.seed, kinds=source.tasks or LONG_KINDS)
+
+
+def prose_of(document: Document) -> str:
+    """The prose that a long document is made of, as it was before sentences were put into it."""
+    lines = document.text[: document.prompt_chars].removesuffix(f"\n\n{QUESTIONS}\n").split("\n")
+    return "\n".join(line for line in lines if not _FACT.fullmatch(line))
 
 
 def _prose_kind(path: str) -> SourceKind:

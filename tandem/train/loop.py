@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from tandem.model.hybrid import Decoder
+from tandem.spec.catalog import read_json
 from tandem.spec.errors import SpecError, TandemError
 from tandem.spec.files import write_whole
 from tandem.train.checkpoint import Checkpoints
@@ -41,9 +44,16 @@ class Speed:
     """What the rate of a step is measured against."""
 
     flops_per_token: float
-    """Of forward and backward pass, nothing computed twice."""
+    """Of forward and backward pass at every position, attention within documents of usual length, without the head."""
+    flops_per_learned_token: float
+    """Of the head, which runs on learned tokens only."""
     peak_flops_per_s: float
     """Of all ranks together."""
+
+    def mfu(self, tokens: int, learned: int, seconds: float) -> float:
+        """Share of the peak that a step's own FLOPs, nothing computed twice, come to."""
+        flops = tokens * self.flops_per_token + learned * self.flops_per_learned_token
+        return flops / seconds / self.peak_flops_per_s
 
 
 def train_model(
@@ -56,39 +66,64 @@ def train_model(
     speed: Speed,
     listen: Listener = lambda event: None,
     tensorboard: bool = False,
+    data: str = "",
 ) -> tuple[dict[str, Any], nn.Module]:
     """Train a decoder; the last step's metrics, and the model that holds the weights. A run that `out` holds is gone on with.
 
     The loss of every step is that of the uninterrupted run: bit for bit with as many ranks as before, to rounding with
-    others. Raises SpecError where `out` holds another recipe's run, Diverged where the loss cannot be saved.
+    others. `data` is the fingerprint of what the stream reads. Raises SpecError for a run that was begun with other data,
+    Diverged where the loss cannot be saved. Whoever calls this has `claimed` the folder.
     """
-    claim(out, recipe, ranks)
+    if recipe.batch.sequences % ranks.world:
+        raise SpecError(f"batch.sequences={recipe.batch.sequences}: must be a multiple of the {ranks.world} ranks")
     model = make_trainee(decoder, recipe, ranks)
-    run = _Run(model, make_optimiser(model, recipe.optimiser), recipe, stream, out, ranks, speed, listen, tensorboard)
+    run = _Run(model, make_optimiser(model, recipe.optimiser), recipe, stream, data, out, ranks, speed, listen, tensorboard)
     try:
         return run.to_the_end(), model
     finally:
         run.close()
 
 
-def claim(out: Path, recipe: Recipe, ranks: Ranks) -> None:
-    """Make the folder this recipe's, or refuse one that holds a run of another."""
+@contextmanager
+def claimed(out: Path, recipe: Recipe, ranks: Ranks) -> Iterator[None]:
+    """The folder is this recipe's run's and no other process's while this lasts.
+
+    Raises SpecError where it holds a run of another recipe, checkpoints without their recipe, or one that is under way.
+    """
+    with ExitStack() as held:
+        ranks.by_first(lambda: held.enter_context(_claimed(out, recipe)))
+        yield
+
+
+@contextmanager
+def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
     file, mine = out / "recipe.json", recipe_json(recipe)
-    if file.is_file():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        changed = _changed(there, mine)
-        if changed:
-            raise SpecError(f"out={str(out)!r}: holds a run of another recipe ({changed} differs); name another folder")
-    ranks.barrier()
-    if ranks.first and not file.is_file():
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(mine, indent=2) + "\n")
-    ranks.barrier()
+        lock = (out / ".lock").open("w")
+    except OSError as wrong:
+        raise SpecError(
+            f"out={str(out)!r}: cannot be written ({wrong.strerror}); name a folder that you may write to"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SpecError(f"out={str(out)!r}: another process trains here; wait for it or name another folder") from None
+        if file.is_file():
+            changed = _changed(read_json(file), mine)
+            if changed:
+                raise SpecError(f"out={str(out)!r}: holds a run of another recipe ({changed} differs); name another folder")
+        elif any((out / name).exists() for name in ("checkpoints", "metrics.jsonl", "model")):
+            raise SpecError(f"out={str(out)!r}: holds a run without its recipe.json; name another folder")
+        else:
+            write_whole(file, json.dumps(mine, indent=2) + "\n")
+        yield
 
 
 def _changed(there: Any, mine: Any, where: str = "") -> str | None:
-    """The path of the first field that differs; how a run is spread and how often it is saved does not change it."""
-    if where in ("parallel", "checkpoint", "about"):
+    """The path of the first field that differs; how a run is spread, guarded and saved does not change what it learns."""
+    if where in ("parallel", "checkpoint", "guard", "about", "batch.micro"):
         return None
     if isinstance(there, dict) and isinstance(mine, dict):
         for name in {**mine, **there}:
@@ -109,6 +144,7 @@ class _Run:
         optimiser: AdamW,
         recipe: Recipe,
         stream: TokenStream,
+        data: str,
         out: Path,
         ranks: Ranks,
         speed: Speed,
@@ -116,7 +152,7 @@ class _Run:
         tensorboard: bool,
     ) -> None:
         self.model, self.optimiser, self.recipe, self.stream = model, optimiser, recipe, stream
-        self.ranks, self.speed, self.listen = ranks, speed, listen
+        self.data, self.ranks, self.speed, self.listen = data, ranks, speed, listen
         part = recipe.checkpoint
         self.checkpoints = Checkpoints(out / "checkpoints", ranks, keep=part.keep, asynchronous=part.asynchronous)
         self.guard = Guard(recipe.guard)
@@ -139,10 +175,10 @@ class _Run:
                 self._go_back(refused)
                 continue
             self.checkpoints.poll()
-            if self.step % recipe.checkpoint.every == 0 or self.step == steps:
-                self._save()
             if self.step % recipe.evaluate.every == 0 or self.step == steps:
                 self._evaluate()
+            if self.step % recipe.checkpoint.every == 0 or self.step == steps:
+                self._save()
         self.checkpoints.finish()
         return self.last
 
@@ -159,7 +195,9 @@ class _Run:
         batch = self.stream.batch(self.ranks.rank, self.ranks.world)
         read_s = time.perf_counter() - began
         learned = round(self.ranks.total(batch.learned))
-        loss = self.ranks.total(self._gradients(batch, learned)) / max(learned, 1)
+        if not learned:
+            raise SpecError(f"batch: step {self.step + 1} holds no token to learn; make sequences longer or prompts shorter")
+        loss = self.ranks.total(self._gradients(batch, learned)) / learned
         norm = clip_gradients(self.model, self.recipe.optimiser.clip)
         refused = self.guard.refuses(loss, norm)
         if refused is not None:
@@ -173,7 +211,6 @@ class _Run:
         self.step += 1
         self.learned += learned
         seconds = time.perf_counter() - began
-        tokens_per_s = self.recipe.batch.tokens_per_step / seconds
         self.last = {
             "kind": "step",
             "step": self.step,
@@ -184,8 +221,8 @@ class _Run:
             "tokens": self.step * self.recipe.batch.tokens_per_step,
             "learned_tokens": self.learned,
             "seconds": seconds,
-            "tokens_per_s": tokens_per_s,
-            "mfu": tokens_per_s * self.speed.flops_per_token / self.speed.peak_flops_per_s,
+            "tokens_per_s": self.recipe.batch.tokens_per_step / seconds,
+            "mfu": self.speed.mfu(self.recipe.batch.tokens_per_step, learned, seconds),
             "data_share": read_s / seconds,
         }
         self._tell(self.last)
@@ -196,7 +233,7 @@ class _Run:
         rows = len(batch.input_ids)
         micro = self.recipe.batch.micro or rows
         device, total = self.ranks.device, 0.0
-        scale = self.ranks.world / max(learned, 1)  # sharding averages gradients over ranks; ours add up
+        scale = self.ranks.world / learned  # sharding averages gradients over ranks; ours add up
         for begin in range(0, rows, micro):
             synchronise(self.model, begin + micro >= rows)
             part = (batch.input_ids, batch.labels, batch.documents)
@@ -218,14 +255,18 @@ class _Run:
         self._tell({"kind": "held_out", "step": self.step, "loss": losses})
 
     def _save(self) -> None:
-        run = {"stream": self.stream.state(), "losses": self.guard.losses, "learned": self.learned, "retries": self.retries}
+        run = {"data": self.data, "stream": self.stream.state(), "losses": self.guard.losses, "learned": self.learned}
         self.checkpoints.save(self.step, self.model, self.optimiser, run)
 
     def _resume(self) -> None:
         run = self.checkpoints.load(self.model, self.optimiser)
         if run is None:
             return
-        self.step, self.learned, self.retries = run["step"], run["learned"], run["retries"]
+        if run["data"] != self.data:
+            raise SpecError(
+                f"{self.checkpoints.folder}: this run was begun with other data; bring them back or name another folder"
+            )
+        self.step, self.learned = run["step"], run["learned"]
         self.stream.restore(run["stream"])
         self.guard = Guard(self.recipe.guard, run["losses"])
 
@@ -234,6 +275,8 @@ class _Run:
         wrong, retries, ahead = self.step + 1, self.retries + 1, self.stream.state()
         if retries > self.recipe.guard.retries:
             raise Diverged(f"step {wrong}: {why}; {self.recipe.guard.retries} returns to a checkpoint did not help")
+        if retries > 1:  # the checkpoint itself may be spoilt
+            self.checkpoints.drop_last()
         self._resume()
         self.retries = retries
         self.stream.restore(ahead)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,6 +12,9 @@ import torch
 from torch import distributed
 
 from tandem.spec.errors import SpecError
+
+_PATIENCE = timedelta(hours=2)
+"""How long ranks wait for one: the first may have a large corpus to prepare."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,21 @@ class Ranks:
         held = torch.tensor(value, dtype=torch.float64, device=self.device)
         distributed.all_reduce(held)
         return float(held)
+
+    def by_first(self, work: Callable[[], None]) -> None:
+        """The first rank does `work` while the others wait; what it refuses, all refuse."""
+        wrong: list[str | None] = [None]
+        if self.first:
+            try:
+                work()
+            except SpecError as refused:
+                if self.world == 1:
+                    raise
+                wrong = [str(refused)]
+        if self.world > 1:
+            distributed.broadcast_object_list(wrong)
+        if wrong[0] is not None:
+            raise SpecError(wrong[0])
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -58,7 +76,7 @@ def joined() -> Iterator[Ranks]:
         return
     if cuda:
         torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(rank=distributed.get_rank(), world=world, device=device)
     finally:

@@ -6,6 +6,7 @@ does not know is refused, with the names it does know. The 12b-* recipes state p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +14,13 @@ from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
 
 SourceKind = Literal["jsonl", "parquet", "text", "hub", "procedural", "long-documents"]
+
+
+def _from_0(field_name: str, value: float, high: float) -> float:
+    """`value` where it is a number from 0 to `high`, or a SpecError that names the field."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
+        raise SpecError(f"{field_name}={value!r}: must be a number from 0 to {high:g}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +56,10 @@ class TokenizerPart:
     sample_bytes: int = 8_000_000
     """Text of all sources that it is trained on, in the proportion of their sizes."""
 
+    def __post_init__(self) -> None:
+        require_int("data.tokenizer.vocab_size", self.vocab_size, low=277, high=2**31)
+        require_int("data.tokenizer.sample_bytes", self.sample_bytes, high=10**12)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourcePart:
@@ -74,6 +86,20 @@ class SourcePart:
     licence: str = "unknown"
     notice: str = ""
 
+    def __post_init__(self) -> None:
+        if self.documents is not None:
+            require_int("documents", self.documents)
+        if self.length is not None:
+            require_int("length", self.length)
+        generated = self.kind in ("procedural", "long-documents")
+        for field_name, given, used in (
+            ("tasks", self.tasks, generated),
+            ("length", self.length, self.kind == "long-documents"),
+            ("prompt", self.prompt, self.kind in ("jsonl", "parquet", "hub")),
+        ):
+            if given and not used:
+                raise SpecError(f"{field_name}={given!r}: changes nothing for a source of kind {self.kind}; leave it out")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CleanPart:
@@ -90,6 +116,14 @@ class CleanPart:
     """Documents below this score (0 to 1) are dropped."""
     max_bad_rows: int = 100
     """Rows that cannot be read are counted, named and skipped; more than this many of a source end the run."""
+
+    def __post_init__(self) -> None:
+        require_int("data.clean.min_chars", self.min_chars, low=0)
+        require_int("data.clean.decontaminate_ngram", self.decontaminate_ngram)
+        require_int("data.clean.max_bad_rows", self.max_bad_rows, low=0)
+        _from_0("data.clean.min_quality", self.min_quality, 1.0)
+        if self.near_duplicates is not None:
+            require_number("data.clean.near_duplicates", self.near_duplicates, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +149,7 @@ class DataPart:
     """Sources whose documents may be cut at the end of a sequence; of the others whole ones are packed."""
 
     def __post_init__(self) -> None:
+        _from_0("data.held_out", self.held_out, 0.5)
         ends = [phase.until for phase in self.phases]
         if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1.0:
             raise SpecError(f"data.phases: until={ends}: must rise and end with 1.0")
@@ -123,7 +158,8 @@ class DataPart:
             if unknown:
                 known = ", ".join(self.sources)
                 raise SpecError(f"data.phases[{i}].weights={sorted(unknown)}: no such source; {known} are there")
-            if not phase.weights or min(phase.weights.values()) < 0 or sum(phase.weights.values()) <= 0:
+            shares = phase.weights.values()
+            if not shares or min(shares) < 0 or not 0 < sum(shares) < math.inf:
                 raise SpecError(f"data.phases[{i}].weights={phase.weights}: must be shares of at least 0, one above 0")
         for name in self.cut:
             if name not in self.sources:
@@ -147,7 +183,7 @@ class BatchPart:
         require_int("batch.sequences", self.sequences)
         require_int("batch.tokens", self.tokens, high=10**15)
         if self.micro is not None:
-            require_int("batch.micro", self.micro)
+            require_int("batch.micro", self.micro, high=self.sequences)
 
     @property
     def tokens_per_step(self) -> int:
@@ -178,12 +214,16 @@ class OptimiserPart:
 
     def __post_init__(self) -> None:
         require_number("optimiser.lr", self.lr)
-        require_number("optimiser.min_lr", self.min_lr, low=-1e-30, high=self.lr)
+        _from_0("optimiser.min_lr", self.min_lr, self.lr)
         for name in ("warmup", "decay"):
-            require_number(f"optimiser.{name}", getattr(self, name), low=-1e-30, high=1.0)
+            _from_0(f"optimiser.{name}", getattr(self, name), 1.0)
         if self.warmup + self.decay > 1:
             raise SpecError(f"optimiser.decay={self.decay}: warm-up and decay together are longer than the run")
         require_number("optimiser.clip", self.clip)
+        _from_0("optimiser.weight_decay", self.weight_decay, 1.0)
+        for name in ("beta1", "beta2"):
+            if _from_0(f"optimiser.{name}", getattr(self, name), 1.0) == 1.0:
+                raise SpecError(f"optimiser.{name}=1.0: must be below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,6 +236,10 @@ class PrecisionPart:
     keep_last: int = 4
     """Linears at both ends that stay in bf16 where the others are fp8. Embedding and head always do."""
 
+    def __post_init__(self) -> None:
+        require_int("precision.keep_first", self.keep_first, low=0)
+        require_int("precision.keep_last", self.keep_last, low=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelPart:
@@ -207,6 +251,10 @@ class ParallelPart:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass: of attention and Mamba mixers' inside, or of whole layers."""
 
+    def __post_init__(self) -> None:
+        for name in ("gpus", "tp", "cp"):
+            require_int(f"parallel.{name}", getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointPart:
@@ -216,6 +264,10 @@ class CheckpointPart:
     """Steps."""
     keep: int = 2
     asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        require_int("checkpoint.every", self.every)
+        require_int("checkpoint.keep", self.keep)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +285,10 @@ class EvaluatePart:
     problems: int = 200
     """Of each task."""
 
+    def __post_init__(self) -> None:
+        for name in ("every", "batches", "problems"):
+            require_int(f"evaluate.{name}", getattr(self, name))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardPart:
@@ -244,6 +300,11 @@ class GuardPart:
     """A loss above the window's median by this much (nats) is a spike."""
     retries: int = 3
     """Returns to the last good checkpoint before the run ends with an error; each skips the batches that did it."""
+
+    def __post_init__(self) -> None:
+        require_int("guard.window", self.window)
+        require_number("guard.spike", self.spike)
+        require_int("guard.retries", self.retries, low=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,3 +329,6 @@ class Recipe:
     """GPU that the run is planned on; None: this machine's CPU."""
     plan_only: str | None = None
     """Why the recipe is for `--plan` only; None: it can be run."""
+
+    def __post_init__(self) -> None:
+        require_int("seed", self.seed, low=0, high=2**31)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import types
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -67,11 +68,6 @@ def recipe_from_json(data: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def digest(value: object) -> str:
-    """A short name for settings: equal for equal ones."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 def _find(text: str) -> Path:
     named = recipes_folder() / f"{text}{_SUFFIX}"
     if named.is_file() and "/" not in text:
@@ -84,7 +80,7 @@ def _find(text: str) -> Path:
     raise SpecError(f"recipe={text!r}: no such recipe and no such file{guess}")
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:
@@ -95,9 +91,9 @@ def _read(file: Path) -> dict[str, Any]:
     if below is None:
         return data
     base = file.parent / f"{below}{_SUFFIX}"
-    if not base.is_file() or base == file:
-        raise SpecError(f"{file}: {_EXTENDS}={below!r}: no such recipe beside it")
-    merged: dict[str, Any] = _merged(_read(base), data)
+    if not base.is_file() or base in (file, *above):
+        raise SpecError(f"{file}: {_EXTENDS}={below!r}: no such recipe beside it, or one that extends this one")
+    merged: dict[str, Any] = _merged(_read(base, (*above, file)), data)
     return merged
 
 
@@ -155,17 +151,15 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 
 
 def _build_plain(kind: type, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+    if kind in (int, float) and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            raise SpecError(f"{where}={value!r}: must be a number") from None
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"{where}={value!r}: must be a finite number")
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if kind is int and isinstance(value, str) and value.replace("_", "").isdigit():
-        value = int(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         raise SpecError(f"{where}={value!r}: must be {names[kind]}")
@@ -186,4 +180,8 @@ def _build_object(kind: Any, value: Any, where: str) -> Any:
     if missing:
         raise SpecError(f"{where + '.' if where else ''}{missing[0]}: is missing from the recipe")
     place = f"{where}." if where else ""
-    return kind(**{name: _build(hints[name], item, f"{place}{name}") for name, item in value.items()})
+    built = {name: _build(hints[name], item, f"{place}{name}") for name, item in value.items()}
+    try:
+        return kind(**built)
+    except SpecError as wrong:  # a source does not know its name
+        raise SpecError(f"{place}{wrong}") if place.startswith("data.sources.") else wrong from None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from tandem.train.data.procedural import evaluation_problems
 from tandem.train.data.stream import TokenStream
 from tandem.train.evaluate import samples, task_accuracy
 from tandem.train.journal import read_journal
-from tandem.train.loop import Listener, Speed, train_model
+from tandem.train.loop import Listener, Speed, claimed, train_model
 from tandem.train.machine import matmul_flops_per_s
 from tandem.train.ranks import Ranks, joined
 from tandem.train.recipe import Recipe
@@ -71,7 +69,10 @@ def run_recipe(
     """
     if recipe.plan_only is not None:
         raise SpecError(f"recipe={recipe.name!r}: {recipe.plan_only}; `tandem train {recipe.name} --plan` says what it takes")
-    with joined() as ranks:
+    for name in ("gpus", "tp", "cp"):
+        if getattr(recipe.parallel, name) != 1:
+            raise SpecError(f"parallel.{name}={getattr(recipe.parallel, name)}: is for --plan; start as many ranks by torchrun")
+    with joined() as ranks, claimed(out, recipe, ranks):
         return _run(recipe, recipe_folder, out, data_folder or out / "data", (date, command), ranks, listen, tensorboard)
 
 
@@ -85,30 +86,35 @@ def _run(
     listen: Listener,
     tensorboard: bool,
 ) -> Trained | None:
-    began = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()
     listen = listen if ranks.first else _nobody
-    if ranks.first:
-        prepare(recipe, data, recipe_folder=recipe_folder, progress=partial(_tell_data, listen))
-    ranks.barrier()
-    tokenizer = load_tokenizer(data / "tokenizer")
-    decoder = _fresh(recipe, tokenizer) if recipe.model.initial is None else _initial(recipe)
+    ranks.by_first(lambda: _prepare(recipe, data, recipe_folder, listen))
+    tokenizer, report = load_tokenizer(data / "tokenizer"), read_report(data)
+    decoder = _fresh(recipe, tokenizer) if recipe.model.initial is None else _initial(recipe, recipe.model.initial, tokenizer)
     stream = TokenStream(data, recipe.data, recipe.batch, seed=recipe.seed)
-    speed = Speed(
-        flops_per_token=flops_per_token(decoder.spec, recipe.batch.sequence_length),
-        peak_flops_per_s=matmul_flops_per_s(decoder.spec, recipe.precision, ranks.device)
-        * (ranks.world if ranks.device.type == "cuda" else 1),
-    )
+    peak = matmul_flops_per_s(decoder.spec, recipe.precision, ranks.device)
+    speed = speed_of(decoder.spec, recipe, report, peak * (ranks.world if ranks.device.type == "cuda" else 1))
     listen({"kind": "begin", "recipe": recipe.name, "parameters": decoder.spec.parameters, "steps": recipe.batch.steps})
-    last, model = train_model(decoder, recipe, stream, out, ranks=ranks, speed=speed, listen=listen, tensorboard=tensorboard)
+    last, model = train_model(
+        decoder,
+        recipe,
+        stream,
+        out,
+        ranks=ranks,
+        speed=speed,
+        listen=listen,
+        tensorboard=tensorboard,
+        data=report.fingerprint,
+    )
     weights = full_weights(model, ranks)
     if not ranks.first:
         return None
     trained = export(decoder.spec, weights, data / "tokenizer", out / "model")
-    metrics = {**last, **_worth(recipe, trained, tokenizer, listen), "wall_s": time.perf_counter() - began}
+    steps_s = sum(line["seconds"] for line in read_journal(out) if line["kind"] == "step")
+    metrics = {**last, **_worth(recipe, trained, tokenizer, listen), "steps_s": steps_s}
     write_whole(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _write_cards(recipe, decoder.spec, out, metrics, read_report(data), recipe_folder, *made)
+    _write_cards(recipe, decoder.spec, out, metrics, report, recipe_folder, *made)
     return Trained(checkpoint=out / "model", metrics=metrics)
 
 
@@ -138,8 +144,24 @@ def _write_cards(
     write_whole(out / "model" / "DATA.md", data_card(recipe, data, date=date, version=__version__, notices="\n".join(notices)))
 
 
-def _tell_data(listen: Listener, stage: str, source: str, documents: int) -> None:
-    listen({"kind": "data", "stage": stage, "source": source, "documents": documents})
+def _prepare(recipe: Recipe, data: Path, recipe_folder: Path, listen: Listener) -> None:
+    def tell(stage: str, source: str, documents: int) -> None:
+        listen({"kind": "data", "stage": stage, "source": source, "documents": documents})
+
+    prepare(recipe, data, recipe_folder=recipe_folder, progress=tell)
+
+
+def speed_of(spec: ModelSpec, recipe: Recipe, data: DataReport, peak_flops_per_s: float) -> Speed:
+    """What a step of this run computes: attention within documents of the data's mean length, the head where it is learned."""
+    length = recipe.batch.sequence_length
+    documents = max(1, sum(source.documents - source.held_out_documents for source in data.sources))
+    mean = min(length, max(1, round(data.tokens / documents)))
+    head = 6.0 * spec.hidden_size * spec.vocab_size
+    return Speed(
+        flops_per_token=flops_per_token(spec, length, mean) - head,
+        flops_per_learned_token=head,
+        peak_flops_per_s=peak_flops_per_s,
+    )
 
 
 def export(spec: ModelSpec, weights: dict[str, torch.Tensor], tokenizer: Path, folder: Path) -> Decoder:
@@ -163,15 +185,21 @@ def token_ids(tokenizer: Tokenizer) -> TokenIds:
 def _fresh(recipe: Recipe, tokenizer: Tokenizer) -> Decoder:
     spec = model_spec(recipe)
     size = tokenizer.backend.get_vocab_size()
-    if size < spec.vocab_size:
+    if size > spec.vocab_size:
+        raise SpecError(f"data.tokenizer.vocab_size={spec.vocab_size}: the tokenizer has {size} tokens; state at least as many")
+    if size < spec.vocab_size and recipe.model.name is None:
         spec = with_vocabulary(spec, size)
     return Decoder(spec, seed=recipe.seed, token_ids=token_ids(tokenizer))
 
 
-def _initial(recipe: Recipe) -> Decoder:
+def _initial(recipe: Recipe, name: str, tokenizer: Tokenizer) -> Decoder:
     """The model that the run goes on from, at least as long in context."""
-    assert recipe.model.initial is not None
-    loaded = load_model(find_weights(recipe.model.initial))
+    folder = find_weights(name)
+    loaded = load_model(folder)
+    if recipe.model.pattern is not None and model_spec(recipe).layers != loaded.spec.layers:
+        raise SpecError(f"model.initial={name!r}: its layers are not those that the model's other fields state")
+    if load_tokenizer(folder).backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise SpecError(f"data.tokenizer.name={recipe.data.tokenizer.name!r}: must be that of model.initial={name!r}")
     spec = replace(loaded.spec, name=recipe.name, max_context=max(loaded.spec.max_context, recipe.batch.sequence_length))
     decoder = Decoder(spec, device="meta", token_ids=loaded.token_ids)
     decoder.load_state_dict(loaded.state_dict(), assign=True)

@@ -38,7 +38,7 @@ def make_trainee(decoder: Decoder, recipe: Recipe, ranks: Ranks) -> nn.Module:
     elif recipe.parallel.recompute == "selective":
         kept = partial(create_selective_checkpoint_contexts, list(_KEPT))
         backbone.checkpoint = partial(checkpoint, use_reentrant=False, context_fn=kept)
-    model: nn.Module = Trainee(decoder, head_product(recipe.precision))
+    model: nn.Module = Trainee(decoder, head_product(recipe.precision)).to(ranks.device)
     if ranks.world > 1:
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         for layer in backbone.layers:
@@ -58,8 +58,8 @@ def make_optimiser(model: nn.Module, part: OptimiserPart) -> AdamW:
     """AdamW; weight decay acts on matrices only, not on norms, biases, convolutions and the scan's numbers a head."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        (decayed if parameter.dim() == 2 else free).append(parameter)
+    for name, parameter in model.named_parameters():
+        (decayed if parameter.dim() > 1 and ".conv1d." not in name else free).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": part.weight_decay},
         {"params": free, "weight_decay": 0.0},

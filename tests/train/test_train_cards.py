@@ -73,7 +73,7 @@ def journal() -> list[dict[str, Any]]:
 
 METRICS: dict[str, Any] = {
     "loss": 2.0,
-    "wall_s": 1800.0,
+    "steps_s": 1800.0,
     "accuracy": {"chain_sum": {"accuracy": 0.725, "low": 0.66, "high": 0.78, "count": 200}},
     "samples": {"What is 1 + 1?\n<think>\n": "1 + 1 = 2\n</think>\n2"},
 }

@@ -62,6 +62,32 @@ def test_an_empty_folder_holds_nothing_and_keep_must_keep(tmp_path: Path) -> Non
         Checkpoints(tmp_path, Ranks(), keep=0, asynchronous=False)
 
 
+def test_a_first_save_does_not_count_as_a_step(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    plain, saved = (torch.optim.AdamW(model.parameters(), lr=0.1) for _ in range(2))
+    before = [p.detach().clone() for p in model.parameters()]
+    Checkpoints(tmp_path, Ranks(), keep=1, asynchronous=False).save(0, model, saved, {})
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    moved = []
+    for optimiser in (plain, saved):
+        for p, value in zip(model.parameters(), before, strict=True):
+            p.data.copy_(value)
+            p.grad = torch.ones_like(p)
+        for _ in range(3):
+            optimiser.step()
+        moved.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*moved, strict=True))
+
+
+def test_the_last_checkpoint_is_dropped_only_where_an_older_one_is(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, Ranks(), keep=2, asynchronous=False)
+    for step in (1, 2):
+        checkpoints.save(step, *trained(1), {})
+    for _ in range(2):
+        checkpoints.drop_last()
+        assert [path.name for path in published(tmp_path)] == ["step-00000001"]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 from train_runs import events, losses, run, write_recipe
 
 import tandem
+from tandem.model.hybrid import Decoder
 from tandem.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -111,6 +113,64 @@ def test_another_recipe_is_refused_where_a_run_lies(recipe: Path, whole: Path) -
     assert refused.returncode == 2
     assert "holds a run of another recipe (optimiser.lr differs); name another folder" in refused.stderr
     assert json.loads(run(recipe, whole).stdout)["metrics"]["step"] == 20  # the same one has nothing left to do
+
+
+def test_losses_are_those_of_a_plain_loop(recipe: Path, whole: Path) -> None:
+    """AdamW by torch, the gradient of the mean over learned tokens, the rate of the schedule: nothing else happens."""
+    from tandem.train.build import model_spec
+    from tandem.train.data.stream import TokenStream
+    from tandem.train.recipe_files import load_recipe
+    from tandem.train.schedule import learning_rate
+
+    settings, _ = load_recipe(recipe)
+    part = settings.optimiser
+    model = Decoder(model_spec(settings), seed=settings.seed)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": part.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups, betas=(part.beta1, part.beta2))
+    stream = TokenStream(recipe.parent / "data", settings.data, settings.batch, seed=settings.seed)
+    plain = {}
+    for step in range(settings.batch.steps):
+        batch = stream.batch()
+        ids, labels, documents = (torch.from_numpy(v) for v in (batch.input_ids, batch.labels, batch.documents))
+        logits = model(ids, documents=documents)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), part.clip)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, settings.batch.steps, part)
+        optimiser.step()
+        plain[step + 1] = float(loss.detach())
+    assert losses(whole) == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_run_is_one_process_with_its_recipe_and_its_data(recipe: Path, half: Path, tmp_path: Path) -> None:
+    again = _copy(half, tmp_path / "again")
+    (again / "recipe.json").unlink()
+    assert "holds a run without its recipe.json" in run(recipe, again, check=False).stderr
+    again = _copy(half, tmp_path / "locked")
+    with (again / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process trains here" in run(recipe, again, check=False).stderr
+    other = write_recipe(tmp_path)
+    (tmp_path / "words.txt").write_text((tmp_path / "words.txt").read_text() + "\n\nOne more harbour.\n")
+    refused = run(other, again, check=False)
+    assert "this run was begun with other data" in refused.stderr
+    damaged = _copy(half, tmp_path / "damaged")
+    (next(iter((damaged / "checkpoints").glob("step-*10"))) / ".metadata").write_bytes(b"")
+    last = run(recipe, damaged, check=False).stderr.splitlines()[-1]  # torch logs what it met before
+    assert last.startswith("error: ")
+    assert "step-00000010: cannot be read" in last
+    assert "remove it to go on from step-00000005" in last
+
+
+def test_the_card_says_how_to_make_the_model_again(whole: Path, recipe: Path) -> None:
+    card = (whole / "model" / "README.md").read_text()
+    assert f"tandem train {recipe}" in card
+    assert "words" in (whole / "model" / "DATA.md").read_text()
 
 
 def test_a_spike_goes_back_and_leaves_the_batches_out(recipe: Path, whole: Path, tmp_path: Path) -> None:
