@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from tandem.spec.errors import SpecError
@@ -25,26 +26,35 @@ class EvaluationSets:
         self._n = n
         self._runs: dict[int, dict[str, str]] = {n: {}}
 
-    def add(self, name: str, text: str) -> None:
-        """Look for a text of the set `name` from now on."""
+    def add(self, name: str, text: str) -> bool:
+        """Look for a text of the set `name` from now on. False: it is too short for that."""
         words = plain_words(text)
         if len(words) < min(_SHORTEST, self._n):
-            return
+            return False
         runs = self._runs.setdefault(min(len(words), self._n), {})
         for run in ngrams(words, self._n):
             runs.setdefault(run, name)
+        return True
 
     def add_file(self, path: str, folder: Path) -> None:
-        """Every text of a JSONL file, or of several that a glob names. Raises SpecError where one cannot be read."""
+        """Every text of a JSONL file, or of several that a glob names, however deep in its rows it stands.
+
+        Raises SpecError where a file cannot be read or holds no text that can be looked for.
+        """
         for file in find_files("data.clean.decontaminate", path, folder):
+            any_added = False
             for line, content in read_lines(file):
                 try:
                     row = json.loads(content)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise SpecError(f"data.clean.decontaminate: {file} line {line}: not JSON") from None
-                for value in row.values() if isinstance(row, dict) else (row,):
-                    if isinstance(value, str):
-                        self.add(file.name, value)
+                for text in _texts(row):
+                    any_added |= self.add(file.name, text)
+            if not any_added:
+                raise SpecError(
+                    f"data.clean.decontaminate={path!r}: {file.name} holds no text of {min(_SHORTEST, self._n)} words or more; "
+                    "name a file with the questions of an evaluation"
+                )
 
     def found(self, text: str) -> str | None:
         """The set that shares a run with a text, or None."""
@@ -56,3 +66,12 @@ class EvaluationSets:
                     if name is not None:
                         return name
         return None
+
+
+def _texts(row: object) -> Iterator[str]:
+    """All texts of a row, in lists and objects too; the names of an object's fields are none."""
+    if isinstance(row, str):
+        yield row
+    elif isinstance(row, dict | list):
+        for value in row.values() if isinstance(row, dict) else row:
+            yield from _texts(value)

@@ -127,7 +127,43 @@ def test_files_of_evaluation_sets(tmp_path: Path) -> None:
     (tmp_path / "set.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(SpecError, match=r"set\.jsonl line 1: not JSON"):
         sets.add_file("set.jsonl", tmp_path)
+    (tmp_path / "set.jsonl").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(SpecError, match=r"set\.jsonl line 1: not JSON"):
+        sets.add_file("set.jsonl", tmp_path)
     with pytest.raises(SpecError, match="no such file"):
         sets.add_file("none.jsonl", tmp_path)
     with pytest.raises(SpecError, match="decontaminate_ngram=0"):
         EvaluationSets(0)
+
+
+NAMES = st.text("xyz", max_size=3)
+ROWS = st.recursive(
+    st.none() | st.integers() | st.just("LEAF"),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(row=ROWS)
+def test_texts_are_found_wherever_they_stand_in_a_row(tmp_path_factory: pytest.TempPathFactory, row: object) -> None:
+    """Every leaf becomes a text of its own, by writing over its JSON."""
+    pieces = json.dumps(row).split('"LEAF"')
+    texts = [f"one two three four five six seven number{i}" for i in range(len(pieces) - 1)]
+    folder = tmp_path_factory.mktemp("set")
+    written = pieces[0] + "".join(json.dumps(text) + piece for text, piece in zip(texts, pieces[1:], strict=True))
+    (folder / "set.jsonl").write_text(written, encoding="utf-8")
+    sets = EvaluationSets(13)
+    if not texts:
+        with pytest.raises(SpecError, match=r"decontaminate='set\.jsonl': set\.jsonl holds no text of 8 words"):
+            sets.add_file("set.jsonl", folder)
+    else:
+        sets.add_file("set.jsonl", folder)
+    assert all(sets.found(f"He asked: {text}?") == "set.jsonl" for text in texts)
+
+
+@pytest.mark.parametrize("content", ["", '{"answer": "7"}\n{"answer": "12"}', '{"one two three four five six seven eight": 1}'])
+def test_a_set_in_which_nothing_can_be_looked_for(tmp_path: Path, content: str) -> None:
+    (tmp_path / "good.jsonl").write_text('"one two three four five six seven eight"', encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(SpecError, match=r"decontaminate='\*\.jsonl': empty\.jsonl holds no text of 8 words or more"):
+        EvaluationSets(13).add_file("*.jsonl", tmp_path)
