@@ -72,11 +72,6 @@ class Packer:
         """Whether there is nothing more to take."""
         return not self._line
 
-    @property
-    def epochs(self) -> float:
-        """How often the documents have been taken, those in line counted as taken."""
-        return self._epoch + self._cursor / len(self._lengths) if self._lengths else 0.0
-
     def next(self) -> list[Piece]:
         """The pieces of the next sequence; none where there is nothing more to take."""
         pieces: list[Piece] = []

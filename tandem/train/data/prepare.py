@@ -33,7 +33,7 @@ from tandem.train.data.quality import BUCKETS, quality_bucket, quality_score
 from tandem.train.data.rows import read_rows
 from tandem.train.data.shards import PARTS, read_shard, write_shard
 from tandem.train.data.stream import source_folder
-from tandem.train.recipe import CleanPart, Recipe, SourcePart
+from tandem.train.recipe import CleanPart, Recipe, SourceKind, SourcePart
 
 TOKENIZER_FOLDER = "tokenizer"
 Progress = Callable[[str, str, int], None]
@@ -65,11 +65,6 @@ def prepare(recipe: Recipe, folder: Path, *, recipe_folder: Path, progress: Prog
         return report
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def prepared_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a prepared folder."""
-    return load_tokenizer(folder / TOKENIZER_FOLDER)
 
 
 def _existing(folder: Path, mark: str) -> DataReport:
@@ -129,9 +124,9 @@ class _Rules:
         problems = recipe.evaluate.problems
         self._questions = {p.question for task in evaluated_tasks(recipe) for p in evaluation_problems(task, problems)}
 
-    def broken(self, document: Document, made: bool) -> str | None:
+    def broken(self, document: Document, kind: SourceKind) -> str | None:
         """The name of the first rule that a document breaks, or None."""
-        text = document.text
+        text, made = document.text, generated(kind)
         if len(text) < self._clean.min_chars or len(text) <= document.prompt_chars:
             return "short"
         if not made and self._clean.min_quality > 0 and quality_score(text) < self._clean.min_quality:
@@ -140,12 +135,18 @@ class _Rules:
             return "evaluation-question"
         if self._exact is not None and self._exact.seen(text):
             return "exact-duplicate"
-        found = None if made else self._sets.found(text)
+        found = self._sets.found(_prose(document) if kind == "long-documents" else text)
         if found is not None:
             return f"evaluation-set:{found}"
         if not made and self._near is not None and self._near.seen(text):
             return "near-duplicate"
         return None
+
+
+def _prose(document: Document) -> str:
+    from tandem.train.long import prose_of  # imports torch
+
+    return prose_of(document)
 
 
 def _keep(
@@ -168,7 +169,7 @@ def _keep(
         for document in _noted(read_rows(name, source, recipe_folder, bad), progress, "read", name):
             read += 1
             document = document if made else clean_document(document)
-            broken = rules.broken(document, made)
+            broken = rules.broken(document, source.kind)
             if broken is not None:
                 dropped[broken] += 1
                 continue

@@ -39,11 +39,6 @@ class TokenStream:
         """Number of the phase that the next sequence belongs to."""
         return self._blend.phase
 
-    @property
-    def phase_ends(self) -> tuple[int, ...]:
-        """Sequences of the run at which the phases end."""
-        return tuple(self._blend.ends)
-
     def batch(self, rank: int = 0, world: int = 1) -> Batch:
         """The next step's sequences `rank`, `rank + world`, ... and the stream one step further.
 
@@ -60,12 +55,6 @@ class TokenStream:
                 packer.fill(pieces, made, row // world)
         self.step += 1
         return made
-
-    def skip(self, steps: int = 1) -> None:
-        """Leave steps out."""
-        for _ in range(steps * self._shape.sequences):
-            self._packers[self._blend.next()].next()
-        self.step += steps
 
     def held_out(self, source: str, batches: int, rows: int) -> list[Batch]:
         """Up to `batches` batches of `rows` sequences of a source's held-out documents, always the same.
@@ -101,10 +90,6 @@ class TokenStream:
     def tokens(self) -> dict[str, int]:
         """Tokens taken from each source so far, over all ranks, padding left out."""
         return {name: packer.tokens for name, packer in zip(self._names, self._packers, strict=True)}
-
-    def epochs(self) -> dict[str, float]:
-        """How often each source's documents have been taken."""
-        return {name: packer.epochs for name, packer in zip(self._names, self._packers, strict=True)}
 
     def padding(self) -> float:
         """Share of all positions so far that held padding."""

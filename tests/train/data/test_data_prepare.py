@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.model.tokenizer import load_tokenizer
 from tandem.spec.errors import SpecError
 from tandem.train.data.bpe import CONTROL, MARKS, save_tokenizer, train_bpe
 from tandem.train.data.document import Document
-from tandem.train.data.prepare import prepare, prepared_tokenizer
+from tandem.train.data.prepare import TOKENIZER_FOLDER, prepare
 from tandem.train.data.prepared import DataReport, SourceReport, read_report
-from tandem.train.data.procedural import evaluation_problems
+from tandem.train.data.procedural import evaluation_problems, make_problems
 from tandem.train.data.shards import PARTS, encode_documents, read_shard, write_shard
 from tandem.train.data.stream import TokenStream, source_folder
 from tandem.train.recipe import (
@@ -96,7 +98,7 @@ def test_every_row_is_accounted_for(texts: Path, recipe: Recipe, tmp_path: Path)
     assert sum(sources["prose"].quality.values()) == sources["prose"].documents
     assert sources["tasks"].quality == {}
     assert report.tokens == sum(source.tokens for source in report.sources)
-    assert report.vocab_size == prepared_tokenizer(folder).backend.get_vocab_size() <= 400
+    assert report.vocab_size == load_tokenizer(folder / TOKENIZER_FOLDER).backend.get_vocab_size() <= 400
     assert ("read", "rows", 53) in seen
     assert ("encode", "tasks", sources["tasks"].documents) in seen
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "sources", "tokenizer"]
@@ -105,7 +107,7 @@ def test_every_row_is_accounted_for(texts: Path, recipe: Recipe, tmp_path: Path)
 
 def test_documents_come_back_from_their_tokens(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
     prepare(recipe, tmp_path / "data", recipe_folder=texts)
-    tokenizer = prepared_tokenizer(tmp_path / "data")
+    tokenizer = load_tokenizer(tmp_path / "data" / TOKENIZER_FOLDER)
     questions = {problem.question for problem in evaluation_problems("count_bits", 200)}
     found = set()
     for part in PARTS:
@@ -126,7 +128,7 @@ def test_documents_come_back_from_their_tokens(texts: Path, recipe: Recipe, tmp_
 def test_a_stream_learns_only_what_is_not_held_out(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
     prepare(recipe, tmp_path / "data", recipe_folder=texts)
     stream = TokenStream(tmp_path / "data", recipe.data, recipe.batch, seed=0)
-    tokenizer = prepared_tokenizer(tmp_path / "data")
+    tokenizer = load_tokenizer(tmp_path / "data" / TOKENIZER_FOLDER)
     held_out = {
         p for b in stream.held_out("rows", 9, 2) for row in b.input_ids for p in _prompts(tokenizer.decode(row.tolist()))
     }
@@ -281,6 +283,34 @@ def test_long_documents_go_with_the_prose_that_they_are_made_of(texts: Path, rec
     (texts / "prose.txt.gz").write_bytes(gzip.compress(b"Something else altogether. " * 500))
     with pytest.raises(SpecError, match="holds data of other settings or files"):
         prepare(recipe, tmp_path / "data", recipe_folder=texts)
+
+
+def test_generated_documents_share_nothing_with_evaluation_sets(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    (problem,) = make_problems("gsm_symbolic", 1, seed=0)
+    passage = (
+        "Nobody inhabiting those weatherbeaten harbourside neighbourhoods anticipated the dilapidated merchantman's arrival. "
+        "Nevertheless several fishermen's grandchildren recognised its extraordinarily peculiar foremast immediately."
+    )  # facts may stand between its sentences, which are shorter than a run
+    prose = "\n\n".join(f"The clerk wrote line {i} of the long book that day. {passage * (i == 30)}" for i in range(60))
+    (texts / "book.txt").write_text(prose, encoding="utf-8")
+    (texts / "test.jsonl").write_text(json.dumps([{"q": problem.question}, {"context": [passage]}]), encoding="utf-8")
+    sources = {
+        "symbolic": SourcePart(kind="procedural", tasks=("gsm_symbolic",), documents=40, seed=0),
+        "long": SourcePart(kind="long-documents", path="book.txt", documents=50, length=700, tasks=("multi-key",)),
+    }
+    phases = (PhasePart(until=1.0, weights={"long": 1.0}),)
+    recipe = replace(recipe, data=replace(recipe.data, sources=sources, phases=phases, cut=()))
+    reports = _by_name(prepare(recipe, tmp_path / "data", recipe_folder=texts))
+    tokenizer = load_tokenizer(tmp_path / "data" / TOKENIZER_FOLDER)
+    for name, leaked in (("symbolic", problem.question), ("long", passage)):
+        assert 0 < reports[name].dropped["evaluation-set:test.jsonl"] < reports[name].read
+        for part in PARTS:
+            shard = read_shard(source_folder(tmp_path / "data", name), part)
+            for start, length, _ in shard.documents.tolist():
+                text = tokenizer.decode(shard.tokens[start : start + length].tolist())
+                words = re.sub(r"Remember \w+=\d\d\.", "", text).split()
+                runs = {tuple(words[i : i + 13]) for i in range(len(words))}
+                assert not runs & {tuple(leaked.split()[i : i + 13]) for i in range(len(leaked.split()) - 12)}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tandem.spec.errors import SpecError
 from tandem.train.data.document import BadRows, Document
 from tandem.train.data.rows import READERS, read_rows
-from tandem.train.long import LONG_KINDS, QUESTIONS, estimated_tokens, long_documents
+from tandem.train.long import LONG_KINDS, QUESTIONS, estimated_tokens, long_documents, prose_of
 from tandem.train.needles import EVALUATION_KEYS, TRAINING_KEYS, units
 from tandem.train.recipe import SourcePart
 
@@ -86,6 +86,16 @@ def test_every_answer_follows_from_the_text(seed: int, length: int, kinds: set[s
         for question in questions:
             if question:
                 assert question == expected(question, body)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), length=st.integers(64, 3000), kinds=st.sets(st.sampled_from(LONG_KINDS), min_size=1))
+def test_the_prose_of_a_document_is_a_stretch_of_its_source(seed: int, length: int, kinds: set[str]) -> None:
+    round_and_round = "\n".join(units(PROSE) * 3)
+    for document in islice(long_documents([PROSE], length=length, seed=seed, kinds=sorted(kinds)), 3):
+        assert prose_of(document) in round_and_round
+        lines = [line for line in parts(document)[0].split("\n") if not line.startswith("Remember ")]
+        assert prose_of(document) == "\n".join(lines)
 
 
 def test_all_kinds_are_asked_and_only_those_named() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tandem.train.data.prepare import prepare, prepared_tokenizer
+from tandem.model.tokenizer import load_tokenizer
+from tandem.train.data.prepare import TOKENIZER_FOLDER, prepare
 from tandem.train.data.stream import TokenStream
 from tandem.train.long import QUESTIONS
 from tandem.train.recipe import BatchPart, DataPart, ModelPart, PhasePart, Recipe, SourcePart, TokenizerPart
@@ -31,7 +32,7 @@ def test_documents_fit_their_sequences_and_questions_are_learned(tmp_path: Path)
     source = report.sources[0]
     assert (source.documents, source.dropped, source.bad_rows) == (30, {}, 0)
     assert 0.7 * 2048 < source.tokens / (source.documents - source.held_out_documents) <= 2048
-    tokenizer = prepared_tokenizer(tmp_path / "data")
+    tokenizer = load_tokenizer(tmp_path / "data" / TOKENIZER_FOLDER)
     batch = TokenStream(tmp_path / "data", recipe.data, recipe.batch, seed=0).batch()
     for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
         learned = labels != -100
