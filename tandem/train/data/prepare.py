@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +31,7 @@ from tandem.train.data.quality import BUCKETS, quality_bucket, quality_score
 from tandem.train.data.rows import read_rows
 from tandem.train.data.shards import PARTS, read_shard, write_shard
 from tandem.train.data.stream import source_folder
+from tandem.train.data.work_folder import remove_dead, work_folder
 from tandem.train.recipe import CleanPart, Recipe, SourceKind, SourcePart
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -44,27 +43,23 @@ _EVERY = 1000
 def prepare(recipe: Recipe, folder: Path, *, recipe_folder: Path, progress: Progress | None = None) -> DataReport:
     """Make `folder` hold the recipe's data, or find that it does.
 
-    The folder appears whole or not at all. One that was made with the same settings and files is taken as it is; with others it
-    is refused. Paths of the recipe start from `recipe_folder`. Raises SpecError for anything that cannot be.
+    The folder appears whole or not at all; what killed processes left beside it is removed. One that was made with the same
+    settings and files is taken as it is; with others it is refused. Paths of the recipe start from `recipe_folder`. Raises
+    SpecError for anything that cannot be.
     """
+    for name in recipe.data.sources:
+        source_folder(folder, name)
     mark = fingerprint(recipe, recipe_folder)
+    remove_dead(folder)
     if folder.exists():
         return _existing(folder, mark)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as wrong:
-        raise SpecError(f"{folder}: cannot be written ({wrong.strerror}); name a folder that you may write to") from None
-    try:
-        work.chmod(0o755)
+    with work_folder(folder) as work:
         report = _make(recipe, work, recipe_folder, mark, progress or _silent)
         try:
             work.rename(folder)
         except OSError:  # Another process was first.
             return _existing(folder, mark)
         return report
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _existing(folder: Path, mark: str) -> DataReport:

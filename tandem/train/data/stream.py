@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from tandem.train.data.packing import Batch, Packer, new_batch
 from tandem.train.data.shards import Part, read_shard
 from tandem.train.recipe import BatchPart, DataPart
 
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
 
 def source_folder(folder: Path, name: str) -> Path:
-    """Where a prepared folder has the tokens of a source."""
+    """Where a prepared folder has the tokens of a source. Raises SpecError for a name that could be outside it."""
+    if not _NAME.fullmatch(name):
+        raise SpecError(f"data.sources={name!r}: must be letters, digits, - and _, and dots that are not first")
     return folder / "sources" / name
 
 

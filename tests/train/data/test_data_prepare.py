@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from tandem.train.data.prepared import DataReport, SourceReport, read_report
 from tandem.train.data.procedural import evaluation_problems, make_problems
 from tandem.train.data.shards import PARTS, encode_documents, read_shard, write_shard
 from tandem.train.data.stream import TokenStream, source_folder
+from tandem.train.data.work_folder import remove_dead, work_folder
 from tandem.train.recipe import (
     BatchPart,
     CleanPart,
@@ -205,6 +210,64 @@ def test_another_process_was_first(texts: Path, recipe: Recipe, tmp_path: Path) 
 
     assert prepare(recipe, folder, recipe_folder=texts, progress=intrude) == inner[0]
     assert [path.name for path in tmp_path.iterdir() if path.name != "texts"] == ["data"]
+
+
+_KILLED = """
+import os, pickle, signal, sys
+from pathlib import Path
+from tandem.train.data.prepare import prepare
+prepare(
+    pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]), recipe_folder=Path(sys.argv[3]),
+    progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+)
+"""
+
+
+def test_what_a_killed_process_left_is_removed(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "data"
+    (tmp_path / "recipe").write_bytes(pickle.dumps(recipe))
+    command = [sys.executable, "-c", _KILLED, str(tmp_path / "recipe"), str(folder), str(texts)]
+    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    (left,) = folder.parent.iterdir()
+    assert left.name.startswith(".data.")
+    assert list(left.iterdir())
+    others = [folder.parent / name for name in (".data.mine", ".data", left.name.replace("data", "other"))]
+    for other in others:
+        other.mkdir()
+    prepare(recipe, folder, recipe_folder=texts)
+    assert sorted(folder.parent.iterdir()) == sorted([folder, *others])
+    left.mkdir()
+    prepare(recipe, folder, recipe_folder=texts)
+    assert sorted(folder.parent.iterdir()) == sorted([folder, *others])
+
+
+def test_work_folders_in_use_stay(tmp_path: Path) -> None:
+    with work_folder(tmp_path / "data") as one, work_folder(tmp_path / "data") as two:
+        remove_dead(tmp_path / "data")
+        assert sorted(tmp_path.iterdir()) == sorted([one, two])
+        two.rename(tmp_path / "data")
+        remove_dead(tmp_path / "data")
+    assert list(tmp_path.iterdir()) == [tmp_path / "data"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SpecError, match="cannot be written"), work_folder(tmp_path / "file" / "data"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["../../../x", "a/b", "/x", ".", "..", ".x", "", "a\n", "a b", "a\\b", "\u00e9"])
+def test_names_that_lead_out_of_the_folder(texts: Path, recipe: Recipe, tmp_path: Path, name: str) -> None:
+    sources = {name: SourcePart(kind="text", path="prose.txt.gz")}
+    part = DataPart(sources=sources, phases=(PhasePart(until=1.0, weights={name: 1.0}),))
+    with pytest.raises(SpecError, match=r"data\.sources=.*must be letters"):
+        prepare(replace(recipe, data=part), tmp_path / "out" / "data", recipe_folder=texts)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SpecError, match=r"data\.sources="):
+        TokenStream(tmp_path, part, recipe.batch, seed=0)
+
+
+@given(name=st.text("aZ9-_.", min_size=1, max_size=9))
+def test_names_that_are_plain(name: str) -> None:
+    if name[0] != ".":
+        assert source_folder(Path("data"), name) == Path("data/sources") / name
 
 
 def test_quality_below_the_least_is_dropped(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
