@@ -87,10 +87,10 @@ def options(
 def models(json_out: Json = False) -> None:
     """List the models of the catalogue."""
     from tandem.report import text
-    from tandem.spec.catalog import load_spec, model_names
+    from tandem.spec.catalog import load_spec, model_names, released_names
 
     specs, refused = [], []
-    for name in model_names():
+    for name in (*model_names(), *released_names()):
         try:
             specs.append(load_spec(name))
         except SpecError as why:

@@ -22,6 +22,7 @@ from tandem.model.tokenizer import Tokenizer
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
 from tandem.train.data.packing import IGNORED
+from tandem.train.data.shards import encode_plain
 from tandem.train.loss import Trainee
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def special_id(tokenizer: Tokenizer, name: str) -> int | None:
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """A prompt as documents begin in pre-training: begin-of-text, where the tokenizer has it, then the text."""
     bos = special_id(tokenizer, "bos_token")
-    return ([] if bos is None else [bos]) + tokenizer.encode(text, add_special_tokens=False)
+    return ([] if bos is None else [bos]) + encode_plain(tokenizer, [text])[0]
 
 
 def samples(
