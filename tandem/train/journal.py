@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
+from tandem.spec.errors import SpecError
+
 
 class Journal:
     """`metrics.jsonl` of a run: one line for each step that counts."""
@@ -13,12 +15,8 @@ class Journal:
     def __init__(self, folder: Path, *, from_step: int, tensorboard: bool) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._board: Any = _board(folder, from_step) if tensorboard else None
         self._stream = _open(folder, from_step)
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, event: dict[str, Any]) -> None:
         """Add one line, on disk at once; numbers go to TensorBoard too, under the event's kind."""
@@ -38,6 +36,14 @@ class Journal:
         self._stream.close()
         if self._board is not None:
             self._board.close()
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise SpecError("tensorboard=True: the package is not installed; pip install tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _open(folder: Path, step: int) -> TextIO:
