@@ -55,7 +55,7 @@ def assumptions(runs: Runs) -> tuple[str, ...]:
     )
     said = " to ".join(f"{n / 1e6:.2f}" for n in sorted({tokens[0], tokens[-1]})) if tokens else "no"
     return (
-        f"each base run has {said} million positions; a seed sets initial weights, order of documents and blend, and is the same "
+        f"each base run has {said} M positions; a seed sets initial weights, order of documents and blend, and is the same "
         "for all variants, so differences are taken seed by seed and their mean has Student's 95 % interval",
         "held-out loss is the mean over the sources of the loss of a learned token on documents that were never learned from; "
         "answers are greedy, verified by their tasks, and about problems that do not occur in training",
