@@ -63,12 +63,11 @@ class _SummedNll(torch.autograd.Function):
         for begin in range(0, len(labels), rows):
             piece, wished = hidden[begin : begin + rows], labels[begin : begin + rows]
             left_out, wished = wished == IGNORED, wished.clamp(min=0)
-            logits = product(piece, weight.t())
-            log_sum = logits.logsumexp(1)
-            total += (log_sum - logits.gather(1, wished[:, None])[:, 0]).masked_fill_(left_out, 0.0).sum()
+            log_p = functional.log_softmax(product(piece, weight.t()), 1)
+            total -= log_p.gather(1, wished[:, None])[:, 0].masked_fill_(left_out, 0.0).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad = logits.sub_(log_sum[:, None]).exp_()
+            grad = log_p.exp_()
             grad[torch.arange(len(wished), device=grad.device), wished] -= 1.0
             grad.masked_fill_(left_out[:, None], 0.0)
             grad_hidden[begin : begin + rows] = product(grad, weight)

@@ -21,7 +21,6 @@ from tandem.model.hybrid import Decoder
 from tandem.model.linear import Linear
 from tandem.model.precision import cpu_has_fast_bf16
 from tandem.spec.errors import SpecError
-from tandem.spec.units import require_int
 from tandem.train.fp8 import BLOCK, BLOCKWISE, CURRENT_SCALING, E4M3, Fp8Format, Fp8Recipe, quantise, round_trip
 from tandem.train.recipe import PrecisionPart
 
@@ -235,10 +234,6 @@ def apply_precision(model: Decoder, part: PrecisionPart) -> list[str]:
     router, stacked experts, convolution, scan, norms and the core of attention are no `Linear` and stay as they are. Call it
     before `fully_shard` and before an optimiser is made; a second call changes what the first one did.
     """
-    if part.linears not in ("fp32", "bf16", "fp8-block", "fp8-tensor"):
-        raise SpecError(f"precision.linears={part.linears!r}: must be fp32, bf16, fp8-block or fp8-tensor")
-    require_int("precision.keep_first", part.keep_first, low=0)
-    require_int("precision.keep_last", part.keep_last, low=0)
     names = layer_linears(model)
     if part.linears == "fp32":
         _replace(model, [*names, "lm_head"], Linear)

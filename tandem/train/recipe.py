@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
 
+LinearFormat = Literal["fp32", "bf16", "fp8-block", "fp8-tensor"]
 SourceKind = Literal["jsonl", "parquet", "text", "hub", "procedural", "long-documents"]
 
 
@@ -230,13 +231,15 @@ class OptimiserPart:
 class PrecisionPart:
     """Number formats. Weights, optimiser state and everything between linears is fp32 whatever stands here."""
 
-    linears: Literal["fp32", "bf16", "fp8-block", "fp8-tensor"] = "bf16"
+    linears: LinearFormat = "bf16"
     """Operands of the linears: fp8-block is paper A's recipe, fp8-tensor that of Nemotron-H-56B (current scaling)."""
     keep_first: int = 4
     keep_last: int = 4
     """Linears at both ends that stay in bf16 where the others are fp8. Embedding and head always do."""
 
     def __post_init__(self) -> None:
+        if self.linears not in get_args(LinearFormat):
+            raise SpecError(f"precision.linears={self.linears!r}: must be one of {', '.join(get_args(LinearFormat))}")
         require_int("precision.keep_first", self.keep_first, low=0)
         require_int("precision.keep_last", self.keep_last, low=0)
 

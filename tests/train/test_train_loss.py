@@ -42,7 +42,8 @@ def test_value_and_gradients_are_those_of_cross_entropy_however_it_is_cut(
         found = torch.autograd.grad(0.37 * got, (hidden, weight))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        # Sums of numbers as large as the largest gradient, in another order.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 + 1e-5 * (float(b.abs().max()) if b.numel() else 0.0))
 
 
 @pytest.mark.parametrize("pattern", ["M-M*-", "*-*-", "MM"])
