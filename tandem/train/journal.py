@@ -63,9 +63,12 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or not {"kind", "step"} <= line.keys():
+            raise SpecError(f"{file}: line {len(lines) + 1} is no event of a run; remove it, or the file")
+        lines.append(line)
     return lines
 
 

@@ -224,6 +224,7 @@ class _Run:
             "tokens_per_s": self.recipe.batch.tokens_per_step / seconds,
             "mfu": self.speed.mfu(self.recipe.batch.tokens_per_step, learned, seconds),
             "data_share": read_s / seconds,
+            "padding": self.stream.padding(),
         }
         self._tell(self.last)
         return None

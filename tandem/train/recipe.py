@@ -96,6 +96,7 @@ class SourcePart:
         for field_name, given, used in (
             ("tasks", self.tasks, generated),
             ("length", self.length, self.kind == "long-documents"),
+            ("text", self.text if self.text != "{text}" else None, self.kind not in ("text", "procedural")),
             ("prompt", self.prompt, self.kind in ("jsonl", "parquet", "hub")),
         ):
             if given and not used:

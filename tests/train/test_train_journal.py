@@ -41,6 +41,14 @@ def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "nowhere") == []
 
 
+def test_a_line_that_is_no_event_is_named(tmp_path: Path) -> None:
+    written(tmp_path, 1).close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write("5\n")
+    with pytest.raises(SpecError, match=r"metrics.jsonl: line 2 is no event of a run; remove it"):
+        read_journal(tmp_path)
+
+
 def test_tensorboard_has_what_the_journal_has(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
