@@ -60,7 +60,7 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []
-    lines = []
+    lines: list[dict[str, Any]] = []
     for text in file.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
