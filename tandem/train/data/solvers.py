@@ -21,16 +21,36 @@ _PART = re.compile(rf"{_NUMBER}|[-+*/]")
 _SIGNS = [(re.compile(r"(?<=\d),(?=\d{3})|[$€£¥]"), ""), (re.compile(r"×|(?<= )x(?= )"), "*"), (re.compile("÷"), "/")]
 
 
-def chain_sum(entry: Entry) -> tuple[str, str]:
-    """Running totals, a line each."""
+def chain_sum(entry: Entry) -> tuple[str, str] | None:
+    """Running totals, a line each, digit by digit from the ones; None where a total falls below 0."""
     expression = str(entry["metadata"]["expression"])
     first, *rest = expression.split()
     total, lines = int(first), []
     for sign, number in zip(rest[::2], rest[1::2], strict=True):
         result = _OPERATIONS[sign](total, int(number))
-        lines.append(f"{total} {sign} {number} = {result}")
+        if result < 0:
+            return None
+        lines.append(f"{total} {sign} {number}: {_by_digits(total, sign, int(number))}; {result}")
         total = result
     return f"{expression} =", "\n".join(lines)
+
+
+def _by_digits(first: int, sign: str, second: int) -> str:
+    """`7+8=15 4+3+1=8` for 47 + 38, `15-8=7 4-3-1=0` for 45 - 38: what is carried or borrowed comes last."""
+    steps, carried = [], 0
+    while first or second or carried or not steps:
+        (first, one), (second, other) = divmod(first, 10), divmod(second, 10)
+        if sign == "+":
+            result = one + other + carried
+            left, result_carried = f"{one}+{other}", result // 10
+        else:
+            result_carried = int(one < other + carried)
+            one += 10 * result_carried
+            result = one - other - carried
+            left = f"{one}-{other}"
+        steps.append(f"{left}{sign}{carried}={result}" if carried else f"{left}={result}")
+        carried = result_carried
+    return " ".join(steps)
 
 
 def basic_arithmetic(entry: Entry) -> tuple[str, str]:

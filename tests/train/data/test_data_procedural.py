@@ -43,7 +43,9 @@ def test_derivations_hold_line_by_line(some: list[Problem]) -> None:
     for problem in some:
         task, steps, answer = problem.task, problem.derivation, problem.answer
         last = steps.split("\n")[-1]
-        if task in ("chain_sum", "leg_counting"):
+        if task == "chain_sum":
+            _check_sums(problem)
+        elif task == "leg_counting":
             found = SUMS.findall(steps)
             assert len(found) >= len(steps.split("\n"))
             for left, right in found:
@@ -79,6 +81,20 @@ def test_derivations_hold_line_by_line(some: list[Problem]) -> None:
             assert task == "recall"
             assert steps in problem.question
             assert steps == f"{problem.question.split()[-1][:-1]}={answer}"
+
+
+def _check_sums(problem: Problem) -> None:
+    """Each line goes on from the total before; its digits, last ones first, make up the new total."""
+    total, *rest = problem.question.removesuffix(" =").split()
+    for line, sign, number in zip(problem.derivation.split("\n"), rest[::2], rest[1::2], strict=True):
+        asked, digits, result = re.fullmatch(r"(.+): (.+); (\d+)", line).groups()  # type: ignore[union-attr]
+        assert asked == f"{total} {sign} {number}"
+        assert eval(asked) == int(result) >= 0
+        equations = [part.split("=") for part in digits.split(" ")]
+        assert all(eval(left) == int(right) for left, right in equations), line
+        assert int("".join(right[-1] for _, right in reversed(equations))) == int(result)
+        total = result
+    assert total == problem.answer
 
 
 def _check_list(problem: Problem) -> None:
