@@ -186,6 +186,8 @@ class BatchPart:
         require_int("batch.tokens", self.tokens, high=10**15)
         if self.micro is not None:
             require_int("batch.micro", self.micro, high=self.sequences)
+            if self.sequences % self.micro:
+                raise SpecError(f"batch.micro={self.micro}: must divide batch.sequences={self.sequences}")
 
     @property
     def tokens_per_step(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,8 +82,10 @@ def test_two_ranks_learn_what_one_does_and_go_on_from_it(recipe: Path, whole: Pa
     assert losses(back) == pytest.approx(losses(whole), abs=1e-3)
 
 
-@pytest.mark.parametrize("change", ["batch.micro=1", "parallel.recompute=full", "parallel.recompute=selective"])
-def test_micro_batches_and_recompute_change_nothing(recipe: Path, whole: Path, tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["batch.micro=1", "parallel.recompute=full", "parallel.recompute=selective", "compile=true"])
+def test_micro_batches_recompute_and_compiling_change_nothing(recipe: Path, whole: Path, tmp_path: Path, change: str) -> None:
+    if change == "compile=true" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
     run(recipe, tmp_path / "other", change)
     assert losses(tmp_path / "other") == pytest.approx(losses(whole), abs=1e-4)
 

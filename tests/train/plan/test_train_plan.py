@@ -144,7 +144,7 @@ def test_tokens_are_rounded_up_to_whole_steps() -> None:
     [
         (("parallel.gpus=2", "parallel.tp=4"), "gpus=2: must be a multiple of parallel.tp x parallel.cp = 4"),
         (("parallel.gpus=16",), "batch.sequences=8: fewer than 16 groups of ranks"),
-        (("batch.micro=3",), "sequences=8: must be a multiple of 3"),
+        (("batch.micro=3",), "batch.micro=3: must divide batch.sequences=8"),
         (("parallel.tp=5", "parallel.gpus=5"), "tp=5: does not divide"),
         (("hardware=h1000",), "h1000"),
         (("hardware=h100-sxm", "precision.linears=fp32"), "precision.linears='fp32'"),
