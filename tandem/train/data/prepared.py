@@ -89,7 +89,7 @@ def fingerprint(recipe: Recipe, recipe_folder: Path) -> str:
     """A digest of everything that decides what a prepared folder holds.
 
     Sources, tokenizer, cleaning, held-out share, the evaluation questions that are kept out, and the content of every file that
-    is read; of a hub source its name only. The blend, the batch and the run's seed are not among them, so runs that differ only
+    is read; of a data set that is not in a folder here its name only. The blend, the batch and the run's seed are not among them, so runs that differ only
     there share a folder.
     """
     data = recipe.data
@@ -123,6 +123,8 @@ def _files(recipe: Recipe, folder: Path) -> list[Path]:
     for name, source in recipe.data.sources.items():
         if source.kind in _OF_FILES:
             found += find_files(f"data.sources.{name}.path", source.path, folder)
+        elif source.kind == "hub" and source.path and (folder / Path(source.path).expanduser()).is_dir():
+            found += sorted(file for file in (folder / Path(source.path).expanduser()).rglob("*") if file.is_file())
         elif source.kind == "long-documents":
             with suppress(SpecError):  # Its prose may be a data set of the hub, or one that is not there: reading tells.
                 found += find_files(f"data.sources.{name}.path", source.path, folder)

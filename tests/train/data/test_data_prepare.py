@@ -22,7 +22,7 @@ from tandem.spec.errors import SpecError
 from tandem.train.data.bpe import CONTROL, MARKS, save_tokenizer, train_bpe
 from tandem.train.data.document import Document
 from tandem.train.data.prepare import TOKENIZER_FOLDER, prepare
-from tandem.train.data.prepared import DataReport, SourceReport, read_report
+from tandem.train.data.prepared import DataReport, SourceReport, fingerprint, read_report
 from tandem.train.data.procedural import evaluation_problems, make_problems
 from tandem.train.data.shards import PARTS, encode_documents, read_shard, write_shard
 from tandem.train.data.stream import TokenStream, source_folder
@@ -187,6 +187,20 @@ def test_other_settings_or_files_are_refused(texts: Path, recipe: Recipe, tmp_pa
     (texts / "test.jsonl").write_text(json.dumps({"question": LEAKED + " "}), encoding="utf-8")
     with pytest.raises(SpecError, match="holds data of other settings or files"):
         prepare(recipe, tmp_path / "data", recipe_folder=texts)
+
+
+def test_the_content_of_a_hub_source_in_a_folder_counts(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    rows = tmp_path / "set" / "train.jsonl"
+    hub = SourcePart(kind="hub", path="set")
+    phases = (PhasePart(until=1.0, weights={"hub": 1.0}),)
+    clean = replace(recipe.data.clean, decontaminate=())
+    other = replace(recipe, data=replace(recipe.data, sources={"hub": hub}, phases=phases, cut=(), clean=clean))
+    rows.write_text('{"text": "one"}\n', encoding="utf-8")
+    before = fingerprint(other, tmp_path)
+    assert fingerprint(other, tmp_path) == before
+    rows.write_text('{"text": "two"}\n', encoding="utf-8")
+    assert fingerprint(other, tmp_path) != before
 
 
 def test_a_failure_leaves_nothing_behind(texts: Path, recipe: Recipe, tmp_path: Path) -> None:
