@@ -89,8 +89,8 @@ def fingerprint(recipe: Recipe, recipe_folder: Path) -> str:
     """A digest of everything that decides what a prepared folder holds.
 
     Sources, tokenizer, cleaning, held-out share, the evaluation questions that are kept out, and the content of every file that
-    is read; of a data set that is not in a folder here its name only. The blend, the batch and the run's seed are not among them, so runs that differ only
-    there share a folder.
+    is read; of a data set that is not in a folder here its name only. The blend, the batch and the run's seed are not among
+    them, so runs that differ only there share a folder.
     """
     data = recipe.data
     settings = {

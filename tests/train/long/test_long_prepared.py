@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tandem.model.tokenizer import load_tokenizer
+from tandem.spec.recipes import recipes_folder
 from tandem.train.data.prepare import TOKENIZER_FOLDER, prepare
 from tandem.train.data.stream import TokenStream
 from tandem.train.long import QUESTIONS
 from tandem.train.recipe import BatchPart, DataPart, ModelPart, PhasePart, Recipe, SourcePart, TokenizerPart
-from tandem.train.recipe_files import load_recipe, recipes_folder
+from tandem.train.recipe_files import load_recipe
 
 
 def test_documents_fit_their_sequences_and_questions_are_learned(tmp_path: Path) -> None:
