@@ -114,9 +114,14 @@ class Chooser:
         if token is None:
             token = self._draw(self._allowed(row))
         count = self._sampling.logprobs
-        choice = Choice(token, None if count is None else log_probabilities(row, token, count))
+        choice = Choice(token, None if count is None else log_probabilities(self._tempered(row), token, count))
         self.accept(token)
         return choice
+
+    def _tempered(self, row: Row) -> Row:
+        """The row that log-probabilities are taken of."""
+        heat = self._sampling.temperature
+        return row * np.float32(1.0 / heat) if self._sampling.tempered_logprobs and heat > 0 else row
 
     def fail(self) -> Choice:
         """What is chosen where the highest logit is not a number: anything, beside an `error`. It must not stop the others."""

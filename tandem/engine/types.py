@@ -46,6 +46,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     logprobs: int | None = None
     """Alternatives to list beside each token's own log-probability; None for no log-probabilities at all."""
+    tempered_logprobs: bool = False
+    """Log-probabilities of the logits divided by the temperature, as a policy's gradient needs them, not as they are."""
     stop: tuple[str, ...] = ()
     """Texts that end the output; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
@@ -102,7 +104,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural logarithm of the probability of a token, before temperature and bias, and of the likeliest ones."""
+    """Natural logarithm of the probability of a token, before bias and mostly temperature, and of the likeliest ones."""
 
     token_id: int
     logprob: float
