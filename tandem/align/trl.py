@@ -5,33 +5,138 @@ A trainer of ours is `class _Sft(LocalTrainer, SFTTrainer)`, made from `argument
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import datasets
 import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from tandem.model.hybrid import Decoder
 from tandem.model.memory import keep_freed_memory
 from tandem.model.tokenizer import Tokenizer
 from tandem.spec.catalog import read_json
 from tandem.spec.errors import SpecError
 from tandem.spec.files import write_whole
+from tandem.spec.units import require_int, require_number
 from tandem.train.loop import Diverged, Listener
+from tandem.train.precision import apply_precision
+from tandem.train.recipe import LinearFormat, PrecisionPart
 
+Schedule = Literal["constant", "linear", "cosine"]
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 _CHECKPOINTS, _WHOLE, _RUN = "checkpoints", "whole", "run.json"
+_HOW = ("micro", "checkpoint_every")
+"""Settings that a run may be gone on with differently: they do not change what it learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """What every stage states of its optimiser: AdamW, steps of `rows` examples, a learning rate that rises and falls."""
+
+    steps: int | None = None
+    """Optimiser steps; None where `epochs` is given."""
+    epochs: float | None = None
+    """How often all examples are learned from; None where `steps` is given."""
+    rows: int = 16
+    """Examples of a step: sequences, pairs."""
+    micro: int | None = None
+    """Examples of one forward pass, a divisor of `rows`; None: all of a step."""
+    lr: float = 1e-4
+    schedule: Schedule = "cosine"
+    """How the rate goes from `lr` at the end of the warm-up to 0 at the end."""
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises from 0."""
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    """Norm to which gradients are scaled down."""
+    linears: LinearFormat = "fp32"
+    """Number format of the linears' products (`tandem.train.precision`); weights and gradients stay fp32."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; one is written at the end as well."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise SpecError(f"steps={self.steps}, epochs={self.epochs}: state one of the two")
+        if self.steps is not None:
+            require_int("steps", self.steps)
+        if self.epochs is not None:
+            require_number("epochs", self.epochs, high=1e6)
+        require_int("rows", self.rows)
+        require_int("checkpoint_every", self.checkpoint_every)
+        if self.micro is not None and (require_int("micro", self.micro) > self.rows or self.rows % self.micro):
+            raise SpecError(f"micro={self.micro}: must divide rows={self.rows}")
+        require_number("lr", self.lr, high=1.0)
+        require_number("clip", self.clip)
+        for name in ("schedule", "linears"):
+            allowed = get_args(Schedule if name == "schedule" else LinearFormat)
+            if getattr(self, name) not in allowed:
+                raise SpecError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for name in ("warmup", "weight_decay", "beta1", "beta2"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise SpecError(f"{name}={value!r}: must be a number from 0 to below 1")
+
+    def steps_for(self, examples: int) -> int:
+        """Optimiser steps of a run over so many examples."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round((self.epochs or 0.0) * -(-examples // self.rows)))
+
+    def trainer_fields(self, examples: int) -> dict[str, Any]:
+        """The same in the words of transformers' TrainingArguments."""
+        steps, micro = self.steps_for(examples), self.micro or self.rows
+        return {
+            "max_steps": steps,
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": self.rows // micro,
+            "learning_rate": self.lr,
+            "lr_scheduler_type": "constant_with_warmup" if self.schedule == "constant" else self.schedule,
+            "warmup_steps": round(self.warmup * steps),
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.beta1,
+            "adam_beta2": self.beta2,
+            "max_grad_norm": self.clip,
+            "save_steps": self.checkpoint_every,
+            "include_num_input_tokens_seen": "non_padding",
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, for the record of a run."""
+        return asdict(self)
+
+
+@contextmanager
+def trainable(decoder: Decoder, linears: LinearFormat) -> Iterator[None]:
+    """While this lasts the decoder's linears multiply in a number format; then they are plain again, in the mode of before.
+
+    Raises SpecError for weights of fewer bits than fp32: a step would be lost in their rounding.
+    """
+    dtype = decoder.backbone.embeddings.weight.dtype
+    if dtype != torch.float32:
+        raise SpecError(f"dtype={str(dtype).removeprefix('torch.')}: training needs weights in float32; load them so")
+    training = decoder.training
+    apply_precision(decoder, PrecisionPart(linears=linears))
+    try:
+        yield
+    finally:
+        apply_precision(decoder, PrecisionPart(linears="fp32"))
+        decoder.train(training)
 
 
 def arguments(cls: type[Arguments], out: Path, *, seed: int, **settings: Any) -> Arguments:
@@ -129,6 +234,8 @@ class ListenCallback(TrainerCallback):
         self.stage, self.listen, self.names = stage, listen, dict(names or {})
         self.last: dict[str, Any] = {}
         """The latest event."""
+        self.seconds = 0.0
+        """Of all steps of this process."""
         self._since, self._tokens = time.perf_counter(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -144,7 +251,7 @@ class ListenCallback(TrainerCallback):
             raise Diverged(f"step={state.global_step}: loss {loss}, gradient norm {norm}; lower the learning rate")
         now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
         seconds, counted = now - self._since, tokens - self._tokens
-        self._since, self._tokens = now, tokens
+        self._since, self._tokens, self.seconds = now, tokens, self.seconds + seconds
         event: dict[str, Any] = {
             "kind": "step",
             "stage": self.stage,
@@ -171,12 +278,33 @@ def hub_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return theirs
 
 
-def claim(out: Path, run: Mapping[str, Any]) -> None:
-    """Make `out` the folder of a run that `run` describes (settings, seed, fingerprint of data), or go on with it.
+def fingerprint(rows: Iterable[Sequence[int]]) -> str:
+    """What rows of whole numbers are told apart by: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(np.asarray(row, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def weights_fingerprint(decoder: Decoder) -> str:
+    """What decoders are told apart by: a thousand numbers of every weight."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in decoder.named_parameters():
+        digest.update(name.encode())
+        some = weight.detach().flatten()[:: max(1, weight.numel() // 1000)]
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def claim(out: Path, stage: str, settings: TrainerSettings, decoder: Decoder, *, seed: int, data: str) -> None:
+    """Make `out` the folder of this run, or go on with it; `data` is the fingerprint of what is learned from.
 
     Raises SpecError where the folder holds another run.
     """
-    mine, file = json.loads(json.dumps(run)), out / _RUN
+    stated = {"stage": stage, "seed": seed, "data": data, "model": weights_fingerprint(decoder), **settings.to_json()}
+    mine = json.loads(json.dumps({name: value for name, value in stated.items() if name not in _HOW}))
+    file = out / _RUN
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as wrong:
@@ -204,6 +332,24 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def train(trainer: LocalTrainer) -> None:
-    """Run a trainer from its newest checkpoint, or from the beginning, to the end."""
+    """Run a trainer from its newest checkpoint, or from the beginning, to the end. Of a run at its end weights are read."""
     newest = last_checkpoint(Path(str(trainer.args.output_dir)).parent)
+    if newest is not None:
+        state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:  # transformers would make one step more
+            trainer._load_from_checkpoint(str(newest))
+            trainer.state = state
+            return
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+
+
+def run_metrics(trainer: LocalTrainer, heard: ListenCallback) -> dict[str, Any]:
+    """What a finished run comes to: steps, tokens, the mean loss of the last tenth of its steps, seconds of this process."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "loss": sum(last) / len(last),
+        "seconds": heard.seconds,
+    }
