@@ -3,8 +3,8 @@
     python benchmarks/pretraining_runs.py --out out/pretraining --tokens 1200000
 
 Finished runs are skipped and one that was interrupted is gone on with, so the same command may be started again. Each run is
-`tandem train` in a process of its own. The long-context runs go on from the hybrid of the same seed; then needles are asked of
-all three. Two cores take some five minutes for a million tokens of the hybrid.
+`tandem train` in a process of its own. The long-context runs go on from the hybrid of the same seed; facts in long
+texts are asked of all three. Two cores take some five minutes for a million tokens of the hybrid.
 """
 
 from __future__ import annotations
@@ -17,15 +17,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tandem.spec.files import write_whole
 from tandem.study.pretraining_claims import FP8, FP8_TENSOR, FP32, HYBRID, LONG, ONE_BLEND, SHORT, TRANSFORMER
 from tandem.train.recipe_files import load_recipe
-
-NEEDLES = (256, 512, 1024, 2048)
-NEEDLE_CASES = 40
-"""Of each kind at each length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +47,16 @@ def one_blend() -> str:
 def variants() -> dict[str, Variant]:
     """All of them, in the order of running."""
     long, base = load_recipe("nano-long")[0], load_recipe("nano-hybrid")[0]
+    needles = f"evaluate.needles={list(long.evaluate.needles)}"
     short = (
         f"batch.tokens={long.batch.tokens}",
         f"batch.sequences={max(1, long.batch.tokens_per_step // base.batch.sequence_length)}",
         f"data.phases={json.dumps([{'until': 1.0, 'weights': base.data.phases[-1].weights}])}",
         *(f"optimiser.{name}={value}" for name, value in asdict(long.optimiser).items()),
+        needles,
     )
     return {
-        HYBRID: Variant(recipe="nano-hybrid", changes=("precision.linears=bf16",)),
+        HYBRID: Variant(recipe="nano-hybrid", changes=("precision.linears=bf16", needles)),
         FP8: Variant(recipe="nano-hybrid-fp8"),
         TRANSFORMER: Variant(recipe="nano-transformer", changes=("precision.linears=bf16",)),
         ONE_BLEND: Variant(recipe="nano-hybrid", changes=("precision.linears=bf16", one_blend())),
@@ -104,26 +101,6 @@ def train(out: Path, name: str, variant: Variant, seed: int, more: Sequence[str]
     print(f"  loss {found['loss']:.4f}; {right}; {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
 
 
-def ask_needles(folder: Path, cases: int) -> None:
-    """Ask a finished run for facts in long texts of plain sentences, and keep the shares beside it."""
-    target = folder / "needles.json"
-    if target.is_file() or not (folder / "metrics.json").is_file():
-        return
-    from tandem.model.load import load_model
-    from tandem.model.tokenizer import load_tokenizer
-    from tandem.train.needles import accuracy_by, answer_cases, needle_suite
-
-    model, tokenizer = load_model(folder / "model"), load_tokenizer(folder / "model")
-    asked = needle_suite(tokenizer, None, NEEDLES, cases, seed=10**9)
-    by = accuracy_by(asked, answer_cases(model, tokenizer, asked), "kind", "length")
-    found: dict[str, dict[str, Any]] = {}
-    for (kind, length), share in by.items():
-        row = {"accuracy": share.share, "low": share.low, "high": share.high, "count": share.count}
-        found.setdefault(str(kind), {})[str(length)] = row
-    write_whole(target, json.dumps(found, indent=1) + "\n")
-    print(f"  needles: {json.dumps({kind: {n: round(s['accuracy'], 2) for n, s in b.items()} for kind, b in found.items()})}")
-
-
 def ask_long(out: Path, folder: Path, batches: int = 20) -> None:
     """Loss of a finished run on the held-out sequences of the long-context phase, by source, kept beside it."""
     target = folder / "long.json"
@@ -151,7 +128,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(known), default=list(known))
     parser.add_argument("--problems", type=int, default=200, help="Of each task.")
-    parser.add_argument("--cases", type=int, default=NEEDLE_CASES, help="Needles of each kind and length.")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD.PATH=VALUE", help="Changes to every run.")
     options = parser.parse_args()
     for seed in range(options.seeds):  # seed by seed, so that whatever is there when time ends can be compared
@@ -160,7 +136,6 @@ def main() -> None:
             more = [*([] if tokens is None else [f"batch.tokens={tokens}"]), *options.set]
             train(options.out, name, known[name], seed, more, options.problems)
         for name in (HYBRID, LONG, SHORT):
-            ask_needles(place(options.out, name, seed), options.cases)
             ask_long(options.out, place(options.out, name, seed))
 
 

@@ -66,6 +66,10 @@ def _step(event: dict[str, Any]) -> str:
     )
 
 
+def _shares(by_length: dict[str, dict[str, float]]) -> str:
+    return ", ".join(f"{found['accuracy']:.0%} at {int(length):,}" for length, found in by_length.items())
+
+
 def _line(event: dict[str, Any]) -> str | None:
     """An event of a run as a line of the log; None where the progress bar says it."""
     match event["kind"]:
@@ -78,6 +82,8 @@ def _line(event: dict[str, Any]) -> str | None:
             return f"step {event['step']:,}: back to here (return {event['retry']}), for {event['why']}"
         case "task":
             return f"{event['task']}: {event['accuracy']:.1%} of {event['count']} ({event['low']:.1%} to {event['high']:.1%})"
+        case "needles":
+            return "\n".join(f"{kind}: {_shares(by)}" for kind, by in event["needles"].items())
         case "samples":
             return "\n".join(f"sample: {prompt!r} -> {text!r}" for prompt, text in event["samples"].items())
     return None

@@ -1,9 +1,8 @@
 """Finished training runs, read from their folders: `FOLDER/<variant>/seed-<k>` with what `tandem train` leaves there.
 
-metrics.json      the last step, verified answers by task
+metrics.json      the last step, verified answers by task, facts found in long texts by kind and length
 metrics.jsonl     every step and every evaluation on held-out text
 recipe.json       the settings
-needles.json      answers about long texts by kind and length, where they were asked for
 long.json         loss on held-out sequences of the long-context phase by source, where it was measured
 """
 
@@ -81,7 +80,7 @@ def read_run(folder: Path, variant: str, seed: int) -> TrainingRun | None:
     try:
         metrics, recipe = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "recipe"))
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        needles, long = (_there(folder / f"{name}.json") for name in ("needles", "long"))
+        needles, long = metrics.get("needles", {}), _there(folder / "long.json")
         steps = [line for line in lines if line["kind"] == "step"]
         held_out = [line for line in lines if line["kind"] == "held_out"]
         return TrainingRun(

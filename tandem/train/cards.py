@@ -42,7 +42,6 @@ def model_card(
     command: str | None = None,
     base: str | None = None,
     datasets: Sequence[str] = (),
-    needles: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     language: str = "en",
 ) -> str:
     """The card of a trained checkpoint.
@@ -50,8 +49,7 @@ def model_card(
     `metrics` and `journal` are a run's metrics.json and the lines of its metrics.jsonl, `date` and `version` (of Tandem) stand
     in the card as given. `command` makes the model again; default the recipe by its name. `base` names the model that the run
     went on from (a folder's path is not told: it means nothing elsewhere), `datasets` data sets of a hub beyond those that the
-    recipe reads there. `needles` are shares of facts found in long texts, by kind and tokens of the prompt, each with
-    `accuracy` and `count`. Raises SpecError where the run has no step.
+    recipe reads there. Raises SpecError where the run has no step.
     """
     steps = [line for line in journal if line["kind"] == "step"]
     if not steps:
@@ -103,7 +101,7 @@ def model_card(
         blend_table(recipe, data),
         _data_note(recipe, data),
         "## Evaluation",
-        *_evaluation(held_out, accuracy, needles or {}),
+        *_evaluation(held_out, accuracy, metrics.get("needles", {})),
         *_samples(metrics),
         "## Limits",
         _limits(spec),

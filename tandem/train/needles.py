@@ -20,6 +20,7 @@ from tandem.model.hybrid import Decoder
 from tandem.model.tokenizer import Tokenizer
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
+from tandem.train.data.procedural import EVALUATION_SEED
 from tandem.train.evaluate import Accuracy, prompt_ids, samples
 
 Kind = Literal["single", "multi-key", "multi-value", "multi-query", "chain"]
@@ -264,6 +265,18 @@ def answer_cases(
     """
     texts = samples(model, tokenizer, [case.prompt for case in cases], max_tokens=max_tokens, batch=batch)
     return [is_right(case, text) for case, text in zip(cases, texts, strict=True)]
+
+
+def needle_shares(
+    model: Decoder, tokenizer: Tokenizer, lengths: Sequence[int], cases: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Facts found in prose of our own, by kind and length: `accuracy` with its interval `low` to `high`, and `count`."""
+    asked = needle_suite(tokenizer, None, lengths, cases, seed=EVALUATION_SEED)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (kind, length), share in accuracy_by(asked, answer_cases(model, tokenizer, asked), "kind", "length").items():
+        row = {"accuracy": share.share, "low": share.low, "high": share.high, "count": share.count}
+        found.setdefault(str(kind), {})[str(length)] = row
+    return found
 
 
 def accuracy_by(cases: Sequence[Case], right: Sequence[bool], *fields: str) -> dict[tuple[str | int | float, ...], Accuracy]:

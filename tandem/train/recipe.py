@@ -290,10 +290,16 @@ class EvaluatePart:
     """Procedural tasks whose answers are verified at the end."""
     problems: int = 200
     """Of each task."""
+    needles: tuple[int, ...] = ()
+    """Tokens of the texts in which facts are asked for at the end (`tandem.train.needles`)."""
+    needle_cases: int = 40
+    """Of each kind and length."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "batches", "problems"):
+        for name in ("every", "batches", "problems", "needle_cases"):
             require_int(f"evaluate.{name}", getattr(self, name))
+        for length in self.needles:
+            require_int("evaluate.needles", length)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ from tandem.train.evaluate import samples, task_accuracy
 from tandem.train.journal import read_journal
 from tandem.train.loop import Listener, Speed, claimed, train_model
 from tandem.train.machine import matmul_flops_per_s
+from tandem.train.needles import needle_shares
 from tandem.train.ranks import Ranks, joined
 from tandem.train.recipe import Recipe
 
@@ -223,4 +224,9 @@ def _worth(recipe: Recipe, model: Decoder, tokenizer: Tokenizer, listen: Listene
             "count": found_right.count,
         }
         listen({"kind": "task", "task": task, **accuracy[task]})
-    return {**found, "accuracy": accuracy} if accuracy else found
+    if accuracy:
+        found["accuracy"] = accuracy
+    if part.needles:
+        found["needles"] = needle_shares(model, tokenizer, part.needles, part.needle_cases)
+        listen({"kind": "needles", "needles": found["needles"]})
+    return found

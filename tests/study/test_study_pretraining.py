@@ -47,11 +47,11 @@ def write_run(
     (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     accuracy = {task: {"accuracy": right + 0.01 * seed, "low": 0.0, "high": 1.0, "count": 100} for task in ("sums", "legs")}
     metrics = {"loss": lines[-2]["loss"], "steps_s": 60.0, "accuracy": accuracy}
+    if needles:
+        found = {str(n): {"accuracy": a, "count": 40} for n, a in needles.items()}
+        metrics["needles"] = {"single": found, "chain": found}
     (place / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     (place / "recipe.json").write_text(json.dumps({"precision": {"linears": linears}}), encoding="utf-8")
-    if needles:
-        found = {kind: {str(n): {"accuracy": a, "count": 40} for n, a in needles.items()} for kind in ("single", "chain")}
-        (place / "needles.json").write_text(json.dumps(found), encoding="utf-8")
     if questions is not None:
         (place / "long.json").write_text(json.dumps({"long-questions": questions + 0.01 * seed}), encoding="utf-8")
     return place

@@ -140,7 +140,8 @@ def test_no_answers_no_index_and_no_invention(recipe: Recipe, report: DataReport
 
 def test_needles_are_a_column_a_length(recipe: Recipe, report: DataReport, journal: list[dict[str, Any]]) -> None:
     shares = {"2048": {"accuracy": 0.4, "count": 40}, "512": {"accuracy": 0.9, "count": 40}}
-    card = written(recipe, report, journal, needles={"single": shares, "chain": {"512": {"accuracy": 0.25, "count": 40}}})
+    needles = {"single": shares, "chain": {"512": {"accuracy": 0.25, "count": 40}}}
+    card = model_card(recipe, model_spec(recipe), METRICS | {"needles": needles}, journal, report, **ABOUT)
     assert "| kind | 512 | 2,048 |" in card
     assert "| single | 90% | 40% |" in card
     assert "| chain | 25% | - |" in card

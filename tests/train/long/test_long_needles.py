@@ -25,6 +25,7 @@ from tandem.train.needles import (
     insert,
     is_right,
     make_question,
+    needle_shares,
     needle_suite,
 )
 
@@ -192,3 +193,14 @@ def test_a_model_is_asked_and_counted(tokenizer: Tokenizer, monkeypatch: pytest.
         ("chain", 600),
         ("chain", 700),
     ]
+
+
+def test_shares_of_found_facts_are_plain_data(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (Attention(num_heads=2, num_kv_heads=1, head_dim=8),)
+    model = Decoder(ModelSpec(name="tiny", vocab_size=259, hidden_size=16, layers=layers), seed=0)
+    monkeypatch.setattr("tandem.train.needles.answer_cases", lambda model, tokenizer, cases: [c.length == 600 for c in cases])
+    found = needle_shares(model, tokenizer, [600, 700], 3)
+    assert list(found) == list(KINDS)
+    for by in found.values():
+        assert {length: (share["accuracy"], share["count"]) for length, share in by.items()} == {"600": (1, 3), "700": (0, 3)}
+        assert 0 < by["600"]["low"] < by["600"]["high"] == 1
