@@ -6,11 +6,12 @@ scores every position and takes several more figures of each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from jaxtyping import Float
@@ -18,6 +19,8 @@ from torch import Tensor
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from tandem.align.encode import Packed, encode_sample, pack
+from tandem.align.sample import Sample
 from tandem.align.trl import (
     ListenCallback,
     LocalTrainer,
@@ -42,8 +45,8 @@ from tandem.train.loss import Product, summed_nll
 from tandem.train.recipe import PrecisionPart
 from tandem.train.trainee import head_product
 
-Row = Mapping[str, Sequence[int]]
-"""A sequence: `input_ids`, `labels` (the same, `IGNORED` where not learned) and `documents` (numbers of those it holds)."""
+_WIDTH = 32
+"""Rows are cut to a multiple of this: oneDNN keeps compiled code and memory for every shape that it has met."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,31 +85,47 @@ class _Sft(LocalTrainer, SFTTrainer):
         return total / max(1, int(count))
 
 
-def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
-    """Rows as int64 tensors [rows, longest], padded on the right, with `attention_mask` (1 at tokens).
+def collate(packed: Packed, rows: Sequence[int]) -> dict[str, Tensor]:
+    """Some rows as int64 tensors [rows, time], no wider than they need be, with `attention_mask` (1 at tokens).
 
-    `documents` is there where a row holds more than one; padding counts as one of its own.
+    `documents` is there where a row holds more than one sample.
     """
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.full((len(rows), longest), pad)
-    labels = torch.full((len(rows), longest), IGNORED)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    documents = torch.full((len(rows), longest), -1)
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[i, :length] = torch.tensor(row["input_ids"])
-        labels[i, :length] = torch.tensor(row["labels"])
-        documents[i, :length] = torch.tensor(row["documents"])
-        mask[i, :length] = 1
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    several = any(row["documents"][0] != row["documents"][-1] for row in rows)
-    return {**batch, "documents": documents} if several else batch
+    numbers = torch.from_numpy(packed.documents[rows])
+    held = torch.tensor([[len(packed.samples[row])] for row in rows])
+    mask = (numbers < held).long()
+    width = -(-int(mask.sum(1).max()) // _WIDTH) * _WIDTH
+    batch = {
+        "input_ids": torch.from_numpy(packed.input_ids[rows])[:, :width],
+        "labels": torch.from_numpy(packed.labels[rows])[:, :width],
+        "attention_mask": mask[:, :width],
+    }
+    return {**batch, "documents": numbers[:, :width]} if int(held.max()) > 1 else batch
 
 
-def train_rows(
+def sft_trainer(decoder: Decoder, tokenizer: Tokenizer, packed: Packed, settings: SftSettings, out: Path, *, seed: int) -> _Sft:
+    """TRL's trainer over rows that are made already."""
+    trainer = _Sft(
+        model=TandemForCausalLM.from_decoder(decoder),
+        args=arguments(
+            SFTConfig,
+            out,
+            seed=seed,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **settings.trainer_fields(len(packed.samples)),
+        ),
+        train_dataset=Dataset.from_dict({"row": range(len(packed.samples))}),
+        data_collator=lambda rows: collate(packed, [row["row"] for row in rows]),
+        processing_class=hub_tokenizer(tokenizer),
+    )
+    trainer.product = head_product(PrecisionPart(linears=settings.linears))
+    return trainer
+
+
+def run_sft(
     decoder: Decoder,
     tokenizer: Tokenizer,
-    rows: Sequence[Row],
+    samples: Sequence[Sample],
     settings: SftSettings,
     out: Path,
     *,
@@ -114,31 +133,46 @@ def train_rows(
     stage: str = "sft",
     listen: Listener = lambda event: None,
 ) -> dict[str, Any]:
-    """As `run_sft`, on sequences that are made already."""
-    if not rows:
+    """Teach a decoder, in place, the assistant's turns of conversations; what the run came to.
+
+    The folder `out` holds checkpoints, from which the same call goes on, to the bit as if it had not been interrupted. Samples
+    longer than a sequence are left out and counted (`too_long`). `learned` is the share of all tokens that is learned. Raises
+    SpecError where there is nothing to learn or `out` holds another run, Diverged for a loss that is not a number.
+    """
+    if not samples:
         raise SpecError("samples=[]: nothing to learn from; give at least one conversation")
-    if not any(label != IGNORED for row in rows for label in row["labels"][1:]):
-        raise SpecError("samples: no token of them is learned; they need assistant turns")
-    data = fingerprint(numbers for row in rows for numbers in (row["input_ids"], row["labels"], row["documents"]))
-    claim(out, stage, settings, decoder, seed=seed, data=data)
+    encoded = [encode_sample(sample, tokenizer) for sample in samples]
+    packed = pack(encoded, settings.length, concatenate=settings.concatenate)
+    left_out = len(packed.too_long)
+    if left_out == len(samples):
+        shortest = min(length for _, length in packed.too_long)
+        raise SpecError(f"length={settings.length}: every sample is longer, the shortest {shortest} tokens; state more")
+    found = train_packed(decoder, tokenizer, packed, settings, out, seed=seed, stage=stage, listen=listen)
+    return {**found, "samples": len(samples) - left_out, "too_long": left_out}
+
+
+def train_packed(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    packed: Packed,
+    settings: SftSettings,
+    out: Path,
+    *,
+    seed: int,
+    stage: str = "sft",
+    listen: Listener = lambda event: None,
+) -> dict[str, Any]:
+    """As `run_sft`, on samples that are in rows already."""
+    learned = int((packed.labels != IGNORED).sum())
+    if not learned:
+        raise SpecError("samples: no token of them is learned; they need turns of an assistant")
+    data = fingerprint([*packed.input_ids, *packed.labels, *packed.documents])
     heard = ListenCallback(stage, listen)
     with contained(), trainable(decoder, settings.linears):
-        theirs = hub_tokenizer(tokenizer)
-        trainer = _Sft(
-            model=TandemForCausalLM.from_decoder(decoder),
-            args=arguments(
-                SFTConfig,
-                out,
-                seed=seed,
-                max_length=None,
-                dataset_kwargs={"skip_prepare_dataset": True},
-                **settings.trainer_fields(len(rows)),
-            ),
-            train_dataset=Dataset.from_list([dict(row) for row in rows]),
-            data_collator=lambda some: collate(some, theirs.pad_token_id),
-            processing_class=theirs,
-            callbacks=[heard],
-        )
-        trainer.product = head_product(PrecisionPart(linears=settings.linears))
+        claim(out, stage, settings, decoder, seed=seed, data=data)
+        trainer = sft_trainer(decoder, tokenizer, packed, settings, out, seed=seed)
+        trainer.add_callback(heard)
         train(trainer)
-        return {**run_metrics(trainer, heard), "rows": len(rows)}
+        found = run_metrics(trainer, heard)
+    held = np.array([[len(some)] for some in packed.samples])
+    return {**found, "rows": len(packed.samples), "learned": learned / int((packed.documents < held).sum())}
