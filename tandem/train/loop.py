@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,9 +14,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from tandem.model.hybrid import Decoder
-from tandem.spec.catalog import read_json
 from tandem.spec.errors import SpecError, TandemError
-from tandem.spec.files import write_whole
 from tandem.train.checkpoint import Checkpoints
 from tandem.train.data.packing import Batch
 from tandem.train.data.stream import TokenStream
@@ -28,6 +24,7 @@ from tandem.train.journal import Journal, read_journal
 from tandem.train.ranks import Ranks
 from tandem.train.recipe import Recipe
 from tandem.train.recipe_files import recipe_json
+from tandem.train.run_folder import claimed_folder
 from tandem.train.schedule import learning_rate
 from tandem.train.trainee import clip_gradients, make_optimiser, make_trainee, synchronise
 
@@ -84,55 +81,21 @@ def train_model(
         run.close()
 
 
+_MAY_DIFFER = ("parallel", "checkpoint", "guard", "about", "batch.micro")
+"""Fields that say how a run is spread, guarded and saved, which does not change what it learns."""
+
+
 @contextmanager
 def claimed(out: Path, recipe: Recipe, ranks: Ranks) -> Iterator[None]:
-    """The folder is this recipe's run's and no other process's while this lasts.
-
-    Raises SpecError where it holds a run of another recipe, checkpoints without their recipe, or one that is under way.
-    """
+    """`claimed_folder` for all ranks of a run of this recipe."""
+    mine = recipe_json(recipe)
     with ExitStack() as held:
-        ranks.by_first(lambda: held.enter_context(_claimed(out, recipe)))
+        ranks.by_first(
+            lambda: held.enter_context(
+                claimed_folder(out, mine, may_differ=_MAY_DIFFER, holds=("checkpoints", "metrics.jsonl", "model"))
+            )
+        )
         yield
-
-
-@contextmanager
-def _claimed(out: Path, recipe: Recipe) -> Iterator[None]:
-    file, mine = out / "recipe.json", recipe_json(recipe)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as wrong:
-        raise SpecError(
-            f"out={str(out)!r}: cannot be written ({wrong.strerror}); name a folder that you may write to"
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SpecError(f"out={str(out)!r}: another process trains here; wait for it or name another folder") from None
-        if file.is_file():
-            changed = _changed(read_json(file), mine)
-            if changed:
-                raise SpecError(f"out={str(out)!r}: holds a run of another recipe ({changed} differs); name another folder")
-        elif any((out / name).exists() for name in ("checkpoints", "metrics.jsonl", "model")):
-            raise SpecError(f"out={str(out)!r}: holds a run without its recipe.json; name another folder")
-        else:
-            write_whole(file, json.dumps(mine, indent=2) + "\n")
-        yield
-
-
-def _changed(there: Any, mine: Any, where: str = "") -> str | None:
-    """The path of the first field that differs; how a run is spread, guarded and saved does not change what it learns."""
-    if where in ("parallel", "checkpoint", "guard", "about", "batch.micro"):
-        return None
-    if isinstance(there, dict) and isinstance(mine, dict):
-        for name in {**mine, **there}:
-            path = f"{where}.{name}" if where else name
-            found = _changed(there.get(name), mine.get(name), path)
-            if found is not None:
-                return found
-        return None
-    return None if there == mine else where
 
 
 class _Run:
