@@ -66,17 +66,25 @@ class Tokenizer:
 
     def chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """A conversation as the text that the model was trained on. Raises SpecError without a template, or if it refuses."""
-        from jinja2 import TemplateError
-
         if self.template is None:
             raise SpecError("chat_template: this model has none; give the text itself")
-        try:
-            text: str = _compiled(self.template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.special, **variables
-            )
-            return text
-        except (TemplateError, TypeError) as wrong:
-            raise SpecError(f"chat_template: {' '.join(str(wrong).split())}") from None
+        return render_template(
+            self.template, messages=messages, add_generation_prompt=add_generation_prompt, **self.special, **variables
+        )
+
+
+def render_template(template: str, **variables: Any) -> str:
+    """A chat template's text for such variables, as transformers renders it. Raises SpecError where the template refuses them.
+
+    What stands in `{% generation %}` blocks is put between the variables `generation_begin` and `generation_end`.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text: str = _compiled(template).render(**variables)
+        return text
+    except (TemplateError, TypeError) as wrong:
+        raise SpecError(f"chat_template: {' '.join(str(wrong).split())}") from None
 
 
 @lru_cache(maxsize=16)
@@ -85,7 +93,10 @@ def _compiled(template: str) -> Template:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    from tandem.model.generation_tag import GenerationTag
+
+    extensions = [loopcontrols, GenerationTag]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _refuse
     return environment.from_string(template)

@@ -6,13 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tandem.align import chat
+from tandem.align.parsers import CLOSE, NANO2, OPEN, ToolSyntax
 from tandem.model.tokenizer import Tokenizer
-from tandem.serve import nano2
 from tandem.serve.config import ChatFormat
 from tandem.serve.encoding import MOST_TOKENS, encode_within
-from tandem.serve.reasoning import CLOSE, OPEN
 from tandem.serve.schemas import AssistantMessage, Content, Message, Tool
-from tandem.serve.tools import NANO2, ToolSyntax, syntax_of
+from tandem.serve.tools import syntax_of
 from tandem.spec.errors import SpecError
 
 _RESERVED = ("messages", "tools", "add_generation_prompt", "self")
@@ -30,7 +30,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, chat_format: ChatFormat | None = None) -> None:
         if chat_format is None:
-            chat_format = "nano2" if tokenizer.template is None else "template"
+            chat_format = "nano2" if tokenizer.template in (None, chat.nano2_template()) else "template"
         if chat_format == "template" and tokenizer.template is None:
             raise SpecError("chat_format='template': the model has no chat template; nano2 needs none")
         self.format = chat_format
@@ -53,17 +53,16 @@ class ChatTemplate:
     ) -> Prompt:
         """The prompt of a conversation, not encoded to its end if that is far beyond `most` tokens. Raises SpecError where the
         template refuses it, ApiError where it is that long."""
-        variables = dict(variables or {})
-        text = self.render(
+        pieces = self._pieces(
             [as_mapping(message, i) for i, message in enumerate(messages)],
-            tools=[tool.model_dump(exclude_none=True) for tool in tools],
-            variables=variables,
+            [tool.model_dump(exclude_none=True) for tool in tools],
+            dict(variables or {}),
         )
-        thinking = text.rstrip().endswith(OPEN)
-        return Prompt(tuple(encode_within(self.tokenizer, text, most, add_special_tokens=False)), thinking)
+        ids = encode_within(self.tokenizer, pieces, most, add_special_tokens=False)
+        return Prompt(tuple(ids), thinking=pieces[-1].rstrip().endswith(OPEN))
 
-    def render(self, messages: list[dict[str, Any]], *, tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
-        """The text of a conversation, up to where the answer begins."""
+    def _pieces(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[str]:
+        """The text of a conversation up to where the answer begins, in pieces that are encoded one by one."""
         if tools and self.syntax is None:
             raise SpecError("tools: this model's chat template has no form of tool calls that can be read; leave them out")
         for name in variables:
@@ -72,20 +71,20 @@ class ChatTemplate:
         if self.format == "nano2":
             return self._nano2(messages, tools, variables)
         try:
-            return self.tokenizer.chat(messages, tools=tools or None, **variables)
+            return [self.tokenizer.chat(messages, tools=tools or None, **variables)]
         except SpecError:
             raise
         except Exception as wrong:  # Templates are programs: they fail in ways of their own on what they do not expect.
             raise SpecError(f"messages: the chat template fails on them ({' '.join(str(wrong).split())[:200]})") from None
 
-    def _nano2(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+    def _nano2(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[str]:
         unknown = next((name for name in variables if name != "enable_thinking"), None)
         if unknown is not None:
             raise SpecError(f"chat_template_kwargs.{unknown[:60]}: is not known; enable_thinking is")
         enable = variables.get("enable_thinking")
         if enable is not None and not isinstance(enable, bool):
             raise SpecError(f"chat_template_kwargs.enable_thinking={enable!r}: must be true or false")
-        return nano2.render(messages, tools=tools, enable_thinking=enable)
+        return chat.prompt_pieces(self.tokenizer, messages, tools=tools, enable_thinking=enable)
 
 
 def as_mapping(message: Message, position: int) -> dict[str, Any]:

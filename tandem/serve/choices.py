@@ -8,11 +8,10 @@ from typing import Any
 
 import orjson
 
+from tandem.align.parsers import ReasoningParser, ToolCall, ToolParser
 from tandem.engine.types import Logprobs, TokenOutput
 from tandem.serve.errors import ApiError, refused
-from tandem.serve.reasoning import ReasoningParser
 from tandem.serve.spelling import TokenTexts
-from tandem.serve.tools import ToolCall, ToolParser
 
 _NULL = b"null"
 

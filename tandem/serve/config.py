@@ -10,7 +10,8 @@ from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
 
 ChatFormat = Literal["template", "nano2"]
-"""`template`: the checkpoint's own; `nano2`: the one of Nemotron Nano 2, for checkpoints that bring none."""
+"""`template`: the checkpoint's own; `nano2`: the one of Nemotron Nano 2 (`tandem.align.chat`), for checkpoints that bring it
+or none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +21,7 @@ class ServeConfig:
     keys: ApiKeys | None = None
     """Who may ask; None lets everybody in."""
     chat_format: ChatFormat | None = None
-    """None: the checkpoint's template where it has one, else nano2."""
+    """None: the checkpoint's template where it has another one, else nano2."""
     fingerprint: str | None = None
     """`system_fingerprint` of all answers; None: from the version and the model's name."""
     max_body_bytes: int = 8 << 20

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
+from tandem.align.parsers import ToolSyntax
 from tandem.engine.types import Grammar, SamplingParams
 from tandem.serve.chat import ChatTemplate
 from tandem.serve.errors import bad_request
 from tandem.serve.schemas import ChatRequest, NamedTool, Sampling, SchemaFormat, Tool
-from tandem.serve.tools import ToolSyntax, tool_grammar
+from tandem.serve.tools import tool_grammar
 from tandem.spec.errors import SpecError
 
 SEEDS = 2**63

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from tandem.align.parsers import ToolParser
 from tandem.engine.types import EngineRequest, SamplingParams
 from tandem.model.tokenizer import Tokenizer
 from tandem.serve.chat import ChatTemplate, Prompt
@@ -16,7 +17,6 @@ from tandem.serve.errors import ApiError, bad_request
 from tandem.serve.params import SEEDS, chosen_tools, grammar_of, sampling_of
 from tandem.serve.schemas import ChatRequest, CompletionRequest, Sampling
 from tandem.serve.spelling import TokenTexts
-from tandem.serve.tools import ToolParser
 
 _COMPLETION_TOKENS = 16
 """Output tokens of a completion that does not say, as the OpenAI API has it."""

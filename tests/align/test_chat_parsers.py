@@ -9,9 +9,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tandem.serve import nano2
-from tandem.serve.reasoning import CLOSE, OPEN, SPACE, ReasoningParser, partial_suffix
-from tandem.serve.tools import HERMES, NANO2, ToolCall, ToolParser, ToolSyntax, read_calls
+from tandem.align.chat import answer_text
+from tandem.align.parsers import (
+    CLOSE,
+    HERMES,
+    NANO2,
+    OPEN,
+    SPACE,
+    ReasoningParser,
+    ToolCall,
+    ToolParser,
+    ToolSyntax,
+    partial_suffix,
+    read_calls,
+)
 
 TAGS = (OPEN, CLOSE, NANO2.open, NANO2.close, HERMES.open, HERMES.close)
 GOOD = '{"name": "f", "arguments": {"a": "x</tool_call></TOOLCALL>\\"\\\\"}}'
@@ -107,7 +118,7 @@ def test_what_nano2_writes_is_read_back(
     calls: list[tuple[str, dict[str, object]]], content: str, reasoning: str, data: st.DataObject
 ) -> None:
     as_messages = [{"function": {"name": name, "arguments": arguments}} for name, arguments in calls]
-    text = nano2.answer_text(content, reasoning=reasoning, calls=as_messages)
+    text = answer_text({"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": as_messages})
     _, pieces = data.draw(cut(st.just(text)))
     thoughts, answer = split_thoughts(pieces, thinking=True)
     found, read = take_calls([answer], NANO2, ["f", "get_b-2"])
@@ -146,7 +157,8 @@ def test_calls_in_tags_of_their_own_are_read_back(calls: list[tuple[str, dict[st
 )
 @pytest.mark.parametrize("syntax", [NANO2, HERMES])
 def test_what_is_no_call_is_text(body: str, syntax: ToolSyntax) -> None:
-    assert read_calls(body, frozenset("f"), many=True) is None
+    with pytest.raises(ValueError, match=r"^(is|has|holds|calls) "):
+        read_calls(body, frozenset("f"), many=True)
     text = f"x {syntax.open}{body}{syntax.close} y"
     assert take_calls(list(text), syntax) == (text, [])
 
@@ -155,7 +167,6 @@ def test_arguments_as_text_and_lone_surrogates_become_json_in_utf8() -> None:
     calls = read_calls('{"name": "f", "arguments": "{\\"a\\": 1}"}', frozenset("f"), many=False)
     assert calls == [ToolCall("f", '{"a": 1}')]
     calls = read_calls('{"name": "f", "arguments": {"a": "\\ud800é"}}', frozenset("f"), many=False)
-    assert calls is not None
     calls[0].arguments.encode()
     assert json.loads(calls[0].arguments) == {"a": "\ud800é"}
 
