@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import small_model
+from toys import byte_tokenizer
+
+pytest.importorskip("trl", reason="pip install tandem-lm[train]")
+from tandem.align import grpo
+from tandem.align.grpo import GrpoSettings, Reward, run_grpo
+from tandem.align.rollout import Rollout
+from tandem.align.sample import Ask
+from tandem.engine.config import EngineConfig
+from tandem.engine.rollout import EngineRollouts
+from tandem.model.generate import Sampling, generate_tokens
+from tandem.model.hybrid import Decoder
+from tandem.spec.errors import SpecError
+from tandem.train.loop import Diverged
+
+TOKENIZER = byte_tokenizer(plain=("<think>", "</think>"))
+TOKENIZER.special |= {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+CLOSING = TOKENIZER.encode("</think>")[0]
+VOCABULARY = TOKENIZER.backend.get_vocab_size()
+(WANTED,) = TOKENIZER.encode("x")
+ASKS = [
+    Ask(id=str(i), kind="chat", task="letters", messages=({"role": "user", "content": text},), thinking=i % 2 == 1)
+    for i, text in enumerate(("ab", "cde", "f", "ghij", "kl", "mno"))
+]
+QUICK = GrpoSettings(steps=2, rows=8, generations=4, max_tokens=6, lr=1e-2, checkpoint_every=100)
+
+
+def render(ask: Ask) -> list[int]:
+    return TOKENIZER.encode(ask.messages[0]["content"])
+
+
+def decoder_of(seed: int = 0, **options: Any) -> Decoder:
+    return small_model("hybrid", vocabulary=VOCABULARY, seed=seed, **options)
+
+
+def engine(decoder: Decoder) -> EngineRollouts:
+    return EngineRollouts(decoder, TOKENIZER, config=EngineConfig(max_batch=32, cache_bytes=1 << 24))
+
+
+def wanted_share(asks: Sequence[Ask], answers: Sequence[Rollout]) -> list[float]:
+    return [sum(token == WANTED for token in answer.completion_ids) / len(answer.completion_ids) for answer in answers]
+
+
+SHARE = Reward(name="share", score=wanted_share)
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer out of a table."""
+
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    chosen: tuple[bool, ...]
+    text: str = ""
+    finished: bool = False
+    error: str | None = None
+
+
+class Table:
+    """A generator that samples nothing: random answers, drawn by the seeds alone; the last but one token was forced."""
+
+    def __init__(self, decoder: Decoder, *, error: str | None = None, away: float = 0.0) -> None:
+        self._decoder, self._error, self._away = decoder, error, away
+        self.calls: list[dict[str, Any]] = []
+
+    def generate(self, prompts: Sequence[Sequence[int]], **asked: Any) -> list[list[Written]]:
+        self.calls.append({"prompts": [tuple(p) for p in prompts], **asked})
+        return [[self._one(p, seed) for seed in seeds] for p, seeds in zip(prompts, asked["seeds"], strict=True)]
+
+    @torch.no_grad()
+    def _one(self, prompt: Sequence[int], seed: int) -> Written:
+        random = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, VOCABULARY, (int(torch.randint(3, 7, (1,), generator=random)),), generator=random)
+        logits = self._decoder(torch.tensor([[*prompt, *ids.tolist()]]))[0, len(prompt) - 1 : -1]
+        logps = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0] + self._away
+        chosen = [i != len(ids) - 2 for i in range(len(ids))]
+        return Written(tuple(ids.tolist()), tuple(logps.tolist()), tuple(chosen), finished=len(ids) > 4, error=self._error)
+
+
+def first_id(asks: Sequence[Ask], answers: Sequence[Rollout]) -> list[float]:
+    return [answer.completion_ids[0] / 100 for answer in answers]
+
+
+FIRST = Reward(name="first", score=first_id)
+
+
+def run(decoder: Decoder, out: Path, settings: GrpoSettings = QUICK, **options: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"rewards": [SHARE], "generator": None, "seed": 0, "render": render, "asks": ASKS, **options}
+    given["generator"] = given["generator"] or engine(decoder)
+    return run_grpo(decoder, TOKENIZER, settings=settings, out=out, **given)
+
+
+class Caught(Exception):
+    """Ends a run when what was looked for is there."""
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """The first batch of a run as TRL hands it to its loss, and the loss, its gradients and the trainer."""
+
+    def catch(decoder: Decoder, out: Path, settings: GrpoSettings, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def step(trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            model.train()
+            batch = trainer._prepare_inputs(inputs)
+            if "change" in options:
+                options["change"](model, batch)
+            loss = trainer.compute_loss(model, batch)
+            loss.backward()
+            found.update(trainer=trainer, batch=batch, loss=loss.item())
+            raise Caught
+
+        monkeypatch.setattr(grpo._Grpo, "training_step", step)
+        with pytest.raises(Caught):
+            run(decoder, out, settings, **{name: value for name, value in options.items() if name != "change"})
+        found["gradients"] = {name: None if p.grad is None else p.grad.clone() for name, p in decoder.named_parameters()}
+        return found
+
+    return catch
+
+
+def log_probabilities(decoder: Decoder, batch: dict[str, Any], temperature: float) -> torch.Tensor:
+    """Of the completions, row by row without padding."""
+    rows = []
+    for i, ids in enumerate(batch["completion_ids"]):
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+        logits = decoder(torch.cat([prompt, ids])[None])[0, len(prompt) - 1 : -1] / temperature
+        rows.append(logits.log_softmax(-1).gather(1, ids[:, None])[:, 0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("beta", "normalise"), [(0.0, True), (0.3, True), (0.3, False)])
+def test_the_loss_is_the_formula(caught: Callable[..., dict[str, Any]], tmp_path: Path, beta: float, normalise: bool) -> None:
+    """Through TRL's own code, with a policy that has moved away from the one that sampled and from the reference."""
+    decoder, temperature = decoder_of(), 0.8
+    start = copy.deepcopy(decoder)
+
+    def change(model: Any, batch: dict[str, Any]) -> None:
+        old = log_probabilities(decoder, batch, temperature).detach()
+        batch["old_per_token_logps"] = old + 0.3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+
+    settings = replace(QUICK, beta=beta, normalise=normalise, temperature=temperature)
+    found = caught(decoder, tmp_path, settings, rewards=[FIRST], generator=Table(decoder), change=change)
+    batch = found["batch"]
+    decoder.zero_grad()
+    logps, reference = log_probabilities(decoder, batch, temperature), log_probabilities(start, batch, temperature).detach()
+    ratio = (logps - batch["old_per_token_logps"]).exp()
+    assert bool((ratio > 1.28).any()) and bool((ratio < 0.8).any())  # noqa: PT018
+    rewards = batch["completion_ids"][:, 0] / 100
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(batch["prompt_ids"].tolist()):
+        by_prompt.setdefault(tuple(prompt), []).append(i)
+    advantages = torch.zeros(8)
+    for rows in by_prompt.values():
+        group = rewards[rows]
+        for i in rows:
+            others = torch.stack([rewards[j] for j in rows if j != i]).mean()
+            advantages[i] = (rewards[i] - others) / (group.std() + 1e-4 if normalise else 1.0)
+    gain = torch.minimum(ratio * advantages[:, None], ratio.clamp(0.8, 1.28) * advantages[:, None])
+    apart = reference - logps
+    chosen = torch.zeros_like(batch["completion_mask"])
+    for i, length in enumerate(batch["completion_mask"].sum(1).tolist()):
+        chosen[i, :length], chosen[i, length - 2] = 1, 0
+    loss = ((-gain + beta * (apart.exp() - apart - 1)) * chosen).sum() / chosen.sum()
+    if beta:
+        print(
+            "REF",
+            (batch["ref_per_token_logps"] - reference).abs().mul(chosen).max(),
+            (batch["ref_per_token_logps"] - logps).abs().mul(chosen).max(),
+        )
+    assert found["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    loss.backward()
+    for name, p in decoder.named_parameters():
+        assert p.grad is not None
+        assert torch.allclose(found["gradients"][name], p.grad, atol=1e-5, rtol=1e-3), name
+
+
+def test_forced_tokens_are_not_learned_from(caught: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """What reward or numbers a forced token has does not matter, though the tokens after it were sampled behind it."""
+    decoder = decoder_of(eos=())
+    settings = replace(QUICK, thinking_budget=2, max_tokens=40, kl_every=None)
+    with torch.no_grad():
+        decoder.lm_head.weight[TOKENIZER.encode("\n")[0]] *= 3
+    found = caught(decoder, tmp_path / "whole", settings, rewards=[FIRST])
+    batch, mask = found["batch"], found["batch"]["tool_mask"]
+    forced = (mask == 0) & batch["completion_mask"].bool()
+    assert bool(forced.any())
+    assert set(batch["completion_ids"][forced].tolist()) == {CLOSING}
+    decoder.zero_grad()
+    logps = log_probabilities(decoder, batch, 1.0)
+    counted = batch["completion_mask"] * mask
+    ratio = (logps - logps.detach()).exp()
+    (-(ratio * batch["advantages"][:, None] * counted).sum() / counted.sum()).backward()
+    for name, p in decoder.named_parameters():
+        assert p.grad is not None
+        assert torch.allclose(found["gradients"][name], p.grad, atol=1e-5, rtol=1e-3), name
+
+
+@pytest.mark.slow
+def test_a_model_learns_to_emit_a_token(tmp_path: Path) -> None:
+    decoder, heard = decoder_of(), []
+    settings = replace(QUICK, steps=30, rows=64, generations=16, max_tokens=8, lr=1e-2)
+    metrics = run(decoder, tmp_path, settings, listen=heard.append)
+    rewards = [event["reward"] for event in heard]
+    assert len(rewards) == 30
+    assert sum(rewards[:3]) / 3 < 0.1
+    assert sum(rewards[-3:]) / 3 > 0.6
+    assert heard[0]["kl"] == pytest.approx(0, abs=1e-6) and heard[-1]["kl"] > 0.1  # noqa: PT018
+    assert all(event["logprob_gap"] < 1e-4 for event in heard)
+    greedy = list(generate_tokens(decoder, render(ASKS[0]), Sampling(max_tokens=8)))
+    assert greedy == [WANTED] * 8
+    again = engine(decoder).generate(
+        [render(ASKS[0])], seeds=[[0]], thinking=[False], thinking_budgets=[None], temperature=0.0, max_tokens=8
+    )
+    assert list(again[0][0].completion_ids) == greedy
+    assert [entry["reward"] for entry in metrics["course"]] == rewards
+
+
+def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
+    decoder, heard = decoder_of(), []
+    table = Table(decoder)
+    metrics = run(decoder, tmp_path, replace(QUICK, steps=3), rewards=[FIRST], generator=table, listen=heard.append, stage="if")
+    assert [(event["kind"], event["stage"], event["step"], event["steps"]) for event in heard] == [
+        ("step", "if", i + 1, 3) for i in range(3)
+    ]
+    for event in heard:
+        assert {
+            "loss", "grad_norm", "lr", "reward", "reward_std", "kl", "entropy", "clip_share", "finished", "length",
+            "forced_share", "flat_groups", "logprob_gap", "rollout_s", "rollout_tokens_per_s", "rollout_share", "tokens_per_s",
+        } <= event.keys()  # fmt: skip
+        assert 0 < event["rollout_share"] < 1
+        assert event["forced_share"] == pytest.approx(1 / event["length"])
+        assert 3 <= event["length"] <= 6
+    assert metrics["steps"] == 3
+    assert metrics["reward"] == heard[-1]["reward"]
+    json.dumps(metrics)
+    call = table.calls[0]
+    assert len(call["prompts"]) == 2
+    assert call["temperature"] == 1.0
+    assert call["max_tokens"] == 6
+    seeds = [seed for call in table.calls for group in call["seeds"] for seed in group]
+    assert len(set(seeds)) == 24
+    asked = {tuple(render(ask)): ask for ask in ASKS}
+    assert [asked[p].thinking for p in call["prompts"]] == call["thinking"]
+
+
+def test_a_budget_is_for_asks_that_think(tmp_path: Path) -> None:
+    decoder = decoder_of()
+    table = Table(decoder)
+    run(decoder, tmp_path, replace(QUICK, thinking_budget=3, steps=3), rewards=[FIRST], generator=table)
+    pairs = {pair for call in table.calls for pair in zip(call["thinking"], call["thinking_budgets"], strict=True)}
+    assert pairs == {(True, 3), (False, None)}
+
+
+def test_equal_rewards_teach_nothing_and_are_counted(tmp_path: Path) -> None:
+    decoder, heard = decoder_of(), []
+    before = copy.deepcopy(decoder.state_dict())
+    same = Reward(name="same", score=lambda asks, answers: [0.1] * len(answers))
+    run(decoder, tmp_path, replace(QUICK, weight_decay=0.0), rewards=[same], listen=heard.append)
+    assert [event["flat_groups"] for event in heard] == [2, 2]
+    assert [event["grad_norm"] for event in heard] == [0, 0]
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+
+
+def test_rewards_are_added_by_weight(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    decoder = decoder_of()
+    one = Reward(name="one", score=lambda asks, answers: [float(i) for i in range(len(answers))], weight=2.0)
+    two = Reward(name="two", score=lambda asks, answers: [10.0 if ask.thinking else 20.0 for ask in asks], weight=0.5)
+    run(decoder, tmp_path, replace(QUICK, steps=1), rewards=[one, two], generator=Table(decoder), listen=heard.append)
+    (event,) = heard
+    assert any(event["reward"] == pytest.approx(2 * 3.5 + mean) for mean in (5, 7.5, 10))
+
+
+def test_several_updates_of_a_batch_are_clipped_and_sampled_once(tmp_path: Path) -> None:
+    decoder, heard = decoder_of(), []
+    table = Table(decoder)
+    settings = replace(QUICK, steps=6, updates=3, rows=8, generations=6, lr=0.1, micro=4, checkpoint_every=3)
+    assert settings.prompts == 4
+    run(decoder, tmp_path, settings, rewards=[FIRST], generator=table, listen=heard.append)
+    assert len(table.calls) == 2
+    assert ["rollout_s" in event for event in heard] == [True, False, False] * 2
+    assert heard[0]["clip_share"] == 0
+    assert sum(event["clip_share"] for event in heard) > 0
+    assert all(("logprob_gap" in event) == ("rollout_s" in event) for event in heard)
+
+
+def test_another_arithmetic_of_the_generator_is_corrected(caught: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    losses = {}
+    for name, away in (("none", 0.2), ("token", 0.0), ("token", 0.2), ("sequence", -5.0)):
+        decoder = decoder_of()
+        settings = replace(QUICK, correction=name, correction_max=1.5, kl_every=None)
+        found = caught(decoder, tmp_path / f"{name}{away}", settings, rewards=[FIRST], generator=Table(decoder, away=away))
+        losses[name, away] = found["loss"]
+    assert losses["token", 0.0] == pytest.approx(losses["none", 0.2], abs=1e-5)
+    assert losses["token", 0.2] == pytest.approx(losses["none", 0.2] * math.exp(-0.2), abs=1e-5)
+    assert losses["sequence", -5.0] == pytest.approx(losses["none", 0.2] * 1.5, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    settings = replace(QUICK, steps=6, checkpoint_every=2, schedule="linear", beta=0.1)
+    whole, stopped, heard, later = decoder_of(), decoder_of(), [], []
+    expected = run(whole, tmp_path / "whole", settings, listen=heard.append)
+
+    def stop(event: dict[str, Any]) -> None:
+        later.append(event)
+        if event["step"] == 3:
+            raise Caught
+
+    with pytest.raises(Caught):
+        run(stopped, tmp_path / "stopped", settings, listen=stop)
+    resumed = decoder_of()
+    metrics = run(resumed, tmp_path / "stopped", settings, listen=later.append)
+    assert [event["step"] for event in later] == [1, 2, 3, 3, 4, 5, 6]
+    for name in ("loss", "reward", "kl", "grad_norm"):
+        assert [e[name] for e in later[3:]] == [e[name] for e in heard[2:]], name
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert metrics["course"] == expected["course"]
+    again = run(decoder_of(), tmp_path / "stopped", settings)
+    assert again["course"] == expected["course"]
+    with pytest.raises(SpecError, match="another lr"):
+        run(decoder_of(), tmp_path / "stopped", replace(settings, lr=1e-3))
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
+    courses, weights = [], []
+    for i, seed in enumerate((0, 0, 1)):
+        decoder = decoder_of()
+        courses.append(run(decoder, tmp_path / str(i), seed=seed)["course"])
+        weights.append(decoder.lm_head.weight.detach().clone())
+    assert courses[0] == courses[1] != courses[2]
+    assert torch.equal(weights[0], weights[1])
+
+
+def test_the_reference_stays_as_the_model_was(caught: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    decoder = decoder_of()
+    found = caught(decoder, tmp_path, replace(QUICK, beta=0.1), generator=Table(decoder))
+    reference = found["trainer"].ref_model
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert not {id(p) for p in reference.parameters()} & {id(p) for p in decoder.parameters()}
+
+
+def test_without_a_reference_no_kl_is_measured(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    decoder = decoder_of()
+    run(decoder, tmp_path / "a", replace(QUICK, kl_every=None), generator=Table(decoder), listen=heard.append)
+    assert all("kl" not in event for event in heard)
+    run(decoder, tmp_path / "b", replace(QUICK, steps=4, kl_every=3), generator=Table(decoder), listen=heard.append)
+    assert ["kl" in event for event in heard[2:]] == [True, False, False, True]
+
+
+def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
+    decoder = decoder_of()
+    with pytest.raises(Diverged, match="rollouts of step 0: overflow"):
+        run(decoder, tmp_path / "a", generator=Table(decoder, error="overflow"))
+    with pytest.raises(SpecError, match="reward 'bad' gives nan"):
+        run(decoder, tmp_path / "b", rewards=[Reward(name="bad", score=lambda a, r: [math.nan] * len(r))])
+    with pytest.raises(SpecError, match="reward 'few' gives 1 scores: there are 8"):
+        run(decoder, tmp_path / "c", rewards=[Reward(name="few", score=lambda a, r: [1.0])])
+    with pytest.raises(SpecError, match="asks: has 1 entries; a batch of answers needs 2"):
+        run(decoder, tmp_path / "d", asks=ASKS[:1])
+    with pytest.raises(SpecError, match="rewards="):
+        run(decoder, tmp_path / "e", rewards=[])
+    with torch.no_grad():
+        decoder.lm_head.weight.fill_(math.nan)
+    with pytest.raises(Diverged, match="overflow"):
+        run(decoder, tmp_path / "f")
+    assert not list((tmp_path / "f" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"generations": 1}, "generations=1"),
+        ({"rows": 9}, "rows=9: a batch of answers must be a multiple of generations=4"),
+        ({"micro": 3}, "micro=3"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"clip_low": 1.0}, "clip_low=1.0"),
+        ({"beta": -1}, "beta=-1"),
+        ({"loss": "ppo"}, "loss='ppo': must be one of dapo"),
+        ({"baseline": "none"}, "baseline='none'"),
+        ({"updates": 3, "rows": 12}, "checkpoint_every=100: must be a multiple of updates=3"),
+        ({"linears": "bf16"}, "linears='bf16'"),
+        ({"thinking_budget": -1}, "thinking_budget=-1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        replace(QUICK, **change)
+    assert str(refused.value).startswith(message)
