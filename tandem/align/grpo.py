@@ -140,9 +140,8 @@ class GrpoSettings(TrainerSettings):
             if getattr(self, name) not in allowed:
                 raise SpecError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         if self.rows * self.updates % self.generations:
-            raise SpecError(
-                f"rows={self.rows}: with updates={self.updates} must be a multiple of generations={self.generations}"
-            )
+            whole = f"rows={self.rows}" if self.updates == 1 else f"rows={self.rows}, updates={self.updates}"
+            raise SpecError(f"{whole}: a batch of answers must be a multiple of generations={self.generations}")
         if self.checkpoint_every % self.updates:
             raise SpecError(f"checkpoint_every={self.checkpoint_every}: must be a multiple of updates={self.updates}")
         if self.linears != "fp32":
