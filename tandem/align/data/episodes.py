@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Literal
 
 from tandem.align.data.tools import assistant_message, left_calls, same_call, says_enough, well_formed
-from tandem.align.data.workplace import Response, State, apply, response_text
+from tandem.align.data.workplace import WRITING, Response, State, apply, response_text
 from tandem.align.sample import Answer, Ask, Call, Message, Tool
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
@@ -134,9 +135,9 @@ def run_episodes(
 def verify_episode(episode: Episode) -> float:
     """1 where the request was met, else 0.
 
-    The end state must be the one that an expert leaves, by as many changes (nothing done and undone); what had to be called
-    must have been called in this order (other calls that only read are no harm); every turn must have the form, and the last
-    words must say enough.
+    The end state must be the one that an expert leaves, by as many changes (nothing done and undone), and no call that writes
+    was made twice; what had to be called must have been called in this order; every turn must have the form, and the last words
+    must say enough. Other calls that only read, or that failed and were corrected, are no harm.
     """
     ask = episode.ask
     if episode.ended != "answered" or not all(well_formed(ask, answer) for answer in episode.answers):
@@ -150,4 +151,6 @@ def verify_episode(episode: Episode) -> float:
     made = iter(step.call for step in episode.steps)
     in_order = all(any(same_call(wanted, call) for call in made) for wanted in due)
     same = episode.state == state and sum(step.changed for step in episode.steps) == changes
-    return float(in_order and same and says_enough(ask, episode.answers[-1].content))
+    writes = [step.call for step in episode.steps if step.call.name in WRITING]
+    once = not any(same_call(one, other) for one, other in combinations(writes, 2))
+    return float(in_order and same and once and says_enough(ask, episode.answers[-1].content))

@@ -121,8 +121,9 @@ def same_call(expected: Call, call: Call) -> bool:
 
 
 def well_formed(ask: Ask, answer: Answer) -> bool:
-    """Whether a turn has the form: ended by its mark, readable, one closing mark if it was to think, none if not."""
-    return answer.finished and answer.malformed is None and answer.closing_marks == int(ask.thinking)
+    """Whether a turn has the form: ended by its mark, readable, one closed block of thoughts if it was to think, else none."""
+    thought = answer.reasoning is not None
+    return answer.finished and answer.malformed is None and thought == ask.thinking and answer.closing_marks == int(thought)
 
 
 def says_enough(ask: Ask, content: str) -> bool:
@@ -142,7 +143,7 @@ def says_enough(ask: Ask, content: str) -> bool:
         and set(_NUMBER.findall(content)) <= set(_NUMBER.findall(known))
         and names <= set(_words(known).split())
         and ("?" in content) == check["asks"]
-        and not any(mark in content for mark in ("{", "}", "TOOLCALL"))
+        and not any(mark in content for mark in "{}<>")
     )
 
 

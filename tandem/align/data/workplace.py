@@ -130,6 +130,8 @@ def _describe(name: str) -> Tool:
     }
 
 
+WRITING = frozenset({"order", "send", "book", "cancel"})
+"""The functions that change something; the others only read."""
 TOOLS: Mapping[str, Tool] = MappingProxyType({name: _describe(name) for name in _FUNCTIONS})
 """The functions by name, described as models are told: `name`, `description`, `parameters` (a JSON schema)."""
 
