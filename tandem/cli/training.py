@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tandem.cli.needed import need
 from tandem.spec.errors import SpecError
 
 
@@ -38,7 +38,8 @@ def train(
     if recipe is None:
         return _list(recipe_names(), json_out)
     chosen, folder = load_recipe(recipe, changes or ())
-    _need("torch", wanted=not plan or (hardware is None and chosen.hardware is None))
+    if not plan or (hardware is None and chosen.hardware is None):
+        need("torch", doing="training")
     if plan:
         from tandem.report import text, training_text
         from tandem.train.plan import plan_run
@@ -69,11 +70,6 @@ def train(
     if json_out:
         return emit(trained.to_json())
     return progress.summary(trained.checkpoint, trained.metrics)
-
-
-def _need(package: str, *, wanted: bool) -> None:
-    if wanted and importlib.util.find_spec(package) is None:
-        raise SpecError(f"{package} is not installed, and training needs it; `pip install 'tandem-lm[train]'`")
 
 
 def _list(names: tuple[str, ...], json_out: bool) -> None:

@@ -1,0 +1,186 @@
+"""One stage of an alignment: its material is made, the model learns from it, and what happened is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.align.answers import read_answer
+from tandem.align.dpo import run_dpo
+from tandem.align.encode import encode_ask
+from tandem.align.grpo import Reward, run_grpo
+from tandem.align.material import Sampler, asks_of, samples_of, seed_of
+from tandem.align.merge import merge_decoders, merge_sweep
+from tandem.align.recipe import AlignRecipe, PairsPart
+from tandem.align.reward_model import RewardModel, score, train_reward_model
+from tandem.align.rollout import Generator, Rollout
+from tandem.align.sample import Ask, Pair
+from tandem.align.sft import run_sft
+from tandem.align.verify import verify
+from tandem.model.hybrid import Decoder
+from tandem.model.load import load_model
+from tandem.model.tokenizer import Tokenizer
+from tandem.spec.errors import SpecError
+from tandem.train.loop import Listener
+
+_REWARD_MODEL = "reward-model"
+"""The folder within a stage's that holds its reward model."""
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """What a stage is run with. `decoder` is trained in place, or taken over by another."""
+
+    recipe: AlignRecipe
+    name: str
+    decoder: Decoder
+    tokenizer: Tokenizer
+    out: Path
+    """Of the whole run; the stage's own folder is `out/name`."""
+    seed: int
+    make_generator: Callable[[Decoder, Tokenizer], Generator]
+    listen: Listener
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage keeps its checkpoints."""
+        return self.out / self.name
+
+    def sampler(self, *, temperature: float, max_tokens: int, seed: int, decoder: Decoder | None = None) -> Sampler:
+        """Draws answers of the stage's model."""
+        generator = self.make_generator(decoder or self.decoder, self.tokenizer)
+        return Sampler(generator, self.tokenizer, temperature=temperature, max_tokens=max_tokens, seed=seed)
+
+
+def run_stage(stage: Stage) -> dict[str, Any]:
+    """Run it; the figures of what it learned from and how. Raises SpecError for material that there is none of."""
+    return _RUNS[stage.recipe.stages[stage.name].kind](stage)
+
+
+def _sft(stage: Stage) -> dict[str, Any]:
+    part = stage.recipe.stages[stage.name].sft
+    assert part is not None
+    samples = samples_of(stage.recipe.tasks, part.data, stage.seed)
+    return run_sft(
+        stage.decoder,
+        stage.tokenizer,
+        samples,
+        part.train,
+        stage.folder,
+        seed=stage.seed,
+        stage=stage.name,
+        listen=stage.listen,
+    )
+
+
+def _grpo(stage: Stage) -> dict[str, Any]:
+    part = stage.recipe.stages[stage.name].grpo
+    assert part is not None
+    reward = Reward(name="verifier", score=_verified)
+    if part.reward_model is not None:
+        reward = _of_model(RewardModel.load(stage.out / part.reward_model / _REWARD_MODEL), stage.tokenizer)
+    return run_grpo(
+        stage.decoder,
+        stage.tokenizer,
+        asks_of(stage.recipe.tasks, part.asks, stage.seed),
+        [reward],
+        stage.make_generator(stage.decoder, stage.tokenizer),
+        part.train,
+        stage.folder,
+        render=lambda ask: encode_ask(ask, stage.tokenizer),
+        seed=stage.seed,
+        stage=stage.name,
+        listen=stage.listen,
+    )
+
+
+def _of_model(model: RewardModel, tokenizer: Tokenizer) -> Reward:
+    def worth(asks: Sequence[Ask], rollouts: Sequence[Rollout]) -> list[float]:
+        return score(model, tokenizer, [(ask, one.text) for ask, one in zip(asks, rollouts, strict=True)])
+
+    return Reward(name="reward model", score=worth)
+
+
+def _verified(asks: Sequence[Ask], rollouts: Sequence[Rollout]) -> list[float]:
+    return [
+        verify(ask, read_answer(one.text, thinking=ask.thinking, finished=one.finished))
+        for ask, one in zip(asks, rollouts, strict=True)
+    ]
+
+
+def _dpo(stage: Stage) -> dict[str, Any]:
+    part = stage.recipe.stages[stage.name].dpo
+    assert part is not None
+    rounds = []
+    for number in range(1, part.rounds + 1):
+        seed = seed_of(stage.seed, number)
+        pairs, counts = _pairs(stage, part.pairs, seed)
+        found = run_dpo(
+            stage.decoder,
+            stage.tokenizer,
+            pairs,
+            part.train,
+            stage.folder / f"round-{number}",
+            seed=seed,
+            stage=f"{stage.name} {number}",
+            listen=stage.listen,
+        )
+        rounds.append({**found, "pairs": len(pairs), "sampled": counts})
+    return {"rounds": rounds}
+
+
+def _pairs(stage: Stage, part: PairsPart, seed: int) -> tuple[list[Pair], list[dict[str, int]]]:
+    sampler = stage.sampler(temperature=part.temperature, max_tokens=part.max_tokens, seed=seed)
+    chosen = sampler.pairs(stage.recipe.tasks, part, seed)
+    pairs = [pair for some in chosen for pair in some.pairs]
+    if not pairs:
+        counts = ", ".join(f"{some.counts.all_right} all right and {some.counts.all_wrong} all wrong" for some in chosen)
+        raise SpecError(
+            f"stages.{stage.name}: no question has both right and wrong answers ({counts}); ask more or harder ones"
+        )
+    return pairs, [asdict(some.counts) for some in chosen]
+
+
+def _reward_model(stage: Stage) -> dict[str, Any]:
+    part = stage.recipe.stages[stage.name].reward_model
+    assert part is not None
+    pairs, counts = _pairs(stage, part.pairs, stage.seed)
+    model, found = train_reward_model(
+        stage.decoder,
+        stage.tokenizer,
+        pairs,
+        part.train,
+        stage.folder,
+        seed=stage.seed,
+        stage=stage.name,
+        listen=stage.listen,
+    )
+    model.save(stage.folder / _REWARD_MODEL)
+    return {**found, "pairs": len(pairs), "sampled": counts}
+
+
+def _merge(stage: Stage) -> dict[str, Any]:
+    part = stage.recipe.stages[stage.name].merge
+    assert part is not None
+    first, second = (load_model(stage.out / name / "model") for name in (part.first, part.second))
+    asks = asks_of(stage.recipe.tasks, part.asks, stage.seed)
+
+    def worth(merged: Decoder) -> float:
+        sampler = stage.sampler(temperature=part.temperature, max_tokens=part.max_tokens, seed=stage.seed, decoder=merged)
+        return sampler.worth(asks)
+
+    swept = merge_sweep(first, second, part.alphas, worth)
+    stage.decoder = merge_decoders(first, second, alpha=swept.best)
+    stage.decoder.source = first.source
+    return {"alpha": swept.best, "sweep": [{"alpha": alpha, "verified": share} for alpha, share in swept.scores]}
+
+
+_RUNS: dict[str, Callable[[Stage], dict[str, Any]]] = {
+    "sft": _sft,
+    "grpo": _grpo,
+    "dpo": _dpo,
+    "reward_model": _reward_model,
+    "merge": _merge,
+}
