@@ -169,13 +169,15 @@ def arguments(cls: type[Arguments], out: Path, *, seed: int, **settings: Any) ->
 @contextmanager
 def contained() -> Iterator[None]:
     """While this lasts trainers are silent; what they change of the process (seeds, verbosity) is put back after it."""
-    verbosity, bars = transformers.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    no_data_bars = datasets.are_progress_bars_disabled()
     state, numpy_state = random.getstate(), np.random.get_state()
     if not torch.cuda.is_available():
         keep_freed_memory()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()
         with warnings.catch_warnings(), torch.random.fork_rng(devices):
             for module in ("transformers", "trl", "accelerate", "torch"):
@@ -186,7 +188,9 @@ def contained() -> Iterator[None]:
         random.setstate(state)
         np.random.set_state(numpy_state)
         transformers.logging.set_verbosity(verbosity)
-        if not bars:
+        if bars:
+            transformers.logging.enable_progress_bar()
+        if not no_data_bars:
             datasets.enable_progress_bars()
 
 
