@@ -150,5 +150,9 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...]:
 
 def _need(*packages: str) -> None:
     for package in packages:
-        if importlib.util.find_spec(package) is None:
+        try:
+            missing = importlib.util.find_spec(package) is None
+        except ModuleNotFoundError:
+            missing = True
+        if missing:
             raise SpecError(f"{package} is not installed, and evaluating needs it; `pip install 'tandem-lm[train]'`")

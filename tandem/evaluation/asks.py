@@ -33,11 +33,12 @@ def instructions(subject: Subject) -> Records:
         )
         prompts = [subject.form.conversation(ask.messages, ask.tools, mode) for ask in asks]
         written = subject.write(f"instructions, thinking {mode}", prompts, [ask.id for ask in asks])
-        found["instructions", f"thinking {mode}"] = [
+        answered = [
             instructed(ask, prompt, answer, mode, k)
             for ask, prompt, answers in zip(asks, prompts, written, strict=True)
             for k, answer in enumerate(answers)
         ]
+        found["instructions", f"thinking {mode}"] = sorted(answered, key=lambda answer: answer.task)
     return found
 
 
@@ -71,7 +72,7 @@ def tools(subject: Subject) -> Records:
             turns = _Turns(subject, mode, k)
             episodes = run_episodes(asks, turns)
             answered += [told(episode, turns.written[episode.ask.id], mode, k) for episode in episodes]
-        found["tools", f"thinking {mode}"] = answered
+        found["tools", f"thinking {mode}"] = sorted(answered, key=lambda answer: answer.task)
     return found
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,18 @@ FOLDER = Path(__file__).parent / "tasks"
 _EXTRA = "lm-eval is not installed, and the suite lm-eval needs it; `pip install 'tandem-lm[eval]'`"
 
 
-def task_manager(names: Sequence[str], metadata: Mapping[str, Any] | None = None) -> Any:
-    """lm-eval's index of tasks, which takes it some 20 s where it holds more than our own.
+def task_index(names: Sequence[str]) -> Any:
+    """lm-eval's index of tasks, a `TaskManager`: made once, for it takes some 20 s where it holds more than our own.
 
     Raises SpecError without lm-eval, and for a name that it does not know.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise SpecError(_EXTRA)
     with _quiet():
-        tasks = importlib.import_module("lm_eval.tasks")
+        try:
+            tasks = importlib.import_module("lm_eval.tasks")
+        except ModuleNotFoundError:
+            raise SpecError(_EXTRA) from None
         foreign = [name for name in names if name not in OWN_TASKS]
-        index = tasks.TaskManager(include_path=str(FOLDER), include_defaults=bool(foreign), metadata=dict(metadata or {}))
+        index = tasks.TaskManager(include_path=str(FOLDER), include_defaults=bool(foreign), metadata={})
     known = set(index.all_tasks)
     for name in foreign:
         if name not in known:
@@ -43,8 +45,8 @@ def task_manager(names: Sequence[str], metadata: Mapping[str, Any] | None = None
     return index
 
 
-def harness(subject: Subject) -> tuple[Records, dict[str, Any]]:
-    """The tasks' answers, one record a question, and lm-eval's own results.
+def harness(subject: Subject, index: Any) -> tuple[Records, dict[str, Any]]:
+    """The answers to the tasks, one record a question, and lm-eval's own results; `index` is `task_index` of them.
 
     Our decoder runs; lm-eval asks it as it asks any model of transformers, without a chat template. Raises SpecError where a
     task's questions cannot be had.
@@ -52,11 +54,11 @@ def harness(subject: Subject) -> tuple[Records, dict[str, Any]]:
     settings = subject.settings
     names = list(settings.harness_tasks or OWN_TASKS)
     context = subject.decoder.spec.max_context
-    metadata: dict[str, Any] = {"max_seq_lengths": list(settings.lengths or (min(4096, context // 2),))}
+    index.metadata.clear()
+    index.metadata["max_seq_lengths"] = list(settings.lengths or (min(4096, context // 2),))
     source = subject.decoder.source
     if source is not None and source.is_dir():
-        metadata["tokenizer"] = str(source)
-    index = task_manager(names, metadata)
+        index.metadata["tokenizer"] = str(source)
     subject.tell(f"lm-eval: {', '.join(names)}", 0, len(names))
     with _quiet():
         evaluator = importlib.import_module("lm_eval.evaluator")
@@ -71,7 +73,6 @@ def harness(subject: Subject) -> tuple[Records, dict[str, Any]]:
                 numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
-                metadata=metadata,
             )
         except (OSError, ImportError, ValueError, RuntimeError, AssertionError, LookupError) as wrong:
             raise SpecError(f"tasks={','.join(names)}: lm-eval cannot run them ({_first_line(wrong)})") from None
@@ -94,7 +95,11 @@ def _adapter(subject: Subject) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=subject.tokenizer.backend, **special)
     models = importlib.import_module("lm_eval.models.huggingface")
     model = TandemForCausalLM.from_decoder(subject.decoder)
-    return models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=min(8, subject.settings.batch))
+    asked = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=min(8, subject.settings.batch))
+    if not sys.stderr.isatty():
+        for name in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
+            setattr(asked, name, partial(getattr(asked, name), disable_tqdm=True))
+    return asked
 
 
 def _records(task: str, entries: Sequence[Mapping[str, Any]]) -> list[Answered]:
@@ -105,13 +110,13 @@ def _records(task: str, entries: Sequence[Mapping[str, Any]]) -> list[Answered]:
         problem = f"{task}:{entry['doc_id']}:{entry['doc_hash'][:12]}"
         if worth is None or problem in kept:  # a second filter of the same answer
             continue
-        answer = entry["filtered_resps"]
+        expected, text = _texts(entry)
         kept[problem] = Answered(
             problem=problem,
             task=task,
-            question=str(_prompt(entry["arguments"])),
-            expected=str(entry["target"]),
-            text=_text(entry["resps"], answer),
+            question=str(entry["arguments"][0][0]),
+            expected=expected,
+            text=text,
             worth=worth,
         )
     return list(kept.values())
@@ -121,18 +126,15 @@ def _is_share(value: object) -> bool:
     return isinstance(value, (int, float)) and 0 <= float(value) <= 1
 
 
-def _prompt(arguments: Any) -> Any:
-    first = next(iter(arguments.values())) if isinstance(arguments, Mapping) else arguments[0]
-    return next(iter(first.values())) if isinstance(first, Mapping) else first[0]
-
-
-def _text(responses: Any, filtered: Any) -> str:
-    """What the model wrote; the choice with the largest log-likelihood where it chose."""
-    first = responses[0][0] if responses and responses[0] else ""
+def _texts(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """What was expected and what the model wrote, or, where it had to choose, the likeliest choice."""
+    target, first = entry["target"], entry["resps"][0][0]
     if isinstance(first, str):
-        return first
-    values = [float(entry[0]) for entry in filtered]
-    return f"choice {values.index(max(values)) + 1} of {len(values)}"
+        return str(target), first
+    choices = [str(choice).strip() for _, choice in entry["arguments"]]
+    values = [float(found[0]) for found in entry["filtered_resps"]]
+    known = isinstance(target, int) and 0 <= target < len(choices)
+    return choices[target] if known else str(target), choices[values.index(max(values))]
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, Any]:

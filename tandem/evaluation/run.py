@@ -44,9 +44,14 @@ def evaluate_models(
         raise SpecError("models: none given; name one")
     names = _names(models)
     plans = [_check(model, name, settings) for model, name in zip(models, names, strict=True)]
+    index = None
+    if "lm-eval" in settings.suites:
+        from tandem.evaluation.harness import task_index
+
+        index = task_index(settings.harness_tasks)
     entries, records = [], {}
     for model, name, suites in zip(models, names, plans, strict=True):
-        entry, records[name] = _evaluate(model, name, suites, settings, dtype, device, listen)
+        entry, records[name] = _evaluate(model, name, suites, settings, index, listen, dtype=dtype, device=device)
         entries.append(entry)
         if keep is not None:
             for (suite, mode), answers in records[name].items():
@@ -83,25 +88,27 @@ def _check(model: str, name: str, settings: EvaluationSettings) -> tuple[str, ..
             from tandem.evaluation.needles import check_lengths
 
             check_lengths(settings.lengths, name, context)
-        if suite == "lm-eval":
-            from tandem.evaluation.harness import task_manager
-
-            task_manager(settings.harness_tasks)
     return suites
 
 
 def _evaluate(
-    model: str, name: str, suites: Sequence[str], settings: EvaluationSettings, dtype: str, device: str, listen: Listen
+    model: str,
+    name: str,
+    suites: Sequence[str],
+    settings: EvaluationSettings,
+    index: Any,
+    listen: Listen,
+    **loading: str,
 ) -> tuple[dict[str, Any], Records]:
     """One model's entry and all its answers; its weights are given back."""
     started = time.perf_counter()
     listen({"kind": "load", "model": name})
-    decoder = load_model(model, dtype=dtype, device=device)
+    decoder = load_model(model, **loading)
     subject = Subject(name, decoder, load_tokenizer(model), settings, listen)
     records: Records = {}
     results: dict[str, Any] = {}
     for suite in suites:
-        found = _suite(suite, subject, results)
+        found = _suite(suite, subject, index, results)
         records |= found
         for (part, mode), answers in found.items():
             listen({"kind": "score", "model": name, "suite": part, "mode": mode, **score(answers)})
@@ -121,7 +128,8 @@ def _evaluate(
     return entry, records
 
 
-def _suite(suite: str, subject: Subject, results: dict[str, Any]) -> Records:
+def _suite(suite: str, subject: Subject, index: Any, results: dict[str, Any]) -> Records:
+    """One suite's answers; lm-eval's own numbers go into `results`. What a suite needs is imported when it is asked."""
     if suite == "reasoning":
         from tandem.evaluation.reasoning import reasoning
 
@@ -133,16 +141,16 @@ def _suite(suite: str, subject: Subject, results: dict[str, Any]) -> Records:
     if suite == "lm-eval":
         from tandem.evaluation.harness import harness
 
-        found, numbers = harness(subject)
+        found, numbers = harness(subject, index)
         results |= numbers
         return found
     from tandem.evaluation import asks
 
-    if suite == "tools" and not subject.form.own:
-        subject.notes.append(
-            "tools: its calls are read in the format of Nemotron Nano 2, which its own template may not ask for"
-        )
-    return asks.instructions(subject) if suite == "instructions" else asks.tools(subject)
+    if suite == "instructions":
+        return asks.instructions(subject)
+    if not subject.form.own:
+        subject.notes.append("tools: calls are read in the format of Nemotron Nano 2, which its template may not ask for")
+    return asks.tools(subject)
 
 
 def metrics(records: Records) -> dict[str, Any]:

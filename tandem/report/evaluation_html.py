@@ -12,14 +12,17 @@ from typing import Any
 import plotly.graph_objects as go
 
 from tandem.report.evaluation_text import (
+    BUDGET,
     SUITE_TITLES,
-    budget_columns,
+    WRITING,
     budget_points,
     budget_rows,
+    part_rows,
     row_keys,
     score_of,
     score_rows,
     star_sentence,
+    writing_rows,
 )
 from tandem.report.html import bullets, cards, chart, footer, html_table, page
 
@@ -40,7 +43,7 @@ td{white-space:nowrap}
 .chart .xaxislayer-above path,.chart .yaxislayer-above path,.chart .crisp{stroke:var(--soft)!important}
 .chart .hoverlayer text{fill:#1c1d22!important}
 }
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:0 1rem}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:0 1rem}
 .panels>*{min-width:0}
 @media (max-width:40rem){body{padding:1.2rem .8rem 3rem}}
 </style>"""
@@ -79,7 +82,12 @@ def evaluation_page(data: Mapping[str, Any]) -> str:
             "newline or 500 tokens later; bars are 95 % intervals. The last point has no budget.</p>"
         )
         panels = "".join(chart(curve(models, *panel), 330) for panel in _PANELS)
-        body += [f"<div class='panels'>{panels}</div>", html_table(budget_columns(), budget_rows(data))]
+        body += [f"<div class='panels'>{panels}</div>", html_table(BUDGET, budget_rows(data))]
+    if part_rows(data):
+        columns = ("suite", "asked", "part", *(f">{name}" for name in names))
+        body += ["<h2>What right answers are made of</h2>", html_table(columns, part_rows(data))]
+    if writing_rows(data):
+        body += ["<h2>How answers were written</h2><p class='note'>Means.</p>", html_table(WRITING, writing_rows(data))]
     notes = [f"{model['name']}: {note}." for model in models for note in model["notes"]]
     if notes:
         body += ["<h2>To know</h2>", bullets(notes)]

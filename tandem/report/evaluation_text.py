@@ -19,7 +19,8 @@ SUITE_TITLES = {
     "needles": "needles",
     "lm-eval": "lm-eval",
 }
-_BUDGET = ("budget", "model", ">right", ">thinking tokens", ">answer tokens", ">one closing mark", ">forced", ">finished")
+WRITING = ("suite", "asked", "model", ">thinking tokens", ">answer tokens", ">as many closing marks as due", ">finished")
+BUDGET = ("budget", "model", ">right", ">thinking tokens", ">answer tokens", ">one closing mark", ">forced", ">finished")
 
 
 def percent(value: float | None) -> str:
@@ -83,6 +84,43 @@ def score_rows(data: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def asked_all(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    """Suite, how it was asked, model and the score of all tasks together, but for those at budgets."""
+    for suite in SUITE_TITLES:
+        modes = (
+            {mode: None for model in data["models"] for mode in model["metrics"].get(suite, {})} if suite != "budgets" else {}
+        )
+        for mode in modes:
+            for model in data["models"]:
+                found = score_of(model, (suite, mode, "all"))
+                if found is not None:
+                    yield suite, mode, model["name"], found
+
+
+def writing_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """How long thinking and answers were and how they ended, in the order of `WRITING`."""
+    return [
+        [
+            SUITE_TITLES[suite], mode, name, tokens(found["thinking_tokens"]), tokens(found["answer_tokens"]),
+            percent(found["one_closing_mark"]), percent(found["finished"]),
+        ]
+        for suite, mode, name, found in asked_all(data)
+        if found["answer_tokens"] is not None
+    ]  # fmt: skip
+
+
+def part_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """Shares of what a right answer is made of, a cell for each model; no rows where suites have no parts."""
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for suite, mode, name, found in asked_all(data):
+        for part, value in found["parts"].items():
+            rows.setdefault((suite, mode, part), {})[name] = percent(value)
+    names = [model["name"] for model in data["models"]]
+    return [
+        [SUITE_TITLES[suite], mode, part, *(cells.get(n, "-") for n in names)] for (suite, mode, part), cells in rows.items()
+    ]
+
+
 def budget_points(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """A model's scores by thinking budget, and at the end without one."""
     points = [(f"{point['budget']:,}", point) for point in model["metrics"].get("budgets", ())]
@@ -91,7 +129,7 @@ def budget_points(model: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]
 
 
 def budget_rows(data: Mapping[str, Any]) -> list[list[str]]:
-    """A row for each budget and model, in the order of `_BUDGET`."""
+    """A row for each budget and model, in the order of `BUDGET`."""
     by_budget: dict[str, list[list[str]]] = {}
     for model in data["models"]:
         for budget, found in budget_points(model):
@@ -104,11 +142,6 @@ def budget_rows(data: Mapping[str, Any]) -> list[list[str]]:
     return [row for rows in by_budget.values() for row in rows]
 
 
-def budget_columns() -> Sequence[str]:
-    """Heads of `budget_rows`."""
-    return _BUDGET
-
-
 def evaluation_text(data: Mapping[str, Any]) -> Group:
     """All of it."""
     names = [model["name"] for model in data["models"]]
@@ -117,7 +150,11 @@ def evaluation_text(data: Mapping[str, Any]) -> Group:
     ]
     budgets = budget_rows(data)
     if budgets:
-        parts.append(_filled("By thinking budget", _BUDGET, budgets))
+        parts.append(_filled("By thinking budget", BUDGET, budgets))
+    if part_rows(data):
+        parts.append(_filled("Of these answers", ["suite", "asked", "part", *(f">{n}" for n in names)], part_rows(data)))
+    if writing_rows(data):
+        parts.append(_filled("How they were written, means", WRITING, writing_rows(data)))
     return Group(*parts, *sentences(data))
 
 
