@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tandem.engine.draw import draw, uniform
+from tandem.engine.draw import Row, Rows, draw, draw_rows, uniform
 from tandem.engine.penalties import Penalties
 from tandem.engine.thinking import Thinking
 from tandem.engine.types import EngineRequest, Logprobs
@@ -24,8 +23,8 @@ from tandem.engine.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from tandem.engine.grammar import GrammarState
 
-Row = NDArray[np.float32]
-
+_SMALL = 8192
+"""Tokens of a vocabulary up to which rows are drawn together."""
 _NEAR_NATS, _NEAR_TOKENS = 6.0, 2048
 """Alternatives are looked for so far below the likeliest token, and everywhere if these are too few or too many to sort."""
 
@@ -44,8 +43,8 @@ class Chooser:
     def __init__(self, request: EngineRequest, vocabulary: Vocabulary) -> None:
         """Reads the prompt and the tokens so far. Raises SpecError as `Vocabulary.check` does."""
         sampling = request.sampling
-        self._sampling = sampling
-        self._position = 0
+        self.sampling = sampling
+        self.position = 0
         self._penalties = Penalties(sampling, request.prompt_ids) if Penalties.asked(sampling) else None
         self._thinking: Thinking | None = None
         if sampling.thinking_budget is not None or (request.thinking and vocabulary.tokenizer is not None):
@@ -62,6 +61,13 @@ class Chooser:
             self._grammar = GrammarState(start, vocab_size=vocabulary.vocab_size, ends=ends)
         self._greedy = sampling.temperature == 0 and sampling.logprobs is None
         self._stateless = self._greedy and self._penalties is None and self._grammar is None and self._thinking is None
+        self._free = (  # of every token, by nothing but its logit
+            sampling.temperature > 0
+            and (sampling.top_k, sampling.top_p, sampling.min_p) == (None, 1.0, 0.0)
+            and sampling.logprobs in (None, 0)
+            and self._penalties is None
+            and self._grammar is None
+        )
         self._failure: str | None = None
         for token in request.output_ids:
             self.accept(token)
@@ -86,17 +92,23 @@ class Chooser:
         """Whether the next token is simply the one of the highest logit."""
         if self._stateless:
             return True
-        if not self._greedy or self._penalties is not None:
-            return False
-        if self._thinking is not None and (self._thinking.forced is not None or self._thinking.forbidden is not None):
-            return False
-        return self._grammar is None
+        return self._greedy and self._penalties is None and self._grammar is None and not self._bound
+
+    @property
+    def free(self) -> bool:
+        """Whether the next token is drawn from the softmax of all logits, and of log-probabilities its own at most wanted."""
+        return self._free and not self._bound
+
+    @property
+    def _bound(self) -> bool:
+        """Whether the thinking budget has a say in the next token."""
+        return self._thinking is not None and (self._thinking.forced is not None or self._thinking.forbidden is not None)
 
     def accept(self, token: int) -> None:
         """Take note of the next output token."""
         if self._stateless:
             return
-        self._position += 1
+        self.position += 1
         if self._penalties is not None:
             self._penalties.accept(token)
         thought = False
@@ -113,15 +125,15 @@ class Chooser:
         token = None if self._thinking is None else self._thinking.forced
         if token is None:
             token = self._draw(self._allowed(row))
-        count = self._sampling.logprobs
+        count = self.sampling.logprobs
         choice = Choice(token, None if count is None else log_probabilities(self._tempered(row), token, count))
         self.accept(token)
         return choice
 
     def _tempered(self, row: Row) -> Row:
         """The row that log-probabilities are taken of."""
-        heat = self._sampling.temperature
-        return row * np.float32(1.0 / heat) if self._sampling.tempered_logprobs and heat > 0 else row
+        heat = self.sampling.temperature
+        return row * np.float32(1.0 / heat) if self.sampling.tempered_logprobs and heat > 0 else row
 
     def fail(self) -> Choice:
         """What is chosen where the highest logit is not a number: anything, beside an `error`. It must not stop the others."""
@@ -129,12 +141,12 @@ class Chooser:
         return Choice(0, None)
 
     def _draw(self, row: Row) -> int:
-        sampling = self._sampling
+        sampling = self.sampling
         if sampling.temperature == 0:
             return int(row.argmax())
         return draw(
             row,
-            number=uniform(sampling.seed, self._position),
+            number=uniform(sampling.seed, self.position),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -181,10 +193,41 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
             else:
                 choices[i] = Choice(token, None)
                 choosers[i].accept(token)
+    free = [i for i, chooser in enumerate(choosers) if not likeliest[i] and chooser.free]
+    if len(free) > 1 and logits.shape[1] <= _SMALL:
+        rows = logits[free].float().cpu().numpy()
+        for i, choice in zip(free, draw_together(rows, [choosers[i] for i in free]), strict=True):
+            choices[i] = choice
     for i, chooser in enumerate(choosers):
-        if not likeliest[i]:
+        if choices[i] is None:
             choices[i] = chooser.pick(logits[i].float().cpu().numpy())
     return [choice for choice in choices if choice is not None]
+
+
+def draw_together(rows: Rows, choosers: Sequence[Chooser]) -> list[Choice]:
+    """`Chooser.pick` for rows [rows, vocabulary] whose choosers are all `free`: the same choices."""
+    sound = np.isfinite(rows.max(1))
+    rows = rows if sound.all() else np.where(sound[:, None], rows, np.float32(0.0))
+    sampling = [chooser.sampling for chooser in choosers]
+    numbers = [uniform(chooser.sampling.seed, chooser.position) for chooser in choosers]
+    tokens = draw_rows(rows, numbers=numbers, temperatures=[one.temperature for one in sampling])
+    logprobs: list[Logprobs | None] = [None] * len(choosers)
+    if any(one.logprobs is not None for one in sampling):
+        heat = np.array([1.0 / one.temperature if one.tempered_logprobs else 1.0 for one in sampling], dtype=np.float32)
+        warm = rows * heat[:, None]
+        highest = warm.max(1)
+        sums = np.exp(warm - highest[:, None]).astype(np.float64).sum(1)
+        own = warm[np.arange(len(warm)), tokens] - (highest.astype(np.float64) + np.log(sums))
+        logprobs = [
+            None if one.logprobs is None else Logprobs(token, value, ())
+            for one, token, value in zip(sampling, tokens, own.tolist(), strict=True)
+        ]
+    choices = []
+    for good, chooser, token, listed in zip(sound.tolist(), choosers, tokens, logprobs, strict=True):
+        if good:
+            chooser.accept(token)
+        choices.append(Choice(token, listed) if good else chooser.fail())
+    return choices
 
 
 def _argmax(logits: Tensor) -> list[int | None]:

@@ -13,6 +13,7 @@ likely than 2^-36 of the likeliest are never drawn; with 2^18 tokens that is at 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import blake2b
 
@@ -27,6 +28,7 @@ _BINS_PER_NAT = 40.0
 _BINS = math.ceil((_BITS + 1) * math.log(2) * _BINS_PER_NAT) + 1
 
 Row = NDArray[np.float32]
+Rows = NDArray[np.float32]
 Ids = NDArray[np.intp]
 Masses = NDArray[np.float64]
 
@@ -125,3 +127,24 @@ def draw(row: Row, *, number: int, temperature: float, top_k: int | None = None,
     if min_p > 0.0:
         kept = min(kept, ranking.mass_of_heaviest(min_p))
     return ranking.at(kept * number >> 64)[0]
+
+
+def draw_rows(rows: Rows, *, numbers: Sequence[int], temperatures: Sequence[float]) -> list[int]:
+    """`draw` of every row [rows, vocabulary] with its number and temperature and all tokens kept: the same tokens.
+
+    Worth it for small vocabularies: all of a row is sorted, which costs less than what numpy takes for calls on single rows.
+    """
+    heat = np.array([min(1.0 / temperature, 1e30) for temperature in temperatures], dtype=np.float32)
+    below = rows - rows.max(1, keepdims=True)
+    with np.errstate(over="ignore"):
+        below *= heat[:, None]
+    keys = np.abs(below).view(np.uint32).astype(np.uint64)
+    keys <<= _ID_BITS
+    keys |= np.arange(rows.shape[1], dtype=np.uint64)
+    keys.sort(axis=1)
+    masses = np.cumsum(_weights(-(keys >> _ID_BITS).astype(np.uint32).view(np.float32)), axis=1, dtype=np.float64)
+    found = []
+    for own, ids, number in zip(masses, keys, numbers, strict=True):
+        index = own.searchsorted(int(own[-1]) * number >> 64, side="right")
+        found.append(int(ids[index] & _ID_MASK))
+    return found

@@ -164,6 +164,34 @@ def test_logprobs_are_of_the_logits_before_anything_else(seed: int, count: int, 
     assert np.allclose([p for _, p in found.top], right[order], atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_tempered_logprobs_are_of_what_is_drawn_from(temperature: float) -> None:
+    """Chosen alone, among others, greedily, and with alternatives listed beside."""
+    rows = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    expected = (rows / temperature).log_softmax(-1)
+    plain = {"temperature": temperature, "logprobs": 0, "tempered_logprobs": True}
+    vocabulary = Vocabulary(None, 50, (2,))
+
+    def choosers(**kind: Any) -> list[Chooser]:
+        asked = [SamplingParams(**{**plain, **kind}, seed=i) for i in range(6)]  # type: ignore[arg-type]
+        return [Chooser(EngineRequest(id="r", prompt_ids=(5,), sampling=sampling), vocabulary) for sampling in asked]
+
+    together, listed = choose(rows, choosers()), choose(rows, choosers(logprobs=2))
+    alone = [choose(rows[i : i + 1], [one])[0] for i, one in enumerate(choosers())]
+    assert together == alone
+    assert [choice.token_id for choice in listed] == [choice.token_id for choice in alone]
+    for i, (one, other) in enumerate(zip(together, listed, strict=True)):
+        assert one.logprobs is not None
+        assert other.logprobs is not None
+        assert one.logprobs.logprob == pytest.approx(expected[i, one.token_id].item(), abs=1e-5)
+        assert one.logprobs.top == ()
+        assert other.logprobs.logprob == pytest.approx(one.logprobs.logprob, abs=1e-6)
+        assert [p for _, p in other.logprobs.top] == pytest.approx(expected[i].topk(2).values.tolist(), abs=1e-5)
+    (greedy,) = choose(rows[:1], choosers(temperature=0.0)[:1])
+    assert greedy.logprobs is not None
+    assert greedy.logprobs.logprob == pytest.approx(rows[0].log_softmax(-1).max().item(), abs=1e-5)
+
+
 def test_sampling_that_a_vocabulary_cannot_do_is_refused() -> None:
     bare = Vocabulary(None, 100, (EOS,))
     for wrong, text in (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 
-from tandem.engine.draw import draw, uniform
+from tandem.engine.draw import draw, draw_rows, uniform
 
 Row = NDArray[np.float32]
 
@@ -68,6 +68,17 @@ def test_draw_is_the_slow_reference(
     drawn = draw(row, number=number, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert drawn == slow(row, number, temperature, top_k, top_p, min_p)
     assert row[drawn] > -np.inf
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    some=st.lists(st.tuples(rows(), numbers | st.sampled_from([0, 2**64 - 1]), rules["temperature"]), min_size=1, max_size=6)
+)
+def test_rows_that_are_drawn_together_are_drawn_as_alone(some: list[tuple[Row, int, float]]) -> None:
+    size = min(len(row) for row, _, _ in some)
+    cut = [np.where(np.isfinite(row[:size].max()), row[:size], np.float32(0.0)) for row, _, _ in some]
+    found = draw_rows(np.stack(cut), numbers=[number for _, number, _ in some], temperatures=[heat for _, _, heat in some])
+    assert found == [draw(row, number=n, temperature=t) for row, (_, n, t) in zip(cut, some, strict=True)]
 
 
 @pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
