@@ -46,6 +46,12 @@ def test_experts_are_right_at_every_turn(seed: int, thinking: bool) -> None:
         assert (answer.reasoning is not None) == thinking
 
 
+def test_thinking_is_as_it_was_asked_for() -> None:
+    for (ask, answer), (other, short) in zip(expert_turns(20, 1), expert_turns(20, 1, thinking=False), strict=True):
+        assert (verify_tools(ask, answer), verify_tools(other, short)) == (1.0, 1.0)
+        assert (verify_tools(ask, short), verify_tools(other, answer)) == (0.0, 0.0)
+
+
 def test_reading_gives_what_was_rendered() -> None:
     for sample in tool_samples(100, 3, off=0.3):
         text = render(sample.messages, tools=sample.tools, enable_thinking=sample.thinking, add_generation_prompt=False)
