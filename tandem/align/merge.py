@@ -91,10 +91,10 @@ def _numbers(data: bytes, size: int, dtype: torch.dtype, file: Path) -> Tensor:
 def _check_folders(first: Path, second: Path) -> None:
     one, other = (replace(load_spec(folder), name="merged") for folder in (first, second))
     if one != other:
-        raise SpecError(f"second={str(second)!r}: its config.json says another model than that of {str(first)!r}")
+        raise SpecError(f"second={str(second)!r}: its config.json says another model than {str(first)!r}; merge two of one")
     vocabularies = [read_json(f / TOKENIZER).get("model") if (f / TOKENIZER).is_file() else None for f in (first, second)]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:
-        raise SpecError(f"second={str(second)!r}: its tokenizer has another vocabulary than that of {str(first)!r}")
+        raise SpecError(f"second={str(second)!r}: its tokenizer has another vocabulary than {str(first)!r}; merge two of one")
 
 
 def _check_alike(ours: Mapping[str, tuple[object, object]], theirs: Mapping[str, tuple[object, object]]) -> None:
@@ -105,14 +105,16 @@ def _check_alike(ours: Mapping[str, tuple[object, object]], theirs: Mapping[str,
     for name, (shape, dtype) in ours.items():
         if theirs[name] != (shape, dtype):
             other_shape, other_dtype = theirs[name]
-            raise SpecError(f"{name}: is {dtype} {shape} in the first and {other_dtype} {other_shape} in the second")
+            raise SpecError(
+                f"{name}: is {dtype} {shape} in the first and {other_dtype} {other_shape} in the second; must be alike"
+            )
 
 
 def merge_decoders(first: Decoder, second: Decoder, *, alpha: float) -> Decoder:
     """The merge of two decoders as a new one; both stay as they are. Raises SpecError where they are not of one model."""
     alpha = _share(alpha)
     if replace(first.spec, name="merged") != replace(second.spec, name="merged"):
-        raise SpecError(f"second={second.spec.name!r}: is another model than the first, {first.spec.name!r}")
+        raise SpecError(f"second={second.spec.name!r}: is another model than {first.spec.name!r}; merge two of one")
     ours, theirs = _weights(first), _weights(second)
     _check_alike({n: (t.shape, t.dtype) for n, t in ours.items()}, {n: (t.shape, t.dtype) for n, t in theirs.items()})
     for name, tensor in ours.items():
