@@ -155,6 +155,13 @@ def test_done_and_undone_is_seen() -> None:
     assert verify_episode(whole) == 0.0
 
 
+def test_the_end_state_counts_not_the_call() -> None:
+    """The hour was taken under another title, so that the right call came too late."""
+    ask, (calling, last) = next((a, t) for a, t in scenarios(300, 4, "one_call") if "Booked" in t[1].content)
+    taken = replace(calling.calls[0], arguments={**calling.calls[0].arguments, "title": "nap"})
+    assert verify_episode(played(ask, [says("", taken), calling, last])) == 0.0
+
+
 def test_tools_that_were_not_offered_do_nothing() -> None:
     ask, (last,) = next((a, t) for a, t in scenarios(100, 4, "missing_tool") if "order" not in [x["name"] for x in a.tools])
     call = Call(name="order", arguments={"item": dict_first(ask), "count": 3})
