@@ -6,7 +6,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -33,7 +33,7 @@ def task_index(names: Sequence[str]) -> Any:
         except ModuleNotFoundError:
             raise SpecError(_EXTRA) from None
         foreign = [name for name in names if name not in OWN_TASKS]
-        index = tasks.TaskManager(include_path=str(FOLDER), include_defaults=bool(foreign), metadata={})
+        index = tasks.TaskManager(include_path=str(FOLDER), include_defaults=bool(foreign), metadata=_metadata(()))
     known = set(index.all_tasks)
     for name in foreign:
         if name not in known:
@@ -54,11 +54,7 @@ def harness(subject: Subject, index: Any) -> tuple[Records, dict[str, Any]]:
     settings = subject.settings
     names = list(settings.harness_tasks or OWN_TASKS)
     context = subject.decoder.spec.max_context
-    index.metadata.clear()
-    index.metadata["max_seq_lengths"] = list(settings.lengths or (min(4096, context // 2),))
-    source = subject.decoder.source
-    if source is not None and source.is_dir():
-        index.metadata["tokenizer"] = str(source)
+    index.metadata.update(_metadata(settings.lengths or (min(4096, context // 2),), subject.decoder.source))
     subject.tell(f"lm-eval: {', '.join(names)}", 0, len(names))
     with _quiet():
         evaluator = importlib.import_module("lm_eval.evaluator")
@@ -82,6 +78,11 @@ def harness(subject: Subject, index: Any) -> tuple[Records, dict[str, Any]]:
         subject.notes.append(f"lm-eval: {', '.join(silent)} do not say which answers are right; see lm_eval in the JSON")
     subject.tell(f"lm-eval: {', '.join(names)}", len(names), len(names))
     return ({("lm-eval", "as text"): found} if found else {}), _numbers(results["results"])
+
+
+def _metadata(lengths: Sequence[int], source: Path | None = None) -> dict[str, Any]:
+    """What tasks that make their own prompts go by. The index holds it by reference, as it does where it is not empty."""
+    return {"max_seq_lengths": list(lengths), "tokenizer": None if source is None else str(source)}
 
 
 def _adapter(subject: Subject) -> Any:
@@ -156,7 +157,7 @@ def _first_line(wrong: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log lines of lm-eval and of the data sets that it reads; warnings of theirs are nobody's here."""
+    """Without the log lines and warnings of lm-eval and of what it reads with; what they print goes to standard error."""
     import warnings
 
     logs = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers", "huggingface_hub", "fsspec")]
@@ -164,7 +165,7 @@ def _quiet() -> Iterator[None]:
     try:
         for log in logs:
             log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -19,7 +19,7 @@ SUITE_TITLES = {
     "needles": "needles",
     "lm-eval": "lm-eval",
 }
-WRITING = ("suite", "asked", "model", ">thinking tokens", ">answer tokens", ">as many closing marks as due", ">finished")
+WRITING = ("suite", "asked", "model", ">thinking tokens", ">answer tokens", ">block closed as due", ">finished")
 BUDGET = ("budget", "model", ">right", ">thinking tokens", ">answer tokens", ">one closing mark", ">forced", ">finished")
 
 
@@ -151,8 +151,9 @@ def evaluation_text(data: Mapping[str, Any]) -> Group:
     budgets = budget_rows(data)
     if budgets:
         parts.append(_filled("By thinking budget", BUDGET, budgets))
-    if part_rows(data):
-        parts.append(_filled("Of these answers", ["suite", "asked", "part", *(f">{n}" for n in names)], part_rows(data)))
+    made_of = [row for row in part_rows(data) if ":" not in row[2]]
+    if made_of:
+        parts.append(_filled("Of these answers", ["suite", "asked", "part", *(f">{n}" for n in names)], made_of))
     if writing_rows(data):
         parts.append(_filled("How they were written, means", WRITING, writing_rows(data)))
     return Group(*parts, *sentences(data))
@@ -180,5 +181,5 @@ def star_sentence() -> str:
     """What a star beside a score means."""
     return (
         "*: better than every other model on the same problems, by McNemar's exact test; "
-        "all stars together are wrong in 1 report of 20 (Holm)."
+        "accident puts a star into at most 1 report of 20 (Holm)."
     )
