@@ -128,6 +128,7 @@ def dpo_trainer(
             DPOConfig,
             out,
             seed=seed,
+            use_cpu=decoder.device.type == "cpu",
             beta=settings.beta,
             max_length=None,
             pad_to_multiple_of=WIDTH,

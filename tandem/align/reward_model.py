@@ -183,6 +183,7 @@ def reward_trainer(
             RewardConfig,
             out,
             seed=seed,
+            use_cpu=model.device.type == "cpu",
             max_length=None,
             pad_to_multiple_of=WIDTH,
             center_rewards_coefficient=settings.centre or None,

@@ -110,6 +110,7 @@ def sft_trainer(decoder: Decoder, tokenizer: Tokenizer, packed: Packed, settings
             SFTConfig,
             out,
             seed=seed,
+            use_cpu=decoder.device.type == "cpu",
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},
             **settings.trainer_fields(len(packed.samples)),
