@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.align.answers import read_answer
 from tandem.align.data.constraints import Constraint, stages
 from tandem.align.data.instructions import COPY, constraints_of, instruction_asks
 from tandem.align.data.reasoning import reasoning_asks
@@ -182,6 +183,35 @@ def test_the_answer_without_a_form_is_reported_in_parts(place: tuple[str, int, i
         assert found["substance"] == 1.0, (ask.task, answer.content)
         assert found[f"constraint:{left_out.kind}"] == 0.0
         assert found["format"] == pytest.approx(sum(found[f"constraint:{c.kind}"] for c in constraints) / len(constraints))
+
+
+@settings(max_examples=100, deadline=None)
+@given(place=some_asks | some_instructions)
+def test_texts_as_they_are_read(place: tuple[str, int, int]) -> None:
+    """What the reader of answers makes of a text is what the verifier looks at."""
+    ask = ask_at(place)
+    content = ask.check["answer"]
+    if ask.kind == "instructions":
+        content = stages(constraints_of(ask.check), content)[-1]
+
+    def worth(text: str, *, thinking: bool = True, finished: bool = True) -> float:
+        return verify(replace(ask, thinking=thinking), read_answer(text, thinking=thinking, finished=finished))
+
+    right = f"So it is.\n</think>\n\n{content}\n"
+    assert worth(right) == worth(f"</think>{content}") == worth(content, thinking=False) == 1.0
+    assert worth(right, finished=False) == 0.0
+    wrong = (
+        content,
+        f"So it is {content}",
+        f"{content}\n</think>\n",
+        f"{right}</think>",
+        f"</think>{right}",
+        f"<think>\n{right}",
+    )
+    for text in (*wrong[:5], f"{right}<TOOLCALL>[]</TOOLCALL>", f"{right}<TOOLCALL>"):
+        assert worth(text) == 0.0, text
+    for text in (right, wrong[5], f"</think>{content}", f"{content}</think>"):
+        assert worth(text, thinking=False) == 0.0, text
 
 
 def ask_of(answer: str, *constraints: Constraint, task: str = COPY, kind: str = "instructions") -> Ask:
