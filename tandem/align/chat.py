@@ -114,14 +114,22 @@ def controls(tokenizer: Tokenizer) -> Controls:
 class Segment(NamedTuple):
     """A part of a conversation that is wholly the model's, or not at all."""
 
-    pieces: tuple[str, ...]
-    """Its text, cut within what a user wrote and a tokenizer would take for a control token: encode them one by one."""
+    text: str
     learned: bool
+    hidden: str
+    """The same text with other characters where others than the model and the template wrote one of `Controls.first`."""
+    known: Controls | None
 
-    @property
-    def text(self) -> str:
-        """Its text."""
-        return "".join(self.pieces)
+    def pieces(self) -> Iterator[str]:
+        """The text, cut within what others wrote and a tokenizer would take for a control token: encode them one by one."""
+        start = 0
+        if self.hidden is not self.text and self.known is not None:
+            for found in self.known.pattern.finditer(self.text):
+                at = found.start()
+                if self.hidden[at] != self.text[at]:
+                    yield self.text[start : at + 1]
+                    start = at + 1
+        yield self.text[start:]
 
 
 def segments(
@@ -137,21 +145,22 @@ def segments(
     With a `tokenizer`, nothing that stands in messages of system, user and tools or in the descriptions of tools becomes a
     control token of it, whatever the template makes of those texts: encoded piece by piece, `<SPECIAL_11>` there is letters.
     """
-    texts = [*_texts(messages), *_texts(tools)]
     known = controls(tokenizer) if tokenizer is not None else None
-    free = [c for c in _NONCHARACTERS if not any(c in text for text in texts)]
+    used = "".join([*_texts(messages), *_texts(tools)])
+    free = [c for c in _NONCHARACTERS if c not in used]
     first = [c for c in known.first if c not in _TOGGLES] if known else []
     if len(free) < len(first) + 3:
         raise SpecError("messages: hold too many of the noncharacters U+FDD0 to U+FDEF; leave them out")
     begin, end, slash, *marks = free
-    hide = str.maketrans(dict(zip(first, marks, strict=False)))
-    if any(c in text for text in texts for c in first):
-        messages = [m if m.get("role") == "assistant" else _hidden(m, hide, slash) for m in messages]
-        tools = [_hidden(tool, hide, slash) for tool in tools]
+    # The template would read `/think` in `</think>`.
+    hide = [(CLOSE, CLOSE.replace("/", slash)), *zip(first, marks, strict=False)] if any(c in used for c in first) else []
+    if hide:
+        messages = [m if m.get("role") == "assistant" else _replaced(m, hide) for m in messages]
+        tools = [_replaced(tool, hide) for tool in tools]
     text = _render(messages, tools, enable_thinking, add_generation_prompt, {BEGIN_VARIABLE: begin, END_VARIABLE: end})
     parts = re.split(f"[{begin}{end}]", text)
-    show = str.maketrans({slash: "/", **dict(zip(marks, first, strict=False))})
-    return [Segment(_pieces(part, show, known), i % 2 == 1) for i, part in enumerate(parts)]
+    show = [(slash, "/"), *((mark, c) for c, mark in hide[1:])] if hide else []
+    return [Segment(_replaced(part, show), i % 2 == 1, part, known) for i, part in enumerate(parts)]
 
 
 def prompt_pieces(
@@ -159,25 +168,19 @@ def prompt_pieces(
 ) -> list[str]:
     """A conversation up to where the answer begins, in pieces to be encoded one by one; see `segments`."""
     found = segments(messages, tools=tools, enable_thinking=enable_thinking, tokenizer=tokenizer)
-    return [piece for segment in found for piece in segment.pieces]
+    return [piece for segment in found for piece in segment.pieces()]
 
 
-def _pieces(part: str, show: dict[int, str], known: Controls | None) -> tuple[str, ...]:
-    text = part.translate(show)
-    if known is None:
-        return (text,)
-    cuts = [m.start() + 1 for m in known.pattern.finditer(text) if part[m.start()] != text[m.start()]]
-    return tuple(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
-
-
-def _hidden(value: Any, hide: dict[int, str], slash: str) -> Any:
-    """Texts whose characters that may begin a control token are replaced. The template would read `/think` in `</think>`."""
+def _replaced(value: Any, pairs: Sequence[tuple[str, str]]) -> Any:
+    """The same data with the first of each pair replaced by the second in all texts of it."""
     if isinstance(value, str):
-        return value.replace(CLOSE, CLOSE.replace("/", slash)).translate(hide)
+        for old, new in pairs:
+            value = value.replace(old, new)
+        return value
     if isinstance(value, Mapping):
-        return {_hidden(key, hide, slash): _hidden(item, hide, slash) for key, item in value.items()}
+        return {_replaced(key, pairs): _replaced(item, pairs) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_hidden(item, hide, slash) for item in value]
+        return [_replaced(item, pairs) for item in value]
     return value
 
 

@@ -82,7 +82,7 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer) -> Encoded:
     ids: list[int] = []
     learned: list[bool] = []
     for part in parts:
-        for piece in part.pieces:
+        for piece in part.pieces():
             some = tokenizer.encode(piece, add_special_tokens=False)
             ids += some
             learned += [part.learned] * len(some)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tandem.align import chat
@@ -53,16 +53,18 @@ class ChatTemplate:
     ) -> Prompt:
         """The prompt of a conversation, not encoded to its end if that is far beyond `most` tokens. Raises SpecError where the
         template refuses it, ApiError where it is that long."""
-        pieces = self._pieces(
+        text, pieces = self._text(
             [as_mapping(message, i) for i, message in enumerate(messages)],
             [tool.model_dump(exclude_none=True) for tool in tools],
             dict(variables or {}),
         )
         ids = encode_within(self.tokenizer, pieces, most, add_special_tokens=False)
-        return Prompt(tuple(ids), thinking=pieces[-1].rstrip().endswith(OPEN))
+        return Prompt(tuple(ids), thinking=text.rstrip().endswith(OPEN))
 
-    def _pieces(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[str]:
-        """The text of a conversation up to where the answer begins, in pieces that are encoded one by one."""
+    def _text(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: Mapping[str, Any]
+    ) -> tuple[str, Iterable[str]]:
+        """The end of a conversation's text up to where the answer begins, and the text in pieces to be encoded one by one."""
         if tools and self.syntax is None:
             raise SpecError("tools: this model's chat template has no form of tool calls that can be read; leave them out")
         for name in variables:
@@ -71,20 +73,24 @@ class ChatTemplate:
         if self.format == "nano2":
             return self._nano2(messages, tools, variables)
         try:
-            return [self.tokenizer.chat(messages, tools=tools or None, **variables)]
+            text = self.tokenizer.chat(messages, tools=tools or None, **variables)
+            return text, [text]
         except SpecError:
             raise
         except Exception as wrong:  # Templates are programs: they fail in ways of their own on what they do not expect.
             raise SpecError(f"messages: the chat template fails on them ({' '.join(str(wrong).split())[:200]})") from None
 
-    def _nano2(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: Mapping[str, Any]) -> list[str]:
+    def _nano2(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], variables: Mapping[str, Any]
+    ) -> tuple[str, Iterable[str]]:
         unknown = next((name for name in variables if name != "enable_thinking"), None)
         if unknown is not None:
             raise SpecError(f"chat_template_kwargs.{unknown[:60]}: is not known; enable_thinking is")
         enable = variables.get("enable_thinking")
         if enable is not None and not isinstance(enable, bool):
             raise SpecError(f"chat_template_kwargs.enable_thinking={enable!r}: must be true or false")
-        return chat.prompt_pieces(self.tokenizer, messages, tools=tools, enable_thinking=enable)
+        found = chat.segments(messages, tools=tools, enable_thinking=enable, tokenizer=self.tokenizer)
+        return found[-1].text, (piece for segment in found for piece in segment.pieces())
 
 
 def as_mapping(message: Message, position: int) -> dict[str, Any]:

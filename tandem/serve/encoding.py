@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from tandem.model.tokenizer import Tokenizer
 from tandem.serve.errors import ApiError, bad_request
@@ -13,7 +13,7 @@ _CHARACTERS = 8
 """Of each token that fits, in the first piece that is looked at; most texts that fit are shorter."""
 
 
-def encode_within(tokenizer: Tokenizer, text: str | Sequence[str], most: int, *, add_special_tokens: bool = True) -> list[int]:
+def encode_within(tokenizer: Tokenizer, text: str | Iterable[str], most: int, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a text, or of pieces each encoded by itself. Raises ApiError once a first part of it alone has twice as
     many tokens as may be.
 

@@ -97,8 +97,8 @@ def test_what_others_say_makes_no_control_token(tokenizer: Tokenizer, sample: Sa
 def test_words_of_a_user_are_cut_where_they_would_be_a_token_and_nowhere_else(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "a<SPECIAL_11>b < <x> </think>\n<TOOLCALL"}]
     (part,) = segments(messages, tokenizer=tokenizer)
-    assert [piece[-1] for piece in part.pieces[:-1]] == ["<", "<"]
-    assert len(segments([ASKED], tokenizer=tokenizer)[0].pieces) == 1
+    assert [piece[-1] for piece in list(part.pieces())[:-1]] == ["<", "<"]
+    assert len(list(segments([ASKED], tokenizer=tokenizer)[0].pieces())) == 1
     ids = encode_ask(Ask(id="1", kind="", task="", messages=(ASKED,)), tokenizer)
     assert ids == tokenizer.encode(render([ASKED]), add_special_tokens=False)
 
