@@ -218,6 +218,11 @@ class AlignRecipe:
                     )
             earlier[name] = stage
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest conversation that a stage learns from, which the aligned model takes in."""
+        return max((stage.sft.train.length for stage in self.stages.values() if stage.sft is not None), default=1)
+
     def before(self, name: str) -> str | None:
         """The stage whose model a stage goes on from; None: the base."""
         stage = self.stages[name]

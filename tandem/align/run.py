@@ -18,7 +18,7 @@ from tandem.align.recipe import AlignRecipe
 from tandem.align.rollout import Generator
 from tandem.align.stages import Stage, run_stage
 from tandem.model.hybrid import Decoder
-from tandem.model.load import load_model, save_model
+from tandem.model.load import load_model, renamed, save_model
 from tandem.model.memory import keep_freed_memory
 from tandem.model.tokenizer import Tokenizer, load_tokenizer
 from tandem.spec.catalog import find_weights, read_json
@@ -93,6 +93,8 @@ def _stage(
     before = recipe.before(name)
     source = find_weights(recipe.base) if before is None else out / before / "model"
     decoder = load_model(source)
+    if before is None:
+        decoder = renamed(decoder, name=recipe.name, context=recipe.context)
     tokenizer = make_chat_model(decoder, out / "tokenizer") if before is None else load_tokenizer(source)
     listen({"kind": "stage", "stage": name, "doing": recipe.stages[name].kind})
     stage = Stage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def _finish(model: Decoder, source: Path) -> Decoder:
         model.lm_head.weight = model.backbone.embeddings.weight
     model.source = source
     return model.eval()
+
+
+def renamed(model: Decoder, *, name: str | None = None, context: int = 1) -> Decoder:
+    """The same weights (not copied) under another name, for contexts of at least so many tokens."""
+    spec = replace(model.spec, name=name or model.spec.name, max_context=max(model.spec.max_context, context))
+    other = Decoder(spec, device="meta", token_ids=model.token_ids)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.source = model.source
+    return other
 
 
 def save_model(model: Decoder, folder: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from tandem._version import __version__
 from tandem.model.hybrid import Decoder, TokenIds
-from tandem.model.load import load_model, save_model
+from tandem.model.load import load_model, renamed, save_model
 from tandem.model.memory import keep_freed_memory
 from tandem.model.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from tandem.perf.training import flops_per_token
@@ -201,10 +201,7 @@ def _initial(recipe: Recipe, name: str, tokenizer: Tokenizer) -> Decoder:
         raise SpecError(f"model.initial={name!r}: its layers are not those that the model's other fields state")
     if load_tokenizer(folder).backend.get_vocab() != tokenizer.backend.get_vocab():
         raise SpecError(f"data.tokenizer.name={recipe.data.tokenizer.name!r}: must be that of model.initial={name!r}")
-    spec = replace(loaded.spec, name=recipe.name, max_context=max(loaded.spec.max_context, recipe.batch.sequence_length))
-    decoder = Decoder(spec, device="meta", token_ids=loaded.token_ids)
-    decoder.load_state_dict(loaded.state_dict(), assign=True)
-    return decoder.train()
+    return renamed(loaded, name=recipe.name, context=recipe.batch.sequence_length).train()
 
 
 def _worth(recipe: Recipe, model: Decoder, tokenizer: Tokenizer, listen: Listener) -> dict[str, Any]:
