@@ -200,17 +200,11 @@ def test_texts_as_they_are_read(place: tuple[str, int, int]) -> None:
     right = f"So it is.\n</think>\n\n{content}\n"
     assert worth(right) == worth(f"</think>{content}") == worth(content, thinking=False) == 1.0
     assert worth(right, finished=False) == 0.0
-    wrong = (
-        content,
-        f"So it is {content}",
-        f"{content}\n</think>\n",
-        f"{right}</think>",
-        f"</think>{right}",
-        f"<think>\n{right}",
-    )
-    for text in (*wrong[:5], f"{right}<TOOLCALL>[]</TOOLCALL>", f"{right}<TOOLCALL>"):
+    reopened = f"<think>\n{right}"
+    twice = (f"{content}\n</think>\n", f"{right}</think>", f"</think>{right}")
+    for text in (content, f"So it is {content}", *twice, f"{right}<TOOLCALL>[]</TOOLCALL>", f"{right}<TOOLCALL>"):
         assert worth(text) == 0.0, text
-    for text in (right, wrong[5], f"</think>{content}", f"{content}</think>"):
+    for text in (right, reopened, f"</think>{content}", f"{content}</think>"):
         assert worth(text, thinking=False) == 0.0, text
 
 
