@@ -203,6 +203,10 @@ def run_grpo(
     if not rewards:
         raise SpecError("rewards=[]: needs at least one")
     prompts = [tuple(render(ask)) for ask in asks]
+    context = decoder.spec.max_context
+    for ask, ids in zip(asks, prompts, strict=True):
+        if not 0 < len(ids) < context:
+            raise SpecError(f"ask {ask.id!r}: has {len(ids):,} tokens; the model reads from 1 to {context - 1:,}")
     names = [(*f"{reward.name} {reward.weight}".encode(),) for reward in rewards]
     claim(out, stage, settings, decoder, seed=seed, data=fingerprint([*names, *prompts]))
     heard = ListenCallback(stage, _with_share(listen), _LOG)
@@ -289,11 +293,44 @@ class _Grpo(LocalTrainer, GRPOTrainer):
                 )
         return output
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or not self.model.training:
+            return inputs
+        passes = self.args.gradient_accumulation_steps
+        batches: list[dict[str, Any]] = self._buffered_inputs
+        updates = [batches[i : i + passes] for i in range(0, len(batches), passes)]
+        self._buffered_inputs = [part for some in updates for part in _by_length(some, self.args.train_batch_size)]
+        return self._buffered_inputs[self._step % len(self._buffered_inputs)]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As TRL's, but rows of like length go together, and columns that are padding in all of them are left out."""
+        rows, time = input_ids.shape
+        order = attention_mask.sum(1).argsort(stable=True)
+        found: list[Tensor] = [input_ids.new_zeros(rows, logits_to_keep, dtype=torch.float32) for _ in range(2)]
+        entropies = None
+        for some in order.split(batch_size or rows):
+            held = attention_mask[some].any(0).nonzero()
+            begin, end = int(held[0]), max(int(held[-1]) + 1, time - logits_to_keep + 1)
+            kept = logits_to_keep - (time - end)
+            ids, mask = input_ids[some, begin:end], attention_mask[some, begin:end]
+            logps, entropies, _ = super()._get_per_token_logps_and_entropies(model, ids, mask, kept, **kwargs)
+            for i, values in enumerate((logps, entropies)):
+                if values is not None:
+                    padded = torch.nn.functional.pad(values, (0, logits_to_keep - kept)).float()
+                    found[i] = found[i].index_copy(0, some, padded)
         if torch.is_grad_enabled():
             self._logps = found[0].detach()
-        return found
+        return found[0], None if entropies is None else found[1], None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss: Tensor = super()._compute_loss(model, inputs)
@@ -308,6 +345,19 @@ class _Grpo(LocalTrainer, GRPOTrainer):
                 apart = inputs["ref_per_token_logps"] - logps
                 figures["tandem/kl"].append(float(((apart.exp() - apart - 1) * mask).sum() / tokens))
         return loss
+
+
+def _by_length(batches: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
+    """The batches of one step of the optimiser with their answers sorted by length, so that little of each is padding."""
+    whole = {
+        name: value if not isinstance(value, Tensor) or value.dim() == 0 else torch.cat([batch[name] for batch in batches])
+        for name, value in batches[0].items()
+    }
+    order = (whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)).argsort(stable=True)
+    return [
+        {name: value[some] if isinstance(value, Tensor) and value.dim() else value for name, value in whole.items()}
+        for some in order.split(rows)
+    ]
 
 
 class _SameWeights:

@@ -100,6 +100,33 @@ def test_the_loss_is_the_formula(caught: Callable[..., dict[str, Any]], tmp_path
         assert torch.allclose(found["gradients"][name], p.grad, atol=1e-5, rtol=1e-3), name
 
 
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_small_passes_without_padding_learn_the_same(
+    caught: Callable[..., dict[str, Any]], tmp_path: Path, unfinished: bool
+) -> None:
+    gradients, compute = [], grpo._Grpo.compute_loss
+    settings = replace(QUICK, rows=16, steps=1, beta=0.2, mask_unfinished=unfinished)
+    for micro in (None, 2):
+        decoder, seen = decoder_of(), []
+        before = [p.detach().clone() for p in decoder.parameters()]
+
+        def watched(trainer: Any, model: Any, batch: Any, *args: Any, seen: list[int] = seen, **kwargs: Any) -> Any:
+            seen.append(int(batch["completion_mask"].sum()) + int(batch["prompt_mask"].sum()))
+            return compute(trainer, model, batch, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grpo._Grpo, "compute_loss", watched)
+            small = replace(settings, micro=micro)
+            heard: list[dict[str, Any]] = []
+            run(decoder, tmp_path / str(micro), small, rewards=[FIRST], generator=Table(decoder), listen=heard.append)
+        assert seen == sorted(seen)
+        assert len(seen) == (1 if micro is None else 8)
+        moved = torch.cat([(p - b).flatten() for p, b in zip(decoder.parameters(), before, strict=True)])
+        gradients.append((moved, heard[0]["grad_norm"], heard[0]["kl"], heard[0]["loss"]))
+    assert gradients[0][1:] == pytest.approx(gradients[1][1:], abs=1e-5)
+    assert torch.allclose(gradients[0][0], gradients[1][0], atol=1e-4)
+
+
 def test_forced_tokens_are_not_learned_from(caught: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """What reward or numbers a forced token has does not matter, though the tokens after it were sampled behind it."""
     decoder = decoder_of(eos=())
@@ -226,6 +253,8 @@ def test_what_goes_wrong_is_said_in_one_line(tmp_path: Path) -> None:
         run(decoder, tmp_path / "c", rewards=[Reward(name="few", score=lambda a, r: [1.0])])
     with pytest.raises(SpecError, match="asks: has 1 entries; a batch of answers needs 2"):
         run(decoder, tmp_path / "d", asks=ASKS[:1])
+    with pytest.raises(SpecError, match="ask '0': has 600 tokens; the model reads from 1 to 511"):
+        run(decoder, tmp_path / "d", render=lambda ask: [5] * 600)
     with pytest.raises(SpecError, match="rewards="):
         run(decoder, tmp_path / "e", rewards=[])
     with torch.no_grad():
