@@ -56,8 +56,9 @@ def encode_pair(pair: Pair, tokenizer: Tokenizer) -> tuple[list[int], list[int],
 
 
 def encode_sample(sample: Sample, tokenizer: Tokenizer) -> Encoded:
-    """A conversation's tokens. Learned is what the model writes in each of its turns, to the end mark; the turn's header and
-    the opening or empty block are the prompt's.
+    """A conversation's tokens. Learned is what the model writes in its turns since the last user message, to the end mark; the
+    turn's header and the opening or empty block are the prompt's. Earlier turns stand without their thoughts, as no model is
+    asked for them, so they are read and not learned.
 
     The last answer's tokens follow exactly those of `encode_ask` for the messages before it. Texts that are not the model's
     make no control tokens. Raises SpecError where the last message is no assistant's, where a turn since the last user
@@ -81,11 +82,12 @@ def encode_sample(sample: Sample, tokenizer: Tokenizer) -> Encoded:
     _check_thinking(sample, parts)
     ids: list[int] = []
     learned: list[bool] = []
-    for part in parts:
+    first = len(parts) - 2 * len(_current_turns(messages))
+    for i, part in enumerate(parts):
         for piece in part.pieces():
             some = tokenizer.encode(piece, add_special_tokens=False)
             ids += some
-            learned += [part.learned] * len(some)
+            learned += [part.learned and i >= first] * len(some)
     return Encoded(tuple(ids), tuple(learned))
 
 
@@ -165,11 +167,15 @@ def _written(message: Message) -> list[tuple[str, str]]:
     return [(field, text) for field, text in found if isinstance(text, str)]
 
 
-def _check_thinking(sample: Sample, parts: Sequence[Segment]) -> None:
-    roles = [message.get("role") for message in sample.messages]
+def _current_turns(messages: Sequence[Message]) -> list[int]:
+    """Places of the assistant's turns since the last user message."""
+    roles = [message.get("role") for message in messages]
     current = max((i + 1 for i, role in enumerate(roles) if role == "user"), default=0)
-    turns = [i for i in range(current, len(roles)) if roles[i] == "assistant"]
-    for i, part in zip(reversed(turns), reversed(parts[:-1:2]), strict=False):
+    return [i for i in range(current, len(roles)) if roles[i] == "assistant"]
+
+
+def _check_thinking(sample: Sample, parts: Sequence[Segment]) -> None:
+    for i, part in zip(reversed(_current_turns(sample.messages)), reversed(parts[:-1:2]), strict=False):
         if sample.thinking and part.text.endswith(OPEN + CLOSE):
             raise SpecError("thinking=True: the messages say /no_think; take it out, or set thinking=False")
         if sample.thinking and not part.text.endswith(f"{OPEN}\n"):

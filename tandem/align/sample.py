@@ -17,7 +17,7 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A conversation to learn from. Every assistant turn in it is learned, nothing else."""
+    """A conversation to learn from: the assistant's turns since the last user message are learned, nothing else."""
 
     kind: str
     """What it teaches: reasoning, reasoning-off, truncated, tools, instructions."""

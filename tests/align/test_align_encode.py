@@ -54,11 +54,10 @@ def test_tokens_are_the_text_and_learned_ones_the_models(tokenizer: Tokenizer, s
     ids, learned = encode_sample(sample, tokenizer)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text_of(sample)
     runs = [[token for token, _ in run] for flag, run in groupby(zip(ids, learned, strict=True), lambda pair: pair[1]) if flag]
-    turns = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    assert len(runs) == len(turns)
     last_user = max(i for i, message in enumerate(sample.messages) if message["role"] == "user")
-    for i, run in zip(turns, runs, strict=True):
-        message = sample.messages[i] if i > last_user else {**sample.messages[i], "reasoning_content": None}
+    turns = [message for message in sample.messages[last_user:] if message["role"] == "assistant"]
+    assert len(runs) == len(turns)
+    for message, run in zip(turns, runs, strict=True):
         assert (
             tokenizer.decode(run, skip_special_tokens=False) == f"{answer_text(message, thinking=sample.thinking)}<SPECIAL_12>"
         )
