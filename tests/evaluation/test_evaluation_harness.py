@@ -43,6 +43,7 @@ def asked(base: Path) -> tuple[Any, dict[str, Any]]:
     return harness(subject_of(base, suites=("lm-eval",), problems=3), task_index(OWN_TASKS))
 
 
+@pytest.mark.slow
 def test_our_tasks_bring_their_questions_and_agree_with_lm_eval(asked: tuple[Any, dict[str, Any]]) -> None:
     records, results = asked
     ((key, answers),) = records.items()
@@ -55,6 +56,7 @@ def test_our_tasks_bring_their_questions_and_agree_with_lm_eval(asked: tuple[Any
     json.dumps(results, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_choice_is_the_likeliest_by_the_model_itself(base: Path, asked: tuple[Any, dict[str, Any]]) -> None:
     import torch
 

@@ -44,6 +44,13 @@ def test_answers_to_one_problem_narrow_nothing() -> None:
     assert often["any_right"] == 0.5
 
 
+def test_ends_of_an_interval_are_those_of_the_whole_counts_around_it() -> None:
+    found = score(several([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
+    assert found["correct"] == 1.5
+    assert found["low"] == wilson_interval(1, 3)[0]
+    assert found["high"] == wilson_interval(2, 3)[1]
+
+
 def test_half_right_is_not_right() -> None:
     assert score([answered("a", 0.5)])["accuracy"] == 0.0
 

@@ -194,6 +194,17 @@ def test_an_expert_meets_every_request_over_several_turns(chat: Path, mode: str)
     json.dumps([answer.text for answer in answers])
 
 
+def test_a_right_beginning_meets_no_request_of_several_turns(chat: Path) -> None:
+    subject = subject_of(chat, problems=12, thinking="on")
+    expert = ToolExpert(12, True)
+    late = "done\n</think>\n\nSorry, I could not do it."
+    ScriptedWriter(subject, lambda prompt: written(late) if "[{" in prompt.rpartition("User\n")[2] else expert(prompt))
+    ((_, answers),) = asks.tools(subject).items()
+    begun = [answer for answer in answers if "[tool: " in answer.text]
+    assert begun
+    assert all(answer.parts["first turn"] == 1.0 and not answer.right for answer in begun)
+
+
 def test_words_instead_of_calls_meet_no_request(chat: Path) -> None:
     subject = subject_of(chat, problems=12, thinking="off")
     ScriptedWriter(subject, lambda _: written("I have done it."))

@@ -36,6 +36,20 @@ def test_greedy_answers_are_those_of_the_decoder(writer: Writer) -> None:
     assert [w.finished for w in found] == [len(ids) < 12 for ids in alone]
 
 
+def test_the_end_mark_is_no_token_of_the_answer() -> None:
+    ends = tuple(range(3, 180))
+    quick = small_model("hybrid", vocabulary=VOCABULARY, context=128, eos=ends)
+    found = Writer(quick, TOKENIZER).write(prompts(*TEXTS, thinking=False), SamplingParams(max_tokens=12))
+    alone = generate_greedy(quick, [TOKENIZER.encode(text) for text in TEXTS], 12, ends)
+    assert any(w.finished for w in found)
+    assert [w.answer_tokens for w in found] == [len(ids) for ids in alone]
+
+
+def test_draws_follow_each_prompts_own_seed(writer: Writer) -> None:
+    found = writer.write(prompts("same", "same", "same"), SAMPLED, seeds=[1, 2, 1])
+    assert found[0] == found[2] != found[1]
+
+
 @settings(max_examples=4, deadline=None)
 @given(st.permutations(range(len(TEXTS))))
 def test_an_answer_depends_on_its_prompt_and_seed_alone(order: list[int]) -> None:
