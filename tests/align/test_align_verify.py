@@ -103,7 +103,7 @@ def test_reasoning_right_answers_are_worth_one_and_no_mutation_is(place: tuple[s
         if content.strip() == right or same_number(content, right):
             continue
         assert verify(ask, answered(content, thinking=thinking)) == 0.0, (right, content)
-        assert parts(ask, answered(content, thinking=thinking))["substance"] == 0.0 or "think>" in content
+        assert parts(ask, answered(content, thinking=thinking))["substance"] == 0.0
 
 
 def mutations_of_form(right: Answer, *, thinking: bool) -> dict[str, Answer]:
@@ -120,10 +120,12 @@ def mutations_of_form(right: Answer, *, thinking: bool) -> dict[str, Answer]:
     }
     if thinking:
         found["no mark"] = replace(right, closing_marks=0)
+        found["a mark, but no block"] = replace(right, reasoning=None)
         found["no thoughts"] = replace(right, reasoning=None, closing_marks=0, text=right.content)
         found["never closed"] = replace(right, closing_marks=0, content="", malformed="a block that never closes")
     else:
         found["thoughts"] = replace(right, reasoning="so", closing_marks=1)
+        found["an open block"] = replace(right, reasoning="so")
     return found
 
 
