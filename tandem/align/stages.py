@@ -14,7 +14,7 @@ from tandem.align.grpo import Reward, run_grpo
 from tandem.align.material import Sampler, asks_of, samples_of, seed_of
 from tandem.align.merge import merge_decoders, merge_sweep
 from tandem.align.recipe import AlignRecipe, PairsPart
-from tandem.align.reward_model import RewardModel, score, train_reward_model
+from tandem.align.reward_model import RewardModel, train_reward_model
 from tandem.align.rollout import Generator, Rollout
 from tandem.align.sample import Ask, Pair
 from tandem.align.sft import run_sft
@@ -98,7 +98,9 @@ def _grpo(stage: Stage) -> dict[str, Any]:
 
 def _of_model(model: RewardModel, tokenizer: Tokenizer) -> Reward:
     def worth(asks: Sequence[Ask], rollouts: Sequence[Rollout]) -> list[float]:
-        return score(model, tokenizer, [(ask, one.text) for ask, one in zip(asks, rollouts, strict=True)])
+        # The tokens themselves: an answer that a limit cut off has no end mark.
+        pairs = zip(asks, rollouts, strict=True)
+        return model.rewards([[*encode_ask(ask, tokenizer), *one.completion_ids] for ask, one in pairs])
 
     return Reward(name="reward model", score=worth)
 
