@@ -106,9 +106,9 @@ def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="released/nano-hybrid")
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--generations", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=192)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-batch", type=int, default=128, help="Answers that the engine decodes at once.")
     parser.add_argument("--rounds", type=int, default=3)

@@ -18,18 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from datasets import Dataset
-from torch import Tensor
 from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
+from tandem.align.grpo_trainer import RolloutTrainer
 from tandem.align.rollout import Generator, Rollout, Rollouts
 from tandem.align.sample import Ask
 from tandem.align.trl import (
     ListenCallback,
-    LocalTrainer,
     TrainerSettings,
     arguments,
     claim,
@@ -87,6 +83,8 @@ class GrpoSettings(TrainerSettings):
     """
 
     rows: int = 1024
+    micro: int | None = None
+    """Answers of one forward pass, a divisor of `rows`; None: the largest up to 32."""
     generations: int = 16
     """Answers to each prompt."""
     updates: int = 1
@@ -152,19 +150,26 @@ class GrpoSettings(TrainerSettings):
         """Prompts of a batch of answers."""
         return self.rows * self.updates // self.generations
 
+    @property
+    def pass_rows(self) -> int:
+        """Answers of one forward pass."""
+        return self.micro or next(n for n in range(min(32, self.rows), 0, -1) if self.rows % n == 0)
+
     def trainer_fields(self, examples: int) -> dict[str, Any]:
         """As of any stage, and what is GRPO's own; `examples` are answers."""
-        usual = super().trainer_fields(examples)
+        passes = self.rows // self.pass_rows
         return {
-            **usual,
+            **super().trainer_fields(examples),
+            "per_device_train_batch_size": self.pass_rows,
+            "gradient_accumulation_steps": passes,
             "include_num_input_tokens_seen": "no",  # GRPO counts itself
-            "steps_per_generation": usual["gradient_accumulation_steps"] * self.updates,
+            "steps_per_generation": passes * self.updates,
             "num_generations": self.generations,
             "max_completion_length": self.max_tokens,
             "temperature": self.temperature,
             "epsilon": self.clip_low,
             "epsilon_high": self.clip_high,
-            "beta": 0.0,  # with another, TRL would look for the reference in a folder; `_Grpo.take` gives it one
+            "beta": 0.0,  # with another, TRL would look for the reference in a folder; `RolloutTrainer.take` gives it one
             "use_bias_correction_kl": False,
             "loss_type": self.loss,
             "scale_rewards": "group" if self.normalise else "none",
@@ -225,7 +230,7 @@ def run_grpo(
         reference = None
         if settings.beta > 0 or settings.kl_every is not None:
             reference = TandemForCausalLM.from_decoder(copy.deepcopy(decoder)).requires_grad_(False)
-        trainer = _Grpo(
+        trainer = RolloutTrainer(
             model=TandemForCausalLM.from_decoder(decoder),
             reward_funcs=[_reward_function(reward, rollouts) for reward in rewards],
             args=arguments(
@@ -250,121 +255,6 @@ def run_grpo(
         ]
         last = {name: value for name, value in heard.last.items() if name in _LOG.values()}
         return {**last, **run_metrics(trainer, heard), "course": course}
-
-
-class _Grpo(LocalTrainer, GRPOTrainer):
-    """TRL's trainer with a reference that is given, a leave-one-out baseline and more figures."""
-
-    def take(self, settings: GrpoSettings, reference: TandemForCausalLM | None, rollouts: Rollouts) -> None:
-        """What TRL's constructor has no arguments for."""
-        self._settings, self._rollouts = settings, rollouts
-        self._logps: Tensor | None = None
-        if reference is not None:
-            add_fused_lm_head(reference, temperature=self.temperature)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        self.beta = settings.beta
-        if settings.correction != "none":  # TRL corrects only what it takes for vLLM's
-            self.use_vllm, self._last_loaded_step = True, -1
-            self.vllm_generation: Any = _SameWeights()
-
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        found: Tensor = super()._calculate_rewards(*args, **kwargs)
-        groups = (found * self.reward_weights).sum(1).view(-1, self._settings.generations)
-        self._flat = (groups == groups[:, :1]).all(1)
-        return found
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        settings, count = self._settings, self._settings.generations
-        for name, value in {**self._rollouts.figures, "flat_groups": float(self._flat.sum())}.items():
-            self._metrics["train"][f"tandem/{name}"].append(value)
-        # Rounding of the mean would leave equal rewards a trace, which the standard deviation of almost 0 makes large.
-        flat = self._flat.repeat_interleave(count)[self.accelerator.process_index * len(inputs) :][: len(inputs)]
-        output["advantages"] = output["advantages"].masked_fill(flat, 0.0)
-        if settings.baseline == "leave-one-out":  # r - mean of the others = (r - mean of all) * n / (n - 1)
-            output["advantages"] *= count / (count - 1)
-        batch = self.state.global_step // settings.updates
-        if "ref_per_token_logps" not in output and settings.kl_every is not None and batch % settings.kl_every == 0:
-            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
-            mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
-            with torch.no_grad():
-                output["ref_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                    self.ref_model, ids, mask, output["completion_ids"].shape[1], batch_size=settings.micro or settings.rows
-                )
-        return output
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        before = self._buffered_inputs
-        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or not self.model.training:
-            return inputs
-        passes = self.args.gradient_accumulation_steps
-        batches: list[dict[str, Any]] = self._buffered_inputs
-        updates = [batches[i : i + passes] for i in range(0, len(batches), passes)]
-        self._buffered_inputs = [part for some in updates for part in _by_length(some, self.args.train_batch_size)]
-        return self._buffered_inputs[self._step % len(self._buffered_inputs)]
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As TRL's, but rows of like length go together, and columns that are padding in all of them are left out."""
-        rows, time = input_ids.shape
-        order = attention_mask.sum(1).argsort(stable=True)
-        found: list[Tensor] = [input_ids.new_zeros(rows, logits_to_keep, dtype=torch.float32) for _ in range(2)]
-        entropies = None
-        for some in order.split(batch_size or rows):
-            held = attention_mask[some].any(0).nonzero()
-            begin, end = int(held[0]), max(int(held[-1]) + 1, time - logits_to_keep + 1)
-            kept = logits_to_keep - (time - end)
-            ids, mask = input_ids[some, begin:end], attention_mask[some, begin:end]
-            logps, entropies, _ = super()._get_per_token_logps_and_entropies(model, ids, mask, kept, **kwargs)
-            for i, values in enumerate((logps, entropies)):
-                if values is not None:
-                    padded = torch.nn.functional.pad(values, (0, logits_to_keep - kept)).float()
-                    found[i] = found[i].index_copy(0, some, padded)
-        if torch.is_grad_enabled():
-            self._logps = found[0].detach()
-        return found[0], None if entropies is None else found[1], None
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss: Tensor = super()._compute_loss(model, inputs)
-        if self._logps is not None:
-            mask = inputs["completion_mask"] * inputs["tool_mask"]
-            tokens = mask.sum().clamp(min=1)
-            figures, logps, self._logps = self._metrics["train"], self._logps, None
-            if self.state.global_step % self._settings.updates == 0:  # later updates have moved away from what sampled
-                gap = (logps - inputs["sampling_per_token_logps"]).abs()
-                figures["tandem/logprob_gap"].append(float((gap * mask).sum() / tokens))
-            if "ref_per_token_logps" in inputs:
-                apart = inputs["ref_per_token_logps"] - logps
-                figures["tandem/kl"].append(float(((apart.exp() - apart - 1) * mask).sum() / tokens))
-        return loss
-
-
-def _by_length(batches: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
-    """The batches of one step of the optimiser with their answers sorted by length, so that little of each is padding."""
-    whole = {
-        name: value if not isinstance(value, Tensor) or value.dim() == 0 else torch.cat([batch[name] for batch in batches])
-        for name, value in batches[0].items()
-    }
-    order = (whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)).argsort(stable=True)
-    return [
-        {name: value[some] if isinstance(value, Tensor) and value.dim() else value for name, value in whole.items()}
-        for some in order.split(rows)
-    ]
-
-
-class _SameWeights:
-    """TRL's engine to be told of new weights. Ours computes with the trainer's own."""
-
-    def sync_weights(self) -> None:
-        """Nothing to do."""
 
 
 def _with_share(listen: Listener) -> Listener:

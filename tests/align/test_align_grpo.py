@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("trl", reason="pip install tandem-lm[train]")
 from grpo_cases import ASKS, CLOSING, FIRST, QUICK, TOKENIZER, Interrupted, Table, decoder_of, render, run
 
-from tandem.align import grpo
 from tandem.align.grpo import GrpoSettings, Reward
+from tandem.align.grpo_trainer import RolloutTrainer
 from tandem.model.hybrid import Decoder
 from tandem.spec.errors import SpecError
 from tandem.train.loop import Diverged
@@ -38,7 +38,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
             found.update(trainer=trainer, batch=batch, loss=loss.item())
             raise Interrupted
 
-        monkeypatch.setattr(grpo._Grpo, "training_step", step)
+        monkeypatch.setattr(RolloutTrainer, "training_step", step)
         with pytest.raises(Interrupted):
             run(decoder, out, settings, **{name: value for name, value in options.items() if name != "change"})
         found["gradients"] = {name: None if p.grad is None else p.grad.clone() for name, p in decoder.named_parameters()}
@@ -104,7 +104,7 @@ def test_the_loss_is_the_formula(caught: Callable[..., dict[str, Any]], tmp_path
 def test_small_passes_without_padding_learn_the_same(
     caught: Callable[..., dict[str, Any]], tmp_path: Path, unfinished: bool
 ) -> None:
-    gradients, compute = [], grpo._Grpo.compute_loss
+    gradients, compute = [], RolloutTrainer.compute_loss
     settings = replace(QUICK, rows=16, steps=1, beta=0.2, mask_unfinished=unfinished)
     for micro in (None, 2):
         decoder, seen = decoder_of(), []
@@ -115,7 +115,7 @@ def test_small_passes_without_padding_learn_the_same(
             return compute(trainer, model, batch, *args, **kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grpo._Grpo, "compute_loss", watched)
+            patch.setattr(RolloutTrainer, "compute_loss", watched)
             small = replace(settings, micro=micro)
             heard: list[dict[str, Any]] = []
             run(decoder, tmp_path / str(micro), small, rewards=[FIRST], generator=Table(decoder), listen=heard.append)
