@@ -209,6 +209,12 @@ def test_only_what_was_put_around_an_answer_is_taken_off(constraint: Constraint,
     assert constraint.peel(text) == left
 
 
+@pytest.mark.parametrize("answer", ["['65', '30']", "65, 30"])
+def test_points_are_the_items_of_either_list(answer: str) -> None:
+    assert make("numbered", count=2).apply(answer) == "1. 65\n2. 30"
+    assert make("bullets", count=2).apply(answer) == "- 65\n- 30"
+
+
 def test_the_order_goes_from_the_inside_out() -> None:
     constraints = [make("quotes"), make("begin", "Sure"), make("brackets"), make("upper"), make("keyword", "blue", 1)]
     assert [constraint.kind for constraint in in_order(constraints)] == ["brackets", "keyword", "begin", "quotes", "upper"]
