@@ -56,9 +56,11 @@ def judged(problem: Problem, name: str, written: Written, mode: str, sample: int
 
 def of_writing(written: Written, mode: str) -> dict[str, Any]:
     """What an answer's record takes from how it was written."""
+    one_mark = written.closing_marks == (1 if mode == "on" else 0)
     return {
         "text": written.text,
-        "one_mark": written.closing_marks == (1 if mode == "on" else 0),
+        "one_mark": one_mark,
+        "one_mark_unaided": one_mark and written.unaided is not False,
         "finished": written.finished,
         "forced": written.forced,
         "thinking_tokens": written.thinking_tokens,

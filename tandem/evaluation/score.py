@@ -32,6 +32,8 @@ class Answered:
     sample: int = 0
     one_mark: bool | None = None
     """Whether the thinking block was closed exactly once, or never where none was open; None: not looked at."""
+    one_mark_unaided: bool | None = None
+    """The same where nothing but the model keeps a second mark away; differs from `one_mark` at thinking budgets only."""
     finished: bool | None = None
     """Whether the model ended its answer itself."""
     forced: bool | None = None
@@ -79,6 +81,7 @@ def score(answers: Sequence[Answered]) -> dict[str, Any]:
         "count": count,
         "any_right": sum(value > 0 for value in per_problem.values()) / count if several else None,
         "one_closing_mark": _mean(answer.one_mark for answer in answers),
+        "one_closing_mark_unaided": _mean(answer.one_mark_unaided for answer in answers),
         "finished": _mean(answer.finished for answer in answers),
         "forced": _mean(answer.forced for answer in answers),
         "thinking_tokens": _mean(answer.thinking_tokens for answer in answers),

@@ -33,6 +33,8 @@ class Written:
     """Its closing mark included."""
     answer_tokens: int
     """After the block; the end mark is not counted."""
+    unaided: bool | None = None
+    """With a budget: whether the model, left alone after the closing mark, writes no second one. None: not asked."""
     fits: bool = True
     """False where the prompt does not leave room for a token, so that nothing was asked."""
 
@@ -64,44 +66,60 @@ class Writer:
     ) -> list[Written]:
         """The answers in the order of the prompts; `seeds` are those of the draws, one a prompt.
 
-        No more requests wait in the engine than it can soon take, so that many prompts cost no more than their tokens.
+        With a thinking budget each answer is also written once more from its closing mark on, without the engine's care that
+        no second one follows: `unaided` says what the model does by itself.
         """
         sampling = replace(sampling, stop_token_ids=tuple(sorted(self._ends)))
-        engine, outputs = self._engine, [list[TokenOutput]() for _ in prompts]
-        asked = [i for i, prompt in enumerate(prompts) if len(prompt.ids) < engine.max_context]
-        waiting, open_, done = asked[::-1], 0, 0
+        each = [sampling if seeds is None else replace(sampling, seed=seed) for seed in seeds or [0] * len(prompts)]
+        requests = [
+            EngineRequest(id=str(i), prompt_ids=prompt.ids, sampling=drawn, thinking=prompt.thinking)
+            for i, (prompt, drawn) in enumerate(zip(prompts, each, strict=True))
+        ]
+        found = self._run([request for request in requests if len(request.prompt_ids) < self.max_context], tick)
+        written, again = [NOT_ASKED] * len(prompts), []
+        for i, request in enumerate(requests):
+            if request.id in found:
+                written[i], block = self._written(request, found[request.id])
+                room = min(sampling.max_tokens, self.max_context - len(request.prompt_ids)) - len(block)
+                if sampling.thinking_budget is not None and block and room > 0:
+                    free = replace(request.sampling, thinking_budget=None)
+                    again.append(replace(request, sampling=free, output_ids=block))
+        for id, generation in self._run(again, None).items():
+            written[int(id)] = replace(written[int(id)], unaided=CLOSING not in generation.text)
+        return written
+
+    def _run(self, requests: Sequence[EngineRequest], tick: Tick | None) -> dict[str, Generation]:
+        """What the engine brings by id. No more requests wait in it than it can soon take: it looks at all that wait."""
+        engine, outputs = self._engine, {request.id: list[TokenOutput]() for request in requests}
+        waiting, open_, done = list(requests[::-1]), 0, 0
         try:
             while waiting or engine.has_work:
                 while waiting and open_ < 2 * self._batch:
-                    i, open_ = waiting.pop(), open_ + 1
-                    each = sampling if seeds is None else replace(sampling, seed=seeds[i])
-                    prompt = prompts[i]
-                    engine.add(EngineRequest(id=str(i), prompt_ids=prompt.ids, sampling=each, thinking=prompt.thinking))
+                    engine.add(waiting.pop())
+                    open_ += 1
                 result = engine.step()
                 for output in result.outputs:
-                    outputs[int(output.request_id)].append(output)
+                    outputs[output.request_id].append(output)
                 if result.finished:
                     open_, done = open_ - len(result.finished), done + len(result.finished)
                     if tick is not None:
-                        tick(done, len(asked))
+                        tick(done, len(requests))
         finally:
-            for i in asked:
-                engine.cancel(str(i))
-        return [
-            self._written(prompt, sampling, Generation.of(some)) if some else NOT_ASKED
-            for prompt, some in zip(prompts, outputs, strict=True)
-        ]
+            for request in requests:
+                engine.cancel(request.id)
+        return {id: Generation.of(some) for id, some in outputs.items()}
 
-    def _written(self, prompt: Prompt, sampling: SamplingParams, found: Generation) -> Written:
+    def _written(self, request: EngineRequest, found: Generation) -> tuple[Written, tuple[int, ...]]:
+        """What became of an answer, and the tokens of its thinking block where that is closed."""
         tokens = found.token_ids[: -1 if found.token_ids[-1] in self._ends else None]
         vocabulary = self._engine.vocabulary
-        budget = sampling.thinking_budget
-        thinking = Thinking(vocabulary.closing_tag, vocabulary.spelling, budget=budget, opened=prompt.thinking)
+        budget = request.sampling.thinking_budget
+        thinking = Thinking(vocabulary.closing_tag, vocabulary.spelling, budget=budget, opened=request.thinking)
         forced = False
         for token in tokens:
             forced = forced or thinking.forced is not None
             thinking.accept(token)
-        return Written(
+        written = Written(
             text=found.text,
             finished=found.finish_reason == "stop",
             closing_marks=found.text.count(CLOSING),
@@ -109,6 +127,7 @@ class Writer:
             thinking_tokens=thinking.tokens,
             answer_tokens=len(tokens) - thinking.tokens,
         )
+        return written, tokens[: thinking.tokens] if request.thinking and thinking.closed else ()
 
 
 def draw_seed(*parts: object) -> int:

@@ -54,7 +54,7 @@ _PANELS = (
     ("accuracy", "right answers, %", 100.0),
     ("thinking_tokens", "thinking tokens", 1.0),
     ("answer_tokens", "answer tokens", 1.0),
-    ("one_closing_mark", "exactly one closing mark, %", 100.0),
+    ("one_closing_mark_unaided", "one closing mark, unaided, %", 100.0),
 )
 
 
@@ -79,7 +79,8 @@ def evaluation_page(data: Mapping[str, Any]) -> str:
     if any(model["metrics"].get("budgets") for model in models):
         body.append(
             "<h2>Accuracy against thinking budget</h2><p class='note'>Tokens after which thinking is closed, at the next "
-            "newline or 500 tokens later; bars are 95 % intervals. The last point has no budget.</p>"
+            "newline or 500 tokens later; bars are 95 % intervals. The last point has no budget. The engine lets no second "
+            "closing mark follow; unaided is the share of answers in which the model itself writes none.</p>"
         )
         panels = "".join(chart(curve(models, *panel), 330) for panel in _PANELS)
         body += [f"<div class='panels'>{panels}</div>", html_table(BUDGET, budget_rows(data))]
@@ -87,7 +88,10 @@ def evaluation_page(data: Mapping[str, Any]) -> str:
         columns = ("suite", "asked", "part", *(f">{name}" for name in names))
         body += ["<h2>What right answers are made of</h2>", html_table(columns, part_rows(data))]
     if writing_rows(data):
-        body += ["<h2>How answers were written</h2><p class='note'>Means.</p>", html_table(WRITING, writing_rows(data))]
+        body += [
+            "<h2>How answers were written</h2><p class='note'>Lengths in tokens; means.</p>",
+            html_table(WRITING, writing_rows(data)),
+        ]
     notes = [f"{model['name']}: {note}." for model in models for note in model["notes"]]
     if notes:
         body += ["<h2>To know</h2>", bullets(notes)]

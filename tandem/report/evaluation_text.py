@@ -19,8 +19,10 @@ SUITE_TITLES = {
     "needles": "needles",
     "lm-eval": "lm-eval",
 }
-WRITING = ("suite", "asked", "model", ">thinking tokens", ">answer tokens", ">block closed as due", ">finished")
-BUDGET = ("budget", "model", ">right", ">thinking tokens", ">answer tokens", ">one closing mark", ">forced", ">finished")
+WRITING = ("suite", "asked", "model", ">thinking", ">answer", ">closed as due", ">finished")
+"""Heads of `writing_rows`; lengths are tokens."""
+BUDGET = ("budget", "model", ">right", ">thinking", ">answer", ">one mark", ">unaided", ">forced", ">finished")
+"""Heads of `budget_rows`; lengths are tokens."""
 
 
 def percent(value: float | None) -> str:
@@ -136,7 +138,8 @@ def budget_rows(data: Mapping[str, Any]) -> list[list[str]]:
             by_budget.setdefault(budget, []).append(
                 [
                     budget, model["name"], interval(found), tokens(found["thinking_tokens"]), tokens(found["answer_tokens"]),
-                    percent(found["one_closing_mark"]), percent(found["forced"]), percent(found["finished"]),
+                    percent(found["one_closing_mark"]), percent(found["one_closing_mark_unaided"]), percent(found["forced"]),
+                    percent(found["finished"]),
                 ]
             )  # fmt: skip
     return [row for rows in by_budget.values() for row in rows]
@@ -150,17 +153,17 @@ def evaluation_text(data: Mapping[str, Any]) -> Group:
     ]
     budgets = budget_rows(data)
     if budgets:
-        parts.append(_filled("By thinking budget", BUDGET, budgets))
+        parts.append(_filled("By thinking budget (lengths in tokens, means)", BUDGET, budgets))
     made_of = [row for row in part_rows(data) if ":" not in row[2]]
     if made_of:
         parts.append(_filled("Of these answers", ["suite", "asked", "part", *(f">{n}" for n in names)], made_of))
     if writing_rows(data):
-        parts.append(_filled("How they were written, means", WRITING, writing_rows(data)))
+        parts.append(_filled("How they were written (lengths in tokens, means)", WRITING, writing_rows(data)))
     return Group(*parts, *sentences(data))
 
 
 def _filled(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    t = table(title, *columns)
+    t = table(title, *(f"!{name}" for name in columns))
     for row in rows:
         t.add_row(*row)
     return t

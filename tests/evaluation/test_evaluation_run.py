@@ -67,6 +67,7 @@ def test_every_model_has_its_modes_tasks_and_budgets(found: dict[str, Any]) -> N
         assert [point["budget"] for point in metrics["budgets"]] == [0, 4]
         assert metrics["budgets"][0]["forced"] == 1.0
         assert metrics["budgets"][0]["one_closing_mark"] == 1.0
+        assert 0 <= metrics["budgets"][0]["one_closing_mark_unaided"] <= 1
         assert list(metrics["budgets"][0]["tasks"]) == ["recall", "gcd"]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from evaluated import PLAIN, SPECIAL, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +74,27 @@ def test_a_budget_closes_the_block_and_the_count_says_so(writer: Writer, budget:
     if budget is None:
         assert not any(w.forced for w in found)
     assert all(w.thinking_tokens + w.answer_tokens <= 40 for w in found)
+
+
+def test_unaided_is_what_the_model_writes_without_the_engines_care() -> None:
+    """Brute force: the decoder itself goes on from the closed block; a head that likes the mark writes it again."""
+    close = TOKENIZER.backend.token_to_id("</think>")
+    texts = [f"question {i}" for i in range(8)]
+    told = []
+    for liking in (0.0, 1.0, 3.0):
+        model = small_model("hybrid", vocabulary=VOCABULARY, context=128, seed=2)
+        with torch.no_grad():
+            model.lm_head.weight[close] *= liking
+        found = Writer(model, TOKENIZER, batch=3).write(prompts(*texts), SamplingParams(max_tokens=24, thinking_budget=0))
+        alone = generate_greedy(model, [[*TOKENIZER.encode(text), close] for text in texts], 23, {2})
+        assert [w.unaided for w in found] == [close not in rest for rest in alone]
+        assert {w.closing_marks for w in found} == {1}
+        told += [w.unaided for w in found]
+    assert set(told) == {True, False}
+
+
+def test_without_a_budget_nothing_is_said_of_it(writer: Writer) -> None:
+    assert {w.unaided for w in writer.write(prompts(*TEXTS), SamplingParams(max_tokens=4))} == {None}
 
 
 def test_without_an_open_block_all_is_answer(writer: Writer) -> None:
