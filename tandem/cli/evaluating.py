@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tandem.cli.needed import need
 from tandem.spec.errors import SpecError
 from tandem.spec.files import require_folder, write_whole
 from tandem.spec.units import require_int
@@ -55,7 +55,7 @@ def evaluate(
     """Measure how good models are: right answers with intervals, thinking budgets, and which is better (extra `[train]`)."""
     require_folder("report", report)
     require_folder("answers", answers)
-    _need("torch", "jaxtyping", "tokenizers", "jinja2", "reasoning_gym")
+    need("torch", "jaxtyping", "tokenizers", "jinja2", "reasoning_gym", doing="evaluating")
     from tandem.evaluation.settings import EvaluationSettings
 
     settings = EvaluationSettings(
@@ -146,13 +146,3 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...]:
         return tuple(int(word) for word in _words(text))
     except ValueError:
         raise SpecError(f"{name}={text!r}: must be whole numbers with commas between them, for example 0,8,16") from None
-
-
-def _need(*packages: str) -> None:
-    for package in packages:
-        try:
-            missing = importlib.util.find_spec(package) is None
-        except ModuleNotFoundError:
-            missing = True
-        if missing:
-            raise SpecError(f"{package} is not installed, and evaluating needs it; `pip install 'tandem-lm[train]'`")
