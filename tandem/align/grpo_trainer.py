@@ -1,4 +1,4 @@
-"""TRL's GRPO trainer as `tandem.align.grpo` runs it: a reference that is given, another baseline, less padding, more figures."""
+"""TRL's GRPO trainer as `tandem.align.grpo` runs it: a given reference, another baseline, less padding, more figures."""
 
 from __future__ import annotations
 

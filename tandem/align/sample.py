@@ -81,3 +81,9 @@ class Pair:
 
 Verifier = Callable[[Ask, Answer], float]
 """What an answer is worth, 0 to 1; 0 for whatever is malformed or has the form without the substance."""
+
+
+def pair_from_json(data: Mapping[str, Any]) -> Pair:
+    """The pair of which `dataclasses.asdict` made plain data."""
+    ask = {**data["ask"], "messages": tuple(data["ask"]["messages"]), "tools": tuple(data["ask"]["tools"])}
+    return Pair(ask=Ask(**ask), chosen=data["chosen"], rejected=data["rejected"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +17,15 @@ from tandem.align.merge import merge_decoders, merge_sweep
 from tandem.align.recipe import AlignRecipe, PairsPart
 from tandem.align.reward_model import RewardModel, train_reward_model
 from tandem.align.rollout import Generator, Rollout
-from tandem.align.sample import Ask, Pair
+from tandem.align.sample import Ask, Pair, pair_from_json
 from tandem.align.sft import run_sft
 from tandem.align.verify import verify
 from tandem.model.hybrid import Decoder
 from tandem.model.load import load_model
 from tandem.model.tokenizer import Tokenizer
+from tandem.spec.catalog import read_json
 from tandem.spec.errors import SpecError
+from tandem.spec.files import write_whole
 from tandem.train.loop import Listener
 
 _REWARD_MODEL = "reward-model"
@@ -118,13 +121,14 @@ def _dpo(stage: Stage) -> dict[str, Any]:
     rounds = []
     for number in range(1, part.rounds + 1):
         seed = seed_of(stage.seed, number)
-        pairs, counts = _pairs(stage, part.pairs, seed)
+        folder = stage.folder / f"round-{number}"
+        pairs, counts = _pairs(stage, part.pairs, seed, folder)
         found = run_dpo(
             stage.decoder,
             stage.tokenizer,
             pairs,
             part.train,
-            stage.folder / f"round-{number}",
+            folder,
             seed=seed,
             stage=f"{stage.name} {number}",
             listen=stage.listen,
@@ -133,7 +137,12 @@ def _dpo(stage: Stage) -> dict[str, Any]:
     return {"rounds": rounds}
 
 
-def _pairs(stage: Stage, part: PairsPart, seed: int) -> tuple[list[Pair], list[dict[str, int]]]:
+def _pairs(stage: Stage, part: PairsPart, seed: int, folder: Path) -> tuple[list[Pair], list[dict[str, int]]]:
+    """Preferences among the model's own answers; kept in a folder, so that a run that goes on learns from the same ones."""
+    file = folder / "pairs.json"
+    if file.is_file():
+        kept = read_json(file)
+        return [pair_from_json(pair) for pair in kept["pairs"]], kept["sampled"]
     sampler = stage.sampler(temperature=part.temperature, max_tokens=part.max_tokens, seed=seed)
     chosen = sampler.pairs(stage.recipe.tasks, part, seed)
     pairs = [pair for some in chosen for pair in some.pairs]
@@ -142,13 +151,16 @@ def _pairs(stage: Stage, part: PairsPart, seed: int) -> tuple[list[Pair], list[d
         raise SpecError(
             f"stages.{stage.name}: no question has both right and wrong answers ({counts}); ask more or harder ones"
         )
-    return pairs, [asdict(some.counts) for some in chosen]
+    counted = [asdict(some.counts) for some in chosen]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({"sampled": counted, "pairs": [asdict(pair) for pair in pairs]}, indent=1) + "\n")
+    return pairs, counted
 
 
 def _reward_model(stage: Stage) -> dict[str, Any]:
     part = stage.recipe.stages[stage.name].reward_model
     assert part is not None
-    pairs, counts = _pairs(stage, part.pairs, stage.seed)
+    pairs, counts = _pairs(stage, part.pairs, stage.seed, stage.folder)
     model, found = train_reward_model(
         stage.decoder,
         stage.tokenizer,

@@ -187,8 +187,10 @@ def test_a_budget_is_for_asks_that_think(tmp_path: Path) -> None:
 def test_equal_rewards_teach_nothing_and_are_counted(tmp_path: Path) -> None:
     decoder, heard = decoder_of(), []
     before = copy.deepcopy(decoder.state_dict())
-    same = Reward(name="same", score=lambda asks, answers: [0.1] * len(answers))
-    run(decoder, tmp_path, replace(QUICK, weight_decay=0.0), rewards=[same], listen=heard.append)
+    same = Reward(name="same", score=lambda asks, answers: [0.9] * len(answers))
+    odd = replace(QUICK, rows=6, generations=3, weight_decay=0.0)
+    assert torch.full((3,), 0.9).mean() != torch.tensor(0.9)  # which must not pass for a difference
+    run(decoder, tmp_path, odd, rewards=[same], listen=heard.append)
     assert [event["flat_groups"] for event in heard] == [2, 2]
     assert [event["grad_norm"] for event in heard] == [0, 0]
     assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())

@@ -175,8 +175,10 @@ def test_finished_stages_are_not_run_again(base: Path, whole: tuple[Path, Aligne
     assert again.to_json() == made.to_json()
     assert assess.asked == heard == []
     (out / "dpo" / "report.json").unlink()
+    pairs = (out / "dpo" / "round-1" / "pairs.json").read_bytes()
     _, assess, heard = run(base, out)
     assert assess.asked == [("dpo", False)]
+    assert (out / "dpo" / "round-1" / "pairs.json").read_bytes() == pairs
     with pytest.raises(SpecError, match=r"holds a run of another recipe \(seed differs\)"):
         run(base, out, seed=1)
 
