@@ -39,7 +39,7 @@ ELASTIC_LEAD = (
 
 PRETRAINING_TITLE = "Pre-training at nano scale"
 PRETRAINING_LEAD = (
-    "Models of 3.8 million parameters, trained on two CPU cores in variants that differ in one thing each: what FP8, Mamba-2, "
+    "Models of 3.6 million parameters, trained on two CPU cores in variants that differ in one thing each: what FP8, Mamba-2, "
     "three phases and a long-context phase are worth. Differences are taken seed by seed."
 )
 

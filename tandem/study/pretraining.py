@@ -63,6 +63,6 @@ def assumptions(runs: Runs) -> tuple[str, ...]:
         "more exact than those of hardware that adds in fewer bits",
         "hybrid and Transformer have parameters, tokens and order of data in common, not time; neither was tuned on its own",
         "one blend has the three phases' tokens of each source, evenly over the run",
-        "a model of 3.8 million parameters and a few million tokens shows whether the machinery does what it should; it does "
+        "a model of 3.6 million parameters and a few million tokens shows whether the machinery does what it should; it does "
         "not show what 12 billion parameters and 20 trillion tokens do",
     )
