@@ -81,6 +81,12 @@ def test_rows_that_are_drawn_together_are_drawn_as_alone(some: list[tuple[Row, i
     assert found == [draw(row, number=n, temperature=t) for row, (_, n, t) in zip(cut, some, strict=True)]
 
 
+def test_a_number_at_the_edge_of_a_tokens_mass_draws_the_next() -> None:
+    edges = [i << 62 for i in range(4)]
+    assert draw_rows(np.zeros((4, 4), dtype=np.float32), numbers=edges, temperatures=[1.0] * 4) == [0, 1, 2, 3]
+    assert [draw(np.zeros(4, dtype=np.float32), number=edge, temperature=1.0) for edge in edges] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
 def test_a_whole_vocabulary(spread: float) -> None:
     """The head, the bins beyond it and rows without a short head all meet the reference."""

@@ -20,6 +20,7 @@ CLOSING = TOKENIZER.encode("</think>")[0]
 (NEWLINE,) = TOKENIZER.encode("\n")
 GRACE = 12
 VOCABULARY = TOKENIZER.backend.get_vocab_size()
+LONG = ([9] * 40, list(range(5, 45)), [12, 13] * 20)
 PROMPTS = ([5, 6, 7], [9] * 40, [11, 12], [30, 31, 32, 33, 34])
 
 
@@ -108,23 +109,28 @@ def test_a_closing_mark_that_the_model_chose_is_learned_from() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_a_step_of_the_optimiser_rollouts_come_from_the_new_weights(kind: str) -> None:
+@pytest.mark.parametrize("tight", [False, True])
+def test_after_a_step_of_the_optimiser_rollouts_come_from_the_new_weights(kind: str, tight: bool) -> None:
+    """Also of requests that were preempted, whose prompts are read again by the engine itself."""
     decoder = model(kind)
-    generator = rollouts(decoder, prefix_cache_bytes=1 << 22, pass_tokens=16)
+    size = rollouts(decoder).engine.size
+    least = 14 * size.block_bytes + 8 * size.slot_bytes
+    generator = rollouts(decoder, prefix_cache_bytes=1 << 22, pass_tokens=16, cache_bytes=least if tight else 1 << 24)
+    assert generator.engine.size.prefix_bytes == 0  # what a prefix cache kept would be of older weights
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=0.05)
     seen = []
     for _ in range(3):
-        answers = sample(generator, n=2, temperature=0.0)
-        for prompt, group in zip(PROMPTS, answers, strict=True):
-            expected = tuple(generate_tokens(decoder, prompt, Sampling(max_tokens=20)))
-            assert group[0].completion_ids == group[1].completion_ids == expected
+        answers = sample(generator, LONG, n=3, temperature=0.0, max_tokens=40)
+        for prompt, group in zip(LONG, answers, strict=True):
+            expected = tuple(generate_tokens(decoder, prompt, Sampling(max_tokens=40)))
+            assert {one.completion_ids for one in group} == {expected}
         seen.append([group[0].completion_ids for group in answers])
         generator.engine.check_integrity()
-        assert generator.engine.stats.prefix_bytes == 0
         optimiser.zero_grad()
-        decoder(torch.tensor([PROMPTS[1]]))[..., 3:].logsumexp(-1).sum().backward()
+        decoder(torch.tensor([LONG[1]]))[..., 3:].logsumexp(-1).sum().backward()
         optimiser.step()
     assert seen[0] != seen[1] != seen[2]
+    assert (generator.engine.stats.preemptions > 0) == (tight and kind != "recurrent")
 
 
 def test_an_answer_depends_on_its_seed_and_not_on_who_is_served_beside_it() -> None:
