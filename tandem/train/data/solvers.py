@@ -37,7 +37,8 @@ def chain_sum(entry: Entry) -> tuple[str, str] | None:
 
 def _by_digits(first: int, sign: str, second: int) -> str:
     """`7+8=15 4+3+1=8` for 47 + 38, `15-8=7 4-3-1=0` for 45 - 38: what is carried or borrowed comes last."""
-    steps, carried = [], 0
+    steps: list[str] = []
+    carried = 0
     while first or second or carried or not steps:
         (first, one), (second, other) = divmod(first, 10), divmod(second, 10)
         if sign == "+":
