@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,9 @@ def test_transformers_renders_the_same(
 
 @settings(deadline=None, max_examples=60)
 @given(sample=learnable())
-def test_transformers_masks_the_same_tokens(ours: Tokenizer, theirs: PreTrainedTokenizerFast, sample: Sample) -> None:
+def test_transformers_masks_the_same_tokens_of_the_turns_that_are_learned(
+    ours: Tokenizer, theirs: PreTrainedTokenizerFast, sample: Sample
+) -> None:
     given = {} if sample.thinking else {"enable_thinking": False}
     found = theirs.apply_chat_template(
         list(sample.messages),
@@ -229,7 +232,13 @@ def test_transformers_masks_the_same_tokens(ours: Tokenizer, theirs: PreTrainedT
     )
     ids, learned = encode_sample(sample, ours)
     assert list(ids) == found["input_ids"]
-    assert list(map(int, learned)) == found["assistant_masks"]
+    first = learned.index(True)
+    assert list(map(int, learned))[first:] == found["assistant_masks"][first:]
+    turns = [run for flag, run in groupby(found["assistant_masks"]) if flag]
+    last_user = max(i for i, message in enumerate(sample.messages) if message["role"] == "user")
+    assert len(turns) == sum(message["role"] == "assistant" for message in sample.messages)
+    earlier = [run for flag, run in groupby(found["assistant_masks"][:first]) if flag]
+    assert len(earlier) == sum(message["role"] == "assistant" for message in sample.messages[:last_user])
 
 
 @pytest.mark.slow
