@@ -234,9 +234,7 @@ def test_transformers_masks_the_same_tokens_of_the_turns_that_are_learned(
     assert list(ids) == found["input_ids"]
     first = learned.index(True)
     assert list(map(int, learned))[first:] == found["assistant_masks"][first:]
-    turns = [run for flag, run in groupby(found["assistant_masks"]) if flag]
     last_user = max(i for i, message in enumerate(sample.messages) if message["role"] == "user")
-    assert len(turns) == sum(message["role"] == "assistant" for message in sample.messages)
     earlier = [run for flag, run in groupby(found["assistant_masks"][:first]) if flag]
     assert len(earlier) == sum(message["role"] == "assistant" for message in sample.messages[:last_user])
 
