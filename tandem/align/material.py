@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -15,7 +16,7 @@ from tandem.align.data.tools import tool_asks, tool_samples, tool_turns
 from tandem.align.encode import encode_ask
 from tandem.align.pairs import Chosen, choose_pairs, episode_pairs
 from tandem.align.recipe import AsksPart, MixPart, PairsPart
-from tandem.align.rollout import Generator
+from tandem.align.rollout import Generator, Rollout
 from tandem.align.sample import Answer, Ask, Sample
 from tandem.align.verify import verify
 from tandem.model.tokenizer import Tokenizer
@@ -58,6 +59,20 @@ def asks_of(tasks: Sequence[str], part: AsksPart, seed: int, *, episodes: bool =
     return found
 
 
+def read_rollout(ask: Ask, rollout: Rollout, tokenizer: Tokenizer) -> Answer:
+    """A sampled answer, read; malformed where a special token stands before its end, which the text does not show.
+
+    Otherwise a model could write what it likes around an answer that is taken for right.
+    """
+    answer = read_answer(rollout.text, thinking=ask.thinking, finished=rollout.finished)
+    special = {id for id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    for id in rollout.completion_ids[: -1 if rollout.finished else None]:
+        name = tokenizer.backend.id_to_token(id)
+        if name is None or id in special:
+            return replace(answer, malformed=f"holds the token {name or id}, which is no text", hidden=True)
+    return answer
+
+
 class Sampler:
     """Draws a model's answers to asks; every call draws others, the same for the same seed."""
 
@@ -76,10 +91,7 @@ class Sampler:
             temperature=self._temperature,
             max_tokens=self._max_tokens,
         )
-        return [
-            [read_answer(one.text, thinking=ask.thinking, finished=one.finished) for one in group]
-            for ask, group in zip(asks, rollouts, strict=True)
-        ]
+        return [[read_rollout(ask, one, self._tokenizer) for one in group] for ask, group in zip(asks, rollouts, strict=True)]
 
     def episodes(self, asks: Sequence[Ask], count: int = 1) -> list[list[Episode]]:
         """`count` episodes of each ask about tools."""

@@ -68,6 +68,8 @@ class Answer:
     """Whether the turn was ended by its end mark, not by a limit."""
     malformed: str | None = None
     """What could not be read, in one line: a call that is no JSON, a block that never closes."""
+    hidden: bool = False
+    """Whether it holds tokens that the text leaves out, so that the text is not all that was written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
