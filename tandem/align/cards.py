@@ -58,7 +58,8 @@ def model_card(
             "## Stages",
             _stages(recipe, reports),
             "## Evaluation",
-            "Held-out questions, greedy, verified: share right with its 95 % interval (Wilson) after each stage.",
+            "Held-out questions, greedy, verified: share right with its 95 % interval (Wilson) after each stage. `final` is "
+            "this model, in bf16; stages go on in fp32.",
             _evaluation(reports),
             "## Limits",
             bullets(
@@ -74,7 +75,12 @@ def model_card(
 
 def _stages(recipe: AlignRecipe, reports: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
-        (name, _KINDS[stage.kind], reports[name].get("after", ""), f"{reports[name].get('seconds', 0.0) / 60:.0f}")
+        (
+            name,
+            _KINDS[stage.kind],
+            reports[name]["after"] if stage.merge is None else f"{stage.merge.first}, {stage.merge.second}",
+            f"{reports[name]['seconds'] / 60:.0f}",
+        )
         for name, stage in recipe.stages.items()
     ]
     return table(["stage", "what", "goes on from", "minutes"], rows)

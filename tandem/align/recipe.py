@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tandem.align.dpo import DpoSettings
 from tandem.align.grpo import GrpoSettings
@@ -12,8 +12,10 @@ from tandem.align.reward_model import RewardSettings
 from tandem.align.sft import SftSettings
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
+from tandem.train.data.procedural import TASKS
 
-AskKind = Literal["reasoning", "instructions", "tools"]
+_TAKEN = ("base", "final", "model", "tokenizer", "recipe.json", "metrics.json")
+"""Names that a run's folder and its reports have besides those of stages."""
 
 
 def _share(name: str, value: float) -> None:
@@ -124,12 +126,14 @@ class MergePart:
     second: str
     """Names of stages."""
     asks: AsksPart
-    """What each merge is judged by: new questions, none of evaluation."""
+    """What each merge is judged by: another draw than that of evaluation."""
     alphas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     temperature: float = 0.2
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
+        if self.first == self.second:
+            raise SpecError(f"second={self.second!r}: is the first as well; name another stage")
         require_number("temperature", self.temperature, high=100.0)
         require_int("max_tokens", self.max_tokens)
         if not self.alphas:
@@ -203,12 +207,15 @@ class AlignRecipe:
         require_int("seed", self.seed, low=0, high=10**8)
         if not self.tasks:
             raise SpecError("tasks=[]: name one at least")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise SpecError(f"tasks={task!r}: not known; {', '.join(TASKS)} are")
         if not self.stages:
             raise SpecError("stages={}: name one at least")
         earlier: dict[str, StagePart] = {}
         for name, stage in self.stages.items():
-            if not name or Path(name).name != name or name.startswith("."):
-                raise SpecError(f"stages: {name!r} must be a name that a folder may have")
+            if not name or Path(name).name != name or name.startswith(".") or name in _TAKEN:
+                raise SpecError(f"stages: {name!r} must be a name that a folder may have, and none of {', '.join(_TAKEN)}")
             for field_name, named, wanted in _references(stage):
                 if named not in earlier or (earlier[named].kind == "reward_model") != (wanted == "reward_model"):
                     known = [n for n, s in earlier.items() if (s.kind == "reward_model") == (wanted == "reward_model")]
@@ -217,15 +224,24 @@ class AlignRecipe:
                         f"stages.{name}.{field_name}={named!r}: must be a {wanted} stage before it; there are {may}"
                     )
             earlier[name] = stage
+        if all(stage.kind == "reward_model" for stage in self.stages.values()):
+            raise SpecError("stages: none of them leaves a model; state one that does")
 
     @property
     def context(self) -> int:
         """Tokens of the longest conversation that a stage learns from, which the aligned model takes in."""
         return max((stage.sft.train.length for stage in self.stages.values() if stage.sft is not None), default=1)
 
+    @property
+    def last(self) -> str:
+        """The stage whose model is the aligned one."""
+        return next(name for name, stage in reversed(self.stages.items()) if stage.kind != "reward_model")
+
     def before(self, name: str) -> str | None:
-        """The stage whose model a stage goes on from; None: the base."""
+        """The stage whose model a stage goes on from, the first one of a merge; None: the base."""
         stage = self.stages[name]
+        if stage.merge is not None:
+            return stage.merge.first
         if stage.after is not None:
             return stage.after
         earlier = list(self.stages)[: list(self.stages).index(name)]

@@ -28,7 +28,8 @@ from tandem.train.loop import Listener
 from tandem.train.run_folder import claimed_folder
 
 Assess = Callable[[Path, bool], dict[str, Any]]
-"""Figures of a checkpoint: folder, and whether it is the last one, which is asked at every thinking budget too."""
+"""Figures of a checkpoint: folder, and whether it is the aligned model, which is asked at every thinking budget too."""
+_REPORT, _METRICS = "report.json", "metrics.json"
 MakeGenerator = Callable[[Decoder, Tokenizer], Generator]
 
 
@@ -57,26 +58,32 @@ def run_recipe(
     """Run a recipe into the folder `out`, or go on with the run that is there: finished stages are not run again.
 
     A stage leaves `out/STAGE/model` (fp32, so that small steps are not lost between stages) and `out/STAGE/report.json`: what
-    it learned from, the course of its training, and what `assess` found. The last model is `out/model`, in bf16 with its card.
-    Raises SpecError for settings that cannot be run.
+    it learned from, the course of its training, and what `assess` found. The last model is `out/model`, in bf16 with its card,
+    and is assessed as it is. Seconds are those of the processes that finished each part. Raises SpecError for settings that
+    cannot be run.
     """
     if recipe.plan_only is not None:
         raise SpecError(f"recipe={recipe.name!r}: {recipe.plan_only}")
     with claimed_folder(out, json.loads(json.dumps(asdict(recipe))), may_differ=("about",), holds=("model", *recipe.stages)):
         if not torch.cuda.is_available():
             keep_freed_memory()
+        finished = all((out / name / _REPORT).is_file() for name in recipe.stages) and (out / _METRICS).is_file()
         reports = {"base": _base(recipe, out, assess, listen)}
         for name in recipe.stages:
             reports[name] = _stage(recipe, name, out, make_generator, assess, listen)
-        return _finish(recipe, out, reports, date, command)
+        if finished:
+            return Aligned(checkpoint=out / "model", metrics=dict(read_json(out / _METRICS)))
+        return _finish(recipe, out, reports, assess, listen, date, command)
 
 
 def _base(recipe: AlignRecipe, out: Path, assess: Assess, listen: Listener) -> dict[str, Any]:
     file = out / "base.json"
     if file.is_file():
         return dict(read_json(file))
+    started = time.perf_counter()
     listen({"kind": "stage", "stage": "base", "doing": "evaluation"})
     report = {"stage": "base", "model": recipe.base, "evaluation": assess(find_weights(recipe.base), False)}
+    report["seconds"] = time.perf_counter() - started
     write_whole(file, json.dumps(report, indent=1) + "\n")
     listen({"kind": "report", **report})
     return report
@@ -86,7 +93,7 @@ def _stage(
     recipe: AlignRecipe, name: str, out: Path, make_generator: MakeGenerator, assess: Assess, listen: Listener
 ) -> dict[str, Any]:
     folder = out / name
-    file = folder / "report.json"
+    file = folder / _REPORT
     if file.is_file():
         return dict(read_json(file))
     started = time.perf_counter()
@@ -107,13 +114,14 @@ def _stage(
         make_generator=make_generator,
         listen=listen,
     )
-    metrics = run_stage(stage)
-    report: dict[str, Any] = {"stage": name, "what": recipe.stages[name].kind, "after": before or "base", "metrics": metrics}
-    if recipe.stages[name].kind != "reward_model":
+    kind = recipe.stages[name].kind
+    report: dict[str, Any] = {"stage": name, "what": kind, "after": before or "base", "metrics": run_stage(stage)}
+    if kind in ("sft", "grpo", "dpo"):
         save_model(stage.decoder, folder / "model")
+    if kind != "reward_model":
         trained = time.perf_counter()
         listen({"kind": "stage", "stage": name, "doing": "evaluation"})
-        report["evaluation"] = assess(folder / "model", name == _last(recipe))
+        report["evaluation"] = assess(folder / "model", False)
         report["evaluation_s"] = time.perf_counter() - trained
     report["seconds"] = time.perf_counter() - started
     write_whole(file, json.dumps(report, indent=1) + "\n")
@@ -121,26 +129,29 @@ def _stage(
     return report
 
 
-def _last(recipe: AlignRecipe) -> str:
-    """The stage whose model is the aligned one."""
-    models = [name for name, stage in recipe.stages.items() if stage.kind != "reward_model"]
-    if not models:
-        raise SpecError("stages: none of them leaves a model; state one that does")
-    return models[-1]
-
-
-def _finish(recipe: AlignRecipe, out: Path, reports: dict[str, dict[str, Any]], date: str, command: str | None) -> Aligned:
-    last = _last(recipe)
+def _finish(
+    recipe: AlignRecipe,
+    out: Path,
+    reports: dict[str, dict[str, Any]],
+    assess: Assess,
+    listen: Listener,
+    date: str,
+    command: str | None,
+) -> Aligned:
     folder = out / "model"
-    if not (folder / "README.md").is_file():
-        decoder = load_model(out / last / "model").to(torch.bfloat16)
-        save_model(decoder, folder)
-        write_whole(folder / "README.md", model_card(recipe, decoder.spec, reports, date=date, command=command))
+    started = time.perf_counter()
+    decoder = load_model(out / recipe.last / "model").to(torch.bfloat16)
+    save_model(decoder, folder)
+    listen({"kind": "stage", "stage": "final", "doing": "evaluation"})
+    final = {"stage": "final", "after": recipe.last, "evaluation": assess(folder, True)}
+    final["seconds"] = time.perf_counter() - started
+    listen({"kind": "report", **final})
+    reports = {**reports, "final": final}
+    write_whole(folder / "README.md", model_card(recipe, decoder.spec, reports, date=date, command=command))
     metrics = {
-        "stages": list(reports),
-        "evaluation": reports[last]["evaluation"],
-        "seconds": sum(report.get("seconds", 0.0) for report in reports.values()),
+        "evaluation": final["evaluation"],
+        "seconds": sum(report["seconds"] for report in reports.values()),
         "reports": reports,
     }
-    write_whole(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_whole(out / _METRICS, json.dumps(metrics, indent=1) + "\n")
     return Aligned(checkpoint=folder, metrics=metrics)

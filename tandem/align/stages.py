@@ -8,18 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tandem.align.answers import read_answer
 from tandem.align.dpo import run_dpo
 from tandem.align.encode import encode_ask
 from tandem.align.grpo import Reward, run_grpo
-from tandem.align.material import Sampler, asks_of, samples_of, seed_of
-from tandem.align.merge import merge_decoders, merge_sweep
+from tandem.align.material import Sampler, asks_of, read_rollout, samples_of, seed_of
+from tandem.align.merge import merge_folders, merge_sweep
 from tandem.align.recipe import AlignRecipe, PairsPart
 from tandem.align.reward_model import RewardModel, train_reward_model
 from tandem.align.rollout import Generator, Rollout
-from tandem.align.sample import Ask, Pair, pair_from_json
+from tandem.align.sample import Answer, Ask, Pair, pair_from_json
 from tandem.align.sft import run_sft
-from tandem.align.verify import verify
+from tandem.align.verify import parts, verify
 from tandem.model.hybrid import Decoder
 from tandem.model.load import load_model
 from tandem.model.tokenizer import Tokenizer
@@ -34,7 +33,7 @@ _REWARD_MODEL = "reward-model"
 
 @dataclass(kw_only=True)
 class Stage:
-    """What a stage is run with. `decoder` is trained in place, or taken over by another."""
+    """What a stage is run with. `decoder` is trained in place; a merge writes its model itself."""
 
     recipe: AlignRecipe
     name: str
@@ -81,9 +80,9 @@ def _sft(stage: Stage) -> dict[str, Any]:
 def _grpo(stage: Stage) -> dict[str, Any]:
     part = stage.recipe.stages[stage.name].grpo
     assert part is not None
-    reward = Reward(name="verifier", score=_verified)
+    reward = verified_reward(stage.tokenizer)
     if part.reward_model is not None:
-        reward = _of_model(RewardModel.load(stage.out / part.reward_model / _REWARD_MODEL), stage.tokenizer)
+        reward = model_reward(RewardModel.load(stage.out / part.reward_model / _REWARD_MODEL), stage.tokenizer)
     return run_grpo(
         stage.decoder,
         stage.tokenizer,
@@ -99,20 +98,33 @@ def _grpo(stage: Stage) -> dict[str, Any]:
     )
 
 
-def _of_model(model: RewardModel, tokenizer: Tokenizer) -> Reward:
+def model_reward(model: RewardModel, tokenizer: Tokenizer) -> Reward:
+    """A reward model's score. What is not finished or not in form gets no more than the worst answer beside it.
+
+    The model learned from ended answers alone, so its score of others means nothing.
+    """
+
     def worth(asks: Sequence[Ask], rollouts: Sequence[Rollout]) -> list[float]:
-        # The tokens themselves: an answer that a limit cut off has no end mark.
-        pairs = zip(asks, rollouts, strict=True)
-        return model.rewards([[*encode_ask(ask, tokenizer), *one.completion_ids] for ask, one in pairs])
+        pairs = list(zip(asks, rollouts, strict=True))
+        found = model.rewards([[*encode_ask(ask, tokenizer), *one.completion_ids] for ask, one in pairs])
+        formed = [_formed(ask, read_rollout(ask, one, tokenizer)) for ask, one in pairs]
+        return [reward if form else min(found) for reward, form in zip(found, formed, strict=True)]
 
     return Reward(name="reward model", score=worth)
 
 
-def _verified(asks: Sequence[Ask], rollouts: Sequence[Rollout]) -> list[float]:
-    return [
-        verify(ask, read_answer(one.text, thinking=ask.thinking, finished=one.finished))
-        for ask, one in zip(asks, rollouts, strict=True)
-    ]
+def _formed(ask: Ask, answer: Answer) -> bool:
+    found = parts(ask, answer)
+    return answer.malformed is None and found["finished"] == 1.0 and found.get("format", 1.0) == 1.0
+
+
+def verified_reward(tokenizer: Tokenizer) -> Reward:
+    """1 for a whole right answer, else 0."""
+
+    def worth(asks: Sequence[Ask], rollouts: Sequence[Rollout]) -> list[float]:
+        return [verify(ask, read_rollout(ask, one, tokenizer)) for ask, one in zip(asks, rollouts, strict=True)]
+
+    return Reward(name="verifier", score=worth)
 
 
 def _dpo(stage: Stage) -> dict[str, Any]:
@@ -178,16 +190,16 @@ def _reward_model(stage: Stage) -> dict[str, Any]:
 def _merge(stage: Stage) -> dict[str, Any]:
     part = stage.recipe.stages[stage.name].merge
     assert part is not None
-    first, second = (load_model(stage.out / name / "model") for name in (part.first, part.second))
+    first, second = folders = [stage.out / name / "model" for name in (part.first, part.second)]
+    decoders = [load_model(folder) for folder in folders]
     asks = asks_of(stage.recipe.tasks, part.asks, stage.seed)
 
     def worth(merged: Decoder) -> float:
         sampler = stage.sampler(temperature=part.temperature, max_tokens=part.max_tokens, seed=stage.seed, decoder=merged)
         return sampler.worth(asks)
 
-    swept = merge_sweep(first, second, part.alphas, worth)
-    stage.decoder = merge_decoders(first, second, alpha=swept.best)
-    stage.decoder.source = first.source
+    swept = merge_sweep(*decoders, part.alphas, worth)
+    merge_folders(first, second, stage.folder / "model", alpha=swept.best)
     return {"alpha": swept.best, "sweep": [{"alpha": alpha, "verified": share} for alpha, share in swept.scores]}
 
 

@@ -37,7 +37,9 @@ def test_the_paper_s_stages_are_as_it_prints_them() -> None:
         assert three is not None
         assert [part.data.no_think for part in (one, two, three)] == [0.1] * 3
         assert [part.train.concatenate for part in (one, two, three)] == [True, False, True]
-        assert [part.data.truncated for part in (one, two, three)] == [0, 0, 0.05]
+        assert [part.data.truncated for part in (one, two)] == [0, 0]
+        mix = three.data
+        assert mix.truncated * mix.reasoning / (mix.reasoning + mix.instructions + mix.tools) == pytest.approx(0.05, abs=0.015)
         assert stages["merge"].merge is not None
         assert stages["merge"].merge.alphas == tuple(i / 10 for i in range(1, 10))
     grpo = load_recipe("12b-align").stages["ifeval-grpo"].grpo
@@ -49,7 +51,7 @@ def test_a_stage_goes_on_from_the_last_model_before_it() -> None:
     recipe = load_recipe("nano-align-hybrid", ["stages.rlhf.after=ifeval-grpo"])
     assert {name: recipe.before(name) for name in recipe.stages} == {
         "sft-1": None, "sft-2": "sft-1", "sft-3": "sft-2", "ifeval-grpo": "sft-3", "dpo": "ifeval-grpo",
-        "reward-model": "dpo", "rlhf": "ifeval-grpo", "merge": "rlhf",
+        "reward-model": "dpo", "rlhf": "ifeval-grpo", "merge": "dpo",
     }  # fmt: skip
 
 
@@ -75,6 +77,9 @@ def test_a_stage_goes_on_from_the_last_model_before_it() -> None:
             r"stages\.dpo\.stage: states \['sft', 'dpo'\], must be one of",
         ),
         ("tasks=[]", r"tasks=\[\]: name one"),
+        ("tasks=[chain_sun]", r"tasks='chain_sun': not known; chain_sum"),
+        (f"{MERGE}.second=dpo", r"second='dpo': is the first as well"),
+        ("stages.model={sft: {data: {tools: 1}, train: {steps: 1}}}", r"stages: 'model' must be a name .* none of base, final"),
         ("stages={}", r"stages=\{\}: name one"),
         ("seed=-1", r"seed=-1"),
         ("evaluate.budgets=[-1]", r"evaluate\.budgets=-1"),

@@ -62,10 +62,12 @@ class Sampled:
 
 
 class Solver:
-    """Answers questions of `recall`, rightly where the seed is even."""
+    """Answers questions of `recall`, rightly where seed and weights say so: other weights answer otherwise."""
+
+    made = 0
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+        self.decoder, self.tokenizer = decoder, tokenizer
 
     def generate(
         self,
@@ -77,8 +79,10 @@ class Solver:
         temperature: float,
         max_tokens: int,
     ) -> list[list[Sampled]]:
+        Solver.made += 1
+        sign = int(self.decoder.lm_head.weight.detach().double().sum().item() * 1e9)
         return [
-            [self.answer(prompt, think, seed % 2 == 0) for seed in some]
+            [self.answer(prompt, think, (seed + sign) % 2 == 0) for seed in some]
             for prompt, think, some in zip(prompts, thinking, seeds, strict=True)
         ]
 
@@ -130,11 +134,12 @@ def test_every_stage_leaves_its_report_and_its_model(
 ) -> None:
     out, made, assess, heard = whole
     reports = {name: json.loads((out / name / "report.json").read_text()) for name in STAGES}
-    assert [reports[name]["after"] for name in STAGES] == ["base", "sft-1", "grpo", "dpo", "grpo", "rlhf"]
+    assert [reports[name]["after"] for name in STAGES] == ["base", "sft-1", "grpo", "dpo", "grpo", "dpo"]
     assert assess.asked == [
-        (base.parent.name, False), ("sft-1", False), ("grpo", False), ("dpo", False), ("rlhf", False), ("merge", True)
+        (base.parent.name, False), ("sft-1", False), ("grpo", False), ("dpo", False), ("rlhf", False), ("merge", False),
+        (out.name, True),
     ]  # fmt: skip
-    assert [event["stage"] for event in heard if event["kind"] == "report"] == ["base", *STAGES]
+    assert [event["stage"] for event in heard if event["kind"] == "report"] == ["base", *STAGES, "final"]
     assert {event["stage"] for event in heard if event["kind"] == "step"} >= {
         "sft-1",
         "grpo",
@@ -148,7 +153,8 @@ def test_every_stage_leaves_its_report_and_its_model(
     assert [row["alpha"] for row in reports["merge"]["metrics"]["sweep"]] == [0.25, 0.5]
     assert not (out / "judge" / "model").exists()
     assert tandem.load_model(out / "sft-1" / "model", dtype="auto").backbone.embeddings.weight.dtype is torch.float32
-    assert made.metrics["stages"] == ["base", *STAGES]
+    assert list(made.metrics["reports"]) == ["base", *STAGES, "final"]
+    assert made.metrics["seconds"] == sum(report["seconds"] for report in made.metrics["reports"].values()) > 0
 
 
 def test_the_last_model_is_a_chat_model_with_its_card(whole: tuple[Path, Aligned, Assessor, list[dict[str, Any]]]) -> None:
@@ -161,7 +167,7 @@ def test_the_last_model_is_a_chat_model_with_its_card(whole: tuple[Path, Aligned
     card = (made.checkpoint / "README.md").read_text()
     assert card.startswith("---\n")
     assert "tandem align tiny" in card
-    assert "| merge | merge of two checkpoints | rlhf |" in card
+    assert "| merge | merge of two checkpoints | dpo, rlhf |" in card
     assert "| rlhf | 50.0% (40.0% to 60.0%) |" in card
     merged = made.metrics["reports"]["merge"]["metrics"]["alpha"]
     first, second = (tandem.load_model(out / name / "model").state_dict() for name in ("dpo", "rlhf"))
@@ -174,13 +180,39 @@ def test_finished_stages_are_not_run_again(base: Path, whole: tuple[Path, Aligne
     again, assess, heard = run(base, out)
     assert again.to_json() == made.to_json()
     assert assess.asked == heard == []
-    (out / "dpo" / "report.json").unlink()
-    pairs = (out / "dpo" / "round-1" / "pairs.json").read_bytes()
-    _, assess, heard = run(base, out)
-    assert assess.asked == [("dpo", False)]
-    assert (out / "dpo" / "round-1" / "pairs.json").read_bytes() == pairs
     with pytest.raises(SpecError, match=r"holds a run of another recipe \(seed differs\)"):
         run(base, out, seed=1)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stage_that_was_stopped_goes_on_with_the_answers_it_had(
+    base: Path, whole: tuple[Path, Aligned, Assessor, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Stopped in the second round of DPO, whose answers came from the weights that the first round left."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "step" and event["stage"] == "dpo 2":
+            raise Stopped
+
+    out = tmp_path / "out"
+    recipe = recipe_of(base)
+    with pytest.raises(Stopped):
+        run_recipe(recipe, out, make_generator=Solver, assess=Assessor(), date="", listen=stop)
+    assert not (out / "dpo" / "report.json").exists()
+    rounds = [json.loads((out / "dpo" / f"round-{i}" / "pairs.json").read_text())["pairs"] for i in (1, 2)]
+    Solver.made = 0
+    only = {name: STAGES[name] for name in ("sft-1", "grpo", "dpo")}
+    made = json.loads((out / "recipe.json").read_text())
+    made["stages"] = {name: made["stages"][name] for name in only}
+    (out / "recipe.json").write_text(json.dumps(made))
+    run(base, out, stages=only)
+    assert Solver.made == 0
+    assert [json.loads((out / "dpo" / f"round-{i}" / "pairs.json").read_text())["pairs"] for i in (1, 2)] == rounds
+    ours, theirs = (tandem.load_model(folder / "dpo" / "model").state_dict() for folder in (out, whole[0]))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_what_cannot_be_learned_from_stops_the_run_with_a_line(base: Path, tmp_path: Path) -> None:
@@ -192,9 +224,8 @@ def test_what_cannot_be_learned_from_stops_the_run_with_a_line(base: Path, tmp_p
 
     with pytest.raises(SpecError, match=r"stages\.dpo: no question has both .* \(6 all right and 0 all wrong\); ask"):
         run_recipe(recipe_of(base, stages=stages), tmp_path, make_generator=Right, assess=Assessor(), date="")
-    judge = {"judge": STAGES["judge"]}
     with pytest.raises(SpecError, match="stages: none of them leaves a model"):
-        run(base, tmp_path / "judge", stages=judge)
+        recipe_of(base, stages={"judge": STAGES["judge"]})
     with pytest.raises(SpecError, match="recipe='tiny': too large"):
         run(base, tmp_path / "never", plan_only="too large")
     assert not (tmp_path / "never").exists()
