@@ -82,7 +82,7 @@ def _base(recipe: AlignRecipe, out: Path, assess: Assess, listen: Listener) -> d
         return dict(read_json(file))
     started = time.perf_counter()
     listen({"kind": "stage", "stage": "base", "doing": "evaluation"})
-    report = {"stage": "base", "model": recipe.base, "evaluation": assess(find_weights(recipe.base), False)}
+    report: dict[str, Any] = {"stage": "base", "model": recipe.base, "evaluation": assess(find_weights(recipe.base), False)}
     report["seconds"] = time.perf_counter() - started
     write_whole(file, json.dumps(report, indent=1) + "\n")
     listen({"kind": "report", **report})
@@ -143,7 +143,7 @@ def _finish(
     decoder = load_model(out / recipe.last / "model").to(torch.bfloat16)
     save_model(decoder, folder)
     listen({"kind": "stage", "stage": "final", "doing": "evaluation"})
-    final = {"stage": "final", "after": recipe.last, "evaluation": assess(folder, True)}
+    final: dict[str, Any] = {"stage": "final", "after": recipe.last, "evaluation": assess(folder, True)}
     final["seconds"] = time.perf_counter() - started
     listen({"kind": "report", **final})
     reports = {**reports, "final": final}

@@ -190,15 +190,14 @@ def _reward_model(stage: Stage) -> dict[str, Any]:
 def _merge(stage: Stage) -> dict[str, Any]:
     part = stage.recipe.stages[stage.name].merge
     assert part is not None
-    first, second = folders = [stage.out / name / "model" for name in (part.first, part.second)]
-    decoders = [load_model(folder) for folder in folders]
+    first, second = (stage.out / name / "model" for name in (part.first, part.second))
     asks = asks_of(stage.recipe.tasks, part.asks, stage.seed)
 
     def worth(merged: Decoder) -> float:
         sampler = stage.sampler(temperature=part.temperature, max_tokens=part.max_tokens, seed=stage.seed, decoder=merged)
         return sampler.worth(asks)
 
-    swept = merge_sweep(*decoders, part.alphas, worth)
+    swept = merge_sweep(load_model(first), load_model(second), part.alphas, worth)
     merge_folders(first, second, stage.folder / "model", alpha=swept.best)
     return {"alpha": swept.best, "sweep": [{"alpha": alpha, "verified": share} for alpha, share in swept.scores]}
 
