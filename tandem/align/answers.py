@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from tandem.align.parsers import CLOSE, NANO2, OPEN, SPACE, ReasoningParser, ToolParser
 from tandem.align.sample import Answer, Call
+from tandem.model.tokenizer import Tokenizer
+
+
+def hidden_token(ids: Sequence[int], tokenizer: Tokenizer) -> str | None:
+    """The first token of a turn (its end mark left out) that decoding leaves out of the text; None where there is none.
+
+    Such are special tokens, and ids beyond the vocabulary. A text is all that was written only where none is there.
+    """
+    special = {id for id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    for id in ids:
+        name = tokenizer.backend.id_to_token(id)
+        if name is None or id in special:
+            return name or str(id)
+    return None
 
 
 def read_answer(text: str, *, thinking: bool, finished: bool) -> Answer:

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from random import Random
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from tandem.align.data.episodes import Episode
+from tandem.align.data.tools import verify_tools
 from tandem.align.sample import Answer, Ask, Pair, Verifier
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
@@ -34,10 +35,14 @@ class PairCounts:
     """Answers that an ask had already."""
     cut: int
     """Wrong answers that only ended at a limit: the end that would be learned from is none of the model's."""
+    hidden: int
+    """Wrong answers with tokens that their text leaves out: the text that would be learned from may be right."""
     unused: int
     """Answers beyond the pairs that an ask may have, or without a partner."""
     same_deed: int
     """Candidate pairs of episodes that part in thoughts only, so that what went wrong came later."""
+    right_turn: int
+    """Candidate pairs whose wrong episode parts from the right one by a turn that is exactly right, and fails later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +64,7 @@ def choose_pairs(
     if len(asks) != len(answers):
         raise SpecError(f"answers={len(answers)}: lists of answers, of {len(asks)} asks; give one for each")
     groups = [
-        (ask, [_Candidate(worth=verify(ask, a), key=a.text, cut=not a.finished, of=a) for a in sampled])
+        (ask, [_Candidate(worth=verify(ask, a), answers=(a,), cut=not a.finished, of=a) for a in sampled])
         for ask, sampled in zip(asks, answers, strict=True)
     ]
     return _choose(groups, lambda ask, right, wrong: Pair(ask=ask, chosen=right.text, rejected=wrong.text), per_ask, seed)
@@ -71,8 +76,8 @@ def episode_pairs(
     """Pairs of turns out of several episodes of each ask: of a right one and a wrong one, at the first turn where they differ.
 
     Up to there both have the same conversation, which becomes the pair's ask. Where they first differ in thoughts only, with
-    the same calls and words, there is no pair: that turn was as good as the other. Raises SpecError where episodes of different
-    asks are in one list.
+    the same calls and words, there is no pair: that turn was as good as the other. Nor where the wrong episode's turn is the
+    expert's, exactly: the right one made a detour there. Raises SpecError where episodes of different asks are in one list.
     """
     for group in episodes:
         if any(episode.ask != group[0].ask for episode in group):
@@ -80,7 +85,7 @@ def episode_pairs(
     groups = [
         (
             group[0].ask,
-            [_Candidate(worth=verify(e), key="\0".join(a.text for a in e.answers), cut=e.ended == "cut", of=e) for e in group],
+            [_Candidate(worth=verify(e), answers=e.answers, cut=e.ended == "cut", of=e) for e in group],
         )
         for group in episodes
         if group
@@ -94,18 +99,32 @@ _T = TypeVar("_T")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Candidate(Generic[_T]):
     worth: float
-    key: str
+    answers: tuple[Answer, ...]
     cut: bool
     of: _T
 
+    @property
+    def key(self) -> tuple[tuple[str, bool], ...]:
+        return tuple((answer.text, answer.hidden) for answer in self.answers)
 
-def _parting(ask: Ask, right: Episode, wrong: Episode) -> Pair | None:
+    @property
+    def hidden(self) -> bool:
+        return any(answer.hidden for answer in self.answers)
+
+
+_Unpaired = Literal["same_deed", "right_turn"]
+
+
+def _parting(ask: Ask, right: Episode, wrong: Episode) -> Pair | _Unpaired:
     for messages, one, other in zip(right.prompts, right.answers, wrong.answers, strict=False):
         if one.text != other.text:
             if _deed(one) == _deed(other):
-                return None
-            return Pair(ask=replace(ask, messages=messages), chosen=one.text, rejected=other.text)
-    return None
+                return "same_deed"
+            asked = replace(ask, messages=messages)
+            if verify_tools(asked, other) == 1:
+                return "right_turn"
+            return Pair(ask=asked, chosen=one.text, rejected=other.text)
+    return "same_deed"
 
 
 def _deed(answer: Answer) -> tuple[object, ...]:
@@ -115,7 +134,7 @@ def _deed(answer: Answer) -> tuple[object, ...]:
 
 def _choose(
     groups: Sequence[tuple[Ask, Sequence[_Candidate[_T]]]],
-    make: Callable[[Ask, _T, _T], Pair | None],
+    make: Callable[[Ask, _T, _T], Pair | _Unpaired],
     per_ask: int,
     seed: int,
 ) -> Chosen:
@@ -126,8 +145,9 @@ def _choose(
         distinct = list({candidate.key: candidate for candidate in reversed(sampled)}.values())[::-1]
         counts["repeated"] += len(sampled) - len(distinct)
         right = [c.of for c in distinct if c.worth >= 1]
-        wrong = [c.of for c in distinct if c.worth < 1 and not c.cut]
-        counts["cut"] += len(distinct) - len(right) - len(wrong)
+        wrong = [c.of for c in distinct if c.worth < 1 and not c.cut and not c.hidden]
+        counts["cut"] += sum(c.worth < 1 and c.cut for c in distinct)
+        counts["hidden"] += sum(c.worth < 1 and not c.cut and c.hidden for c in distinct)
         counts["all_right"] += not any(c.worth < 1 for c in distinct)
         counts["all_wrong"] += bool(distinct) and not right
         rng = Random(f"{seed}:{ask.id}")
@@ -139,13 +159,14 @@ def _choose(
                 break
             for i, rejected in enumerate(wrong):
                 pair = make(ask, chosen, rejected)
-                counts["same_deed"] += pair is None
-                if pair is not None and pair not in found:
+                if isinstance(pair, str):
+                    counts[pair] += 1
+                elif pair not in found:
                     found.append(pair)
                     del wrong[i]
                     break
         counts["paired_asks"] += bool(found)
         counts["unused"] += len(distinct) - 2 * len(found)
         pairs += found
-    counts["unused"] -= counts["cut"]
+    counts["unused"] -= counts["cut"] + counts["hidden"]
     return Chosen(pairs=tuple(pairs), counts=PairCounts(**{f.name: counts[f.name] for f in fields(PairCounts)}))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Any, Protocol
 
+from tandem.align.data.draws import number_of
 from tandem.align.sample import Ask
 from tandem.train.loop import Diverged
 
@@ -100,7 +100,7 @@ class Rollouts:
         """
         numbers = [int(prompt) for prompt in prompts]
         step, first = int(trainer.state.global_step), trainer.accelerator.process_index * len(numbers)
-        seeds = [_seed_of(self._seed, step, first + row) for row in range(len(numbers))]
+        seeds = [number_of(f"grpo:{self._seed}:{step}:{first + row}") >> 1 for row in range(len(numbers))]
         groups = [self._known[i] for i in numbers[:: self._count]]
         began = time.perf_counter()
         found = self._generator.generate(
@@ -131,9 +131,3 @@ class Rollouts:
             "logprobs": [list(answer.logprobs) for answer in answers],
             "env_mask": [[int(chosen) for chosen in answer.chosen] for answer in answers],
         }
-
-
-def _seed_of(seed: int, step: int, row: int) -> int:
-    """A sampling seed for one answer, 0 to 2^63 - 1."""
-    key = b"".join(number.to_bytes(8, "little") for number in (seed, step, row))
-    return int.from_bytes(blake2b(key, digest_size=8, person=b"tandem.grpo").digest(), "little") >> 1

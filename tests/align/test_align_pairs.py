@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.align.answers import read_answer
 from tandem.align.data.episodes import Episode, run_episode, verify_episode
 from tandem.align.data.tools import tool_asks, tool_samples
 from tandem.align.pairs import choose_pairs, episode_pairs
@@ -56,7 +57,7 @@ def test_laws(texts: list[list[tuple[str, bool]]], per_ask: int, seed: int) -> N
     assert counts.paired_asks == len({pair.ask.id for pair in chosen.pairs})
     assert counts.all_right == sum(all(a.text[0] == "r" for a in group) for group in answers)
     assert counts.all_wrong == sum(bool(group) and all(a.text[0] != "r" for a in group) for group in answers)
-    assert counts.same_deed == 0
+    assert counts.same_deed == counts.right_turn == counts.hidden == 0
     assert chosen == choose_pairs(asks, answers, verify, per_ask=per_ask, seed=seed)
     backwards = choose_pairs(asks[::-1], answers[::-1], verify, per_ask=per_ask, seed=seed)
     assert sorted(backwards.pairs, key=lambda p: p.ask.id) == sorted(chosen.pairs, key=lambda p: p.ask.id)
@@ -152,6 +153,47 @@ def test_cut_episodes_are_not_learned_from(case: tuple[Ask, list[Answer]]) -> No
     chosen = episode_pairs([[played(question, turns), cut], []], verify_episode)
     assert chosen.pairs == ()
     assert (chosen.counts.cut, chosen.counts.all_right, chosen.counts.asks) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("text", ["Well", 'So.</think>\n<TOOLCALL>[{"name": "day", "argu', "So.</think>\nIt is"])
+def test_what_was_cut_within_a_block_or_a_call_is_cut_not_malformed(case: tuple[Ask, list[Answer]], text: str) -> None:
+    question, turns = case
+    for at in range(3):
+        cut = played(question, [*turns[:at], read_answer(text, thinking=True, finished=False)])
+        assert cut.ended == "cut"
+        chosen = episode_pairs([[played(question, turns), cut]], verify_episode)
+        assert chosen.pairs == ()
+        assert (chosen.counts.cut, chosen.counts.unused) == (1, 1)
+
+
+def test_a_turn_that_is_exactly_right_is_never_rejected(case: tuple[Ask, list[Answer]]) -> None:
+    """The right episode reads something more first; the wrong one makes the expert's call and goes wrong later."""
+    question, turns = case
+    read = replace(turns[0], calls=(replace(turns[0].calls[0], arguments={}),), text="Let me see." + turns[0].text)
+    right, wrong = played(question, [read, *turns]), played(question, [turns[0], other_call(turns[1]), turns[2]])
+    assert (verify_episode(right), verify_episode(wrong)) == (1.0, 0.0)
+    chosen = episode_pairs([[right, wrong]], verify_episode)
+    assert chosen.pairs == ()
+    assert (chosen.counts.right_turn, chosen.counts.same_deed, chosen.counts.unused) == (1, 0, 2)
+    assert len(episode_pairs([[right, played(question, turns), wrong]], verify_episode, per_ask=2).pairs) == 1
+
+
+def test_what_the_text_hides_is_not_learned_from_its_text(case: tuple[Ask, list[Answer]]) -> None:
+    """Wrong only by tokens that the text leaves out: as a text it would be a right answer, rejected."""
+
+    def sound(_: Ask, answer: Answer) -> float:
+        return float(answer.malformed is None and answer.text[0] == "r")
+
+    hidden = replace(answer("r1"), malformed="holds <s>", hidden=True)
+    for group in ([answer("r1"), hidden], [hidden, answer("r1")], [hidden, answer("r2")]):
+        chosen = choose_pairs([ask("q")], [group], sound)
+        assert chosen.pairs == ()
+        assert (chosen.counts.hidden, chosen.counts.repeated, chosen.counts.unused) == (1, 0, 1)
+    question, turns = case
+    bad = replace(turns[1], malformed="holds <s>", hidden=True)
+    chosen = episode_pairs([[played(question, turns), played(question, [turns[0], bad])]], verify_episode)
+    assert chosen.pairs == ()
+    assert chosen.counts.hidden == 1
 
 
 def test_episodes_of_several_asks_are_refused(case: tuple[Ask, list[Answer]]) -> None:

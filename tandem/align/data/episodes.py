@@ -67,7 +67,7 @@ class _Running:
         self.prompts.append(tuple(self.messages))
         self.answers.append(answer)
         if answer.malformed is not None or not answer.finished:
-            self.ended = "malformed" if answer.malformed is not None else "cut"
+            self.ended = "malformed" if answer.finished else "cut"  # what was cut off is malformed often, by the cut
             return
         self.messages.append(assistant_message(answer.content, answer.calls, answer.reasoning))
         for call in answer.calls:

@@ -12,15 +12,8 @@ from random import Random
 from typing import Any
 
 from tandem.align.data.constraints import Constraint, draw_constraints, stages
-from tandem.align.data.reasoning import (
-    answer_message,
-    check_of,
-    phrase,
-    problem_streams,
-    require_share,
-    stream_rng,
-    switched,
-)
+from tandem.align.data.draws import require_share, stream_rng
+from tandem.align.data.reasoning import answer_message, check_of, phrase, problem_streams, switched
 from tandem.align.sample import Ask, Sample
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
@@ -43,7 +36,7 @@ class _Instruction:
 
 
 def instruction_samples(
-    tasks: Sequence[str], count: int, seed: int, *, off: float = 0.25, copies: float = 0.3, most: int = 3
+    tasks: Sequence[str], count: int, seed: int, *, off: float = 0.1, copies: float = 0.3, most: int = 3
 ) -> Iterator[Sample]:
     """`count` conversations to learn from, the tasks in turn; fewer are the beginning of more.
 

@@ -7,20 +7,18 @@ are asked in evaluations and nowhere else.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from random import Random
 from typing import Any
 
+from tandem.align.data.draws import HELD_OUT, number_of, require_share, stream_rng
 from tandem.align.sample import Ask, Message, Sample
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
 from tandem.train.data.procedural import EVALUATION_SEED, TASKS, Problem, evaluation_problems, problems
 
-HELD_OUT = 400
-"""Problems of each task that are never trained on."""
 PHRASINGS = (
     "{question}",
     "{question}",
@@ -175,19 +173,8 @@ def problem_streams(tasks: Sequence[str], seed: int, *, purpose: str) -> list[It
             raise SpecError(f"task={task!r}: not known; {', '.join(TASKS)} are")
     if seed >= EVALUATION_SEED:
         return [_held_out(task, seed) for task in tasks]
-    start = _number(f"{purpose}:{seed}") % EVALUATION_SEED
+    start = number_of(f"{purpose}:{seed}") % EVALUATION_SEED
     return [_trainable(task, start) for task in tasks]
-
-
-def stream_rng(purpose: str, seed: int) -> Random:
-    """Random numbers of one purpose and seed."""
-    return Random(_number(f"{purpose}:draws:{seed}"))
-
-
-def require_share(field: str, value: float) -> None:
-    """Raises SpecError unless 0 <= value <= 1."""
-    if not 0 <= value <= 1:
-        raise SpecError(f"{field}={value!r}: must be a share, 0 to 1")
 
 
 def _require_training_seed(seed: int) -> None:
@@ -198,10 +185,6 @@ def _require_training_seed(seed: int) -> None:
 def _count(count: int) -> int:
     require_int("count", count, low=0)
     return count
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _held_out(task: str, seed: int) -> Iterator[Problem]:

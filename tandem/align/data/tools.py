@@ -9,10 +9,10 @@ from itertools import islice
 from random import Random
 from typing import Any
 
+from tandem.align.data.draws import require_share
 from tandem.align.data.scenarios import ITEMS, NAMES, TITLES, Script, scripts
 from tandem.align.data.workplace import DAYS, TOOLS, apply, response_text
 from tandem.align.sample import Answer, Ask, Call, Message, Sample, Tool
-from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
 
 _NUMBER = re.compile(r"[-−]?\d+(?:[.,]\d+)*")
@@ -24,8 +24,7 @@ def tool_samples(count: int, seed: int, *, off: float = 0.1) -> Iterator[Sample]
     Thoughts are true: they say what a response said, and sums that hold. Raises SpecError for a share outside 0 to 1.
     """
     require_int("count", count, low=0)
-    if not 0 <= off <= 1:
-        raise SpecError(f"off={off}: a share; must be from 0 to 1")
+    require_share("off", off)
     for id, _, script in islice(scripts(seed), count):
         thinking = Random(f"{id}:thinking").random() >= off
         yield Sample(kind="tools", messages=_conversation(script, thinking=thinking), tools=_offered(script), thinking=thinking)

@@ -73,7 +73,7 @@ def test_samples_are_worth_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(instructions, "_made", noting)
     samples = list(instruction_samples(NANO, 800, 11))
     assert len(checks) == len(samples) == 800
-    assert sum(not sample.thinking for sample in samples) / 800 == pytest.approx(0.25, abs=0.05)
+    assert sum(not sample.thinking for sample in samples) / 800 == pytest.approx(0.1, abs=0.04)
     for sample, check in zip(samples, checks, strict=True):
         ask = Ask(id="0", kind="instructions", task="", messages=sample.messages[:-1], thinking=sample.thinking, check=check)
         assert verify(ask, written(dict(sample.messages[-1]), thinking=sample.thinking)) == 1.0

@@ -176,7 +176,8 @@ def test_endings() -> None:
     assert played(ask, [calling, calling], max_turns=2).ended == "turns"
     assert verify_episode(played(ask, [calling], max_turns=1)) == 0.0
     assert played(ask, [replace(calling, finished=False)]).ended == "cut"
-    assert played(ask, [replace(calling, malformed="x", finished=False)]).ended == "malformed"
+    assert played(ask, [replace(calling, malformed="x", finished=False)]).ended == "cut"
+    assert played(ask, [replace(calling, malformed="x")]).ended == "malformed"
     assert played(ask, [replace(calling, malformed="x")]).steps == ()
     with pytest.raises(SpecError, match=r"answers=1: 2 turns were asked for"):
         run_episodes([ask, ask], lambda asks: [last])
