@@ -124,10 +124,10 @@ def model_step(linears: str) -> Callable[[], object]:
         "-": MLP(ffn_size=768, gated=False),
     }
     layers = tuple(mixers[letter] for letter in "M-M-M*-M-M*-")
-    spec = ModelSpec(name="nano", hidden_size=192, vocab_size=2048, layers=layers, norm_eps=1e-5, tied_embeddings=False)
+    spec = ModelSpec(name="nano", hidden_size=192, vocab_size=1536, layers=layers, norm_eps=1e-5, tied_embeddings=False)
     model = Decoder(spec, seed=0)
     apply_precision(model, PrecisionPart(linears=linears))  # type: ignore[arg-type]
-    ids = torch.randint(0, 2048, (8, 512), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 1536, (8, 512), generator=torch.Generator().manual_seed(0))
 
     def run() -> None:
         logits = model(ids)[:, :-1].flatten(0, 1)
