@@ -158,7 +158,8 @@ def run_dpo(
     """Teach a decoder, in place, to prefer the chosen answers; what the round came to.
 
     `accuracy` is the share of pairs whose chosen answer gained more than the rejected one, `margin` by how much (beta times
-    nats), both of the last step. Checkpoints, resuming and errors are those of `run_sft`.
+    nats), `chosen_logp` and `rejected_logp` what the answers have (nats), all of the last step; `course` has loss, accuracy and
+    margin on the way. Checkpoints, resuming and errors are those of `run_sft`.
     """
     encoded, left_out = encode_pairs(pairs, tokenizer, settings.length)
     heard = ListenCallback(stage, listen, _LOG)
@@ -167,5 +168,5 @@ def run_dpo(
         trainer = dpo_trainer(decoder, tokenizer, encoded, settings, out, seed=seed)
         trainer.add_callback(heard)
         train(trainer)
-        found = run_metrics(trainer, heard)
+        found = run_metrics(trainer, heard, course=("accuracy", "margin"))
     return {**found, "pairs": len(encoded), "too_long": left_out}

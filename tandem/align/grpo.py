@@ -51,7 +51,7 @@ Score = Callable[[Sequence[Ask], Sequence[Rollout]], Sequence[float]]
 Render = Callable[[Ask], Sequence[int]]
 """A conversation as the tokens of a prompt; it ends inside the thinking block where `Ask.thinking` is true."""
 
-_COURSE = ("reward", "tandem/kl", "tandem/finished", "tandem/length", "tandem/flat_groups")
+_COURSE = ("reward", "kl", "finished", "length", "flat_groups")
 _LOG = {
     "reward": "reward",
     "reward_std": "reward_std",
@@ -155,6 +155,11 @@ class GrpoSettings(TrainerSettings):
         """Answers of one forward pass."""
         return self.micro or next(n for n in range(min(32, self.rows), 0, -1) if self.rows % n == 0)
 
+    @property
+    def may_differ(self) -> tuple[str, ...]:
+        """As of any stage; but where the loss is a mean over each forward pass, `micro` changes what is learned."""
+        return tuple(name for name in super().may_differ if name != "micro" or self.loss != "bnpo")
+
     def trainer_fields(self, examples: int) -> dict[str, Any]:
         """As of any stage, and what is GRPO's own; `examples` are answers."""
         passes = self.rows // self.pass_rows
@@ -194,10 +199,10 @@ def run_grpo(
     stage: str = "grpo",
     listen: Listener = lambda event: None,
 ) -> dict[str, Any]:
-    """Train `decoder` in place; what the run comes to, with the `course` of reward, KL and length. `out` is gone on with.
+    """Train `decoder` in place; what the run comes to, with the `course` of loss, reward, KL, finished, length, flat groups.
 
-    `generator` samples from `decoder` itself. The reference of the KL divergence is `decoder` as it is given, so a run is gone
-    on with from the same beginning. Events `{"kind": "step", "stage", "step", ...}` have, beside those of every stage:
+    `out` is gone on with. `generator` samples from `decoder` itself. The reference of the KL divergence is `decoder` as it is
+    given, so a run is gone on with from the same beginning. Events `{"kind": "step", ...}` have, beside those of every stage:
     reward, reward_std, kl (nats a token), entropy, clip_share (of tokens), finished (share of answers), length (tokens an
     answer), forced_share (of tokens), flat_groups (all rewards equal: nothing to learn), logprob_gap (nats, trainer against
     generator), rollout_s, rollout_tokens_per_s, rollout_share (of the step's time). Raises SpecError for too few asks and for
@@ -237,6 +242,7 @@ def run_grpo(
                 GRPOConfig,
                 out,
                 seed=seed,
+                use_cpu=decoder.device.type == "cpu",
                 reward_weights=[reward.weight for reward in rewards],
                 **settings.trainer_fields(len(asks) * settings.generations),
             ),
@@ -247,14 +253,7 @@ def run_grpo(
         )
         trainer.take(settings, reference, rollouts)
         train(trainer)
-        ours = {name: name.rpartition("/")[2] for name in _LOG if name in _COURSE}
-        course = [
-            {"step": entry["step"], **{name: entry[theirs] for theirs, name in ours.items() if theirs in entry}}
-            for entry in trainer.state.log_history
-            if "reward" in entry
-        ]
-        last = {name: value for name, value in heard.last.items() if name in _LOG.values()}
-        return {**last, **run_metrics(trainer, heard), "course": course}
+        return run_metrics(trainer, heard, course=_COURSE)
 
 
 def _with_share(listen: Listener) -> Listener:

@@ -217,7 +217,8 @@ def train_reward_model(
 ) -> tuple[RewardModel, dict[str, Any]]:
     """A reward model out of a decoder, which is trained in place (give a copy of one that is still needed), and how good it is.
 
-    The metrics' `held_out` has `accuracy`, `low`, `high` and `count` of the pairs that were not learned from; it is None where
+    The metrics' `accuracy`, `margin` and `mean_reward` are of the pairs of the last step, `course` has the first two on the
+    way. `held_out` has `accuracy`, `low`, `high` and `count` of the pairs that were not learned from; it is None where
     there are none. Checkpoints, resuming and errors are those of `run_sft`; `RewardModel.save` writes the model.
     """
     learned, kept_back = split_pairs(pairs, settings.held_out, seed)
@@ -229,7 +230,7 @@ def train_reward_model(
         trainer = reward_trainer(model, tokenizer, encoded, settings, out, seed=seed)
         trainer.add_callback(heard)
         train(trainer)
-        found = run_metrics(trainer, heard)
+        found = run_metrics(trainer, heard, course=("accuracy", "margin"))
     accuracy = pair_accuracy(model, tokenizer, kept_back) if learned and kept_back else None
     held_out = accuracy and {
         "accuracy": accuracy.share,

@@ -137,8 +137,9 @@ def run_sft(
     """Teach a decoder, in place, the assistant's turns of conversations; what the run came to.
 
     The folder `out` holds checkpoints, from which the same call goes on, to the bit as if it had not been interrupted. Samples
-    longer than a sequence are left out and counted (`too_long`). `learned` is the share of all tokens that is learned. Raises
-    SpecError where there is nothing to learn or `out` holds another run, Diverged for a loss that is not a number.
+    longer than a sequence are left out and counted (`too_long`). `learned` is the share of all tokens that is learned, `course`
+    the loss on the way. Raises SpecError where there is nothing to learn or `out` holds another run, Diverged for a loss that
+    is not a number.
     """
     if not samples:
         raise SpecError("samples=[]: nothing to learn from; give at least one conversation")

@@ -39,8 +39,8 @@ from tandem.train.recipe import LinearFormat, PrecisionPart
 Schedule = Literal["constant", "linear", "cosine"]
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 _CHECKPOINTS, _WHOLE, _RUN = "checkpoints", "whole", "run.json"
-_HOW = ("micro", "checkpoint_every")
-"""Settings that a run may be gone on with differently: they do not change what it learns."""
+_POINTS = 50
+"""Most points of a run's course."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,11 @@ class TrainerSettings:
             "save_steps": self.checkpoint_every,
             "include_num_input_tokens_seen": "non_padding",
         }
+
+    @property
+    def may_differ(self) -> tuple[str, ...]:
+        """Settings that a run may be gone on with differently: they do not change what it learns."""
+        return ("micro", "checkpoint_every")
 
     def to_json(self) -> dict[str, Any]:
         """The fields, for the record of a run."""
@@ -236,8 +241,6 @@ class ListenCallback(TrainerCallback):
 
     def __init__(self, stage: str, listen: Listener, names: Mapping[str, str] | None = None) -> None:
         self.stage, self.listen, self.names = stage, listen, dict(names or {})
-        self.last: dict[str, Any] = {}
-        """The latest event."""
         self.seconds = 0.0
         """Of all steps of this process."""
         self._since, self._tokens = time.perf_counter(), 0
@@ -269,7 +272,6 @@ class ListenCallback(TrainerCallback):
         if counted:
             event |= {"tokens": counted, "tokens_per_s": counted / seconds}
         event |= {name: float(logs[theirs]) for theirs, name in self.names.items() if theirs in logs}
-        self.last = event
         self.listen(event)
 
 
@@ -307,7 +309,7 @@ def claim(out: Path, stage: str, settings: TrainerSettings, decoder: Decoder, *,
     Raises SpecError where the folder holds another run.
     """
     stated = {"stage": stage, "seed": seed, "data": data, "model": weights_fingerprint(decoder), **settings.to_json()}
-    mine = json.loads(json.dumps({name: value for name, value in stated.items() if name not in _HOW}))
+    mine = json.loads(json.dumps({name: value for name, value in stated.items() if name not in settings.may_differ}))
     file = out / _RUN
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -347,13 +349,31 @@ def train(trainer: LocalTrainer) -> None:
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
 
 
-def run_metrics(trainer: LocalTrainer, heard: ListenCallback) -> dict[str, Any]:
-    """What a finished run comes to: steps, tokens, the mean loss of the last tenth of its steps, seconds of this process."""
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    last = losses[-max(1, len(losses) // 10) :]
+def run_metrics(trainer: LocalTrainer, heard: ListenCallback, *, course: Sequence[str] = ()) -> dict[str, Any]:
+    """What a finished run comes to: steps, tokens, the mean loss of the last tenth of its steps, seconds of this process.
+
+    Besides, by the names of `heard`, the latest value of each of its figures, and `course`: at most 50 points of step, loss and
+    the figures named, each the mean of the steps since the point before. All but the seconds are of the whole run, from the
+    trainer's log, wherever it was gone on with.
+    """
+    ours = {"loss": "loss", **heard.names}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    told = [{"step": e["step"], **{name: e[theirs] for theirs, name in ours.items() if theirs in e}} for e in logged]
+    latest = {name: value for entry in told for name, value in entry.items() if name in heard.names.values()}
+    losses = [entry["loss"] for entry in told[-max(1, len(told) // 10) :]]
+    size = -(-len(told) // _POINTS)
+    spans = [told[i : i + size] for i in range(0, len(told), size)]
     return {
+        **latest,
         "steps": trainer.state.global_step,
         "tokens": int(trainer.state.num_input_tokens_seen),
-        "loss": sum(last) / len(last),
+        "loss": sum(losses) / len(losses),
         "seconds": heard.seconds,
+        "course": [{"step": span[-1]["step"], **_means(span, ("loss", *course))} for span in spans],
     }
+
+
+def _means(entries: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Of each name, over the entries that have it."""
+    values = {name: [entry[name] for entry in entries if name in entry] for name in names}
+    return {name: sum(some) / len(some) for name, some in values.items() if some}

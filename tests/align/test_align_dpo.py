@@ -148,6 +148,9 @@ def test_it_learns_what_is_preferred(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert found["loss"] < 0.3
     assert events[-1]["accuracy"] == 1
     assert events[-1]["margin"] > 0.5
+    assert [found[name] for name in ("accuracy", "margin")] == [events[-1][name] for name in ("accuracy", "margin")]
+    told = [{name: event[name] for name in ("step", "loss", "accuracy", "margin")} for event in events]
+    assert found["course"] == told
     for p in ENCODED:
         gain = logp(decoder, p.prompt, p.chosen) - logp(reference, p.prompt, p.chosen)
         assert gain > logp(decoder, p.prompt, p.rejected) - logp(reference, p.prompt, p.rejected)

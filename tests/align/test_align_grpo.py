@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("trl", reason="pip install tandem-lm[train]")
 from grpo_cases import ASKS, CLOSING, FIRST, QUICK, TOKENIZER, Interrupted, Table, decoder_of, render, run
 
+from tandem.align import grpo
 from tandem.align.grpo import GrpoSettings, Reward
 from tandem.align.grpo_trainer import RolloutTrainer
 from tandem.model.hybrid import Decoder
@@ -174,6 +175,41 @@ def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
     assert len(set(seeds)) == 24
     asked = {tuple(render(ask)): ask for ask in ASKS}
     assert [asked[p].thinking for p in call["prompts"]] == call["thinking"]
+
+
+def test_a_run_at_its_end_says_the_same_again(tmp_path: Path) -> None:
+    first = run(decoder_of(), tmp_path)
+    again = run(decoder_of(), tmp_path)
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert {"reward", "kl", "length"} <= again.keys()
+    assert [list(point) for point in again["course"]] == [
+        ["step", "loss", "reward", "kl", "finished", "length", "flat_groups"] for _ in range(2)
+    ]
+
+
+def test_a_run_is_where_its_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU too: the model of these tests is on the CPU."""
+    asked: dict[str, Any] = {}
+
+    def arguments(*args: Any, **given: Any) -> None:
+        asked.update(given)
+        raise Interrupted
+
+    monkeypatch.setattr(grpo, "arguments", arguments)
+    with pytest.raises(Interrupted):
+        run(decoder_of(), tmp_path)
+    assert asked["use_cpu"] is True
+
+
+def test_passes_may_be_others_where_the_loss_does_not_depend_on_them(tmp_path: Path) -> None:
+    for loss in ("dapo", "bnpo"):
+        decoder, settings = decoder_of(), replace(QUICK, loss=loss, steps=1, kl_every=None)
+        run(decoder, tmp_path / loss, settings, generator=Table(decoder), rewards=[FIRST])
+    again = replace(QUICK, steps=1, kl_every=None, micro=2, checkpoint_every=7)
+    decoder = decoder_of()
+    run(decoder, tmp_path / "dapo", again, generator=Table(decoder), rewards=[FIRST])
+    with pytest.raises(SpecError, match="holds a run with another micro"):
+        run(decoder_of(), tmp_path / "bnpo", replace(again, loss="bnpo"), rewards=[FIRST])
 
 
 def test_a_budget_is_for_asks_that_think(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> Non
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert metrics["course"] == expected["course"]
     again = run(decoder_of(), tmp_path / "stopped", settings)
-    assert again["course"] == expected["course"]
+    for name in ("course", "loss", "reward", "kl", "length", "steps"):
+        assert metrics[name] == again[name] == expected[name], name
     with pytest.raises(SpecError, match="another lr"):
         run(decoder_of(), tmp_path / "stopped", replace(settings, lr=1e-3))
 

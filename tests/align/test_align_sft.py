@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -153,8 +154,30 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, interrupted
     over = decoder_of()
     ended = trained(over, tmp_path / "cut", settings, listen=rest.append)
     assert same_weights(over, whole)
-    assert ended["steps"] == 6
+    assert {**ended, "seconds": 0} == {**expected, "seconds": 0}
+    assert [point["step"] for point in expected["course"]] == list(range(1, 7))
     assert len(rest) == 6 - interrupted + 1, "a run at its end makes no step more"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 49, 50, 51, 99, 100, 101, 1234])
+def test_a_course_is_all_of_a_run_in_a_few_points(steps: int) -> None:
+    history = [{"step": i, "loss": 1.0 / i, **({"rewards/kl": float(i)} if i % 3 == 1 else {})} for i in range(1, steps + 1)]
+    state = SimpleNamespace(log_history=[*history, {"train_runtime": 1.0}], global_step=steps, num_input_tokens_seen=7)
+    heard = glue.ListenCallback("s", lambda event: None, {"rewards/kl": "kl", "grad": "norm"})
+    found = glue.run_metrics(SimpleNamespace(state=state), heard, course=("kl", "norm"))
+    points = found["course"]
+    assert min(steps, 25) <= len(points) <= 50
+    ends = [0, *(point["step"] for point in points)]
+    assert ends[-1] == steps
+    for begin, point in zip(ends, points, strict=False):
+        some = history[begin : point["step"]]
+        assert point["loss"] == pytest.approx(sum(entry["loss"] for entry in some) / len(some))
+        measured = [entry["rewards/kl"] for entry in some if "rewards/kl" in entry]
+        assert point.get("kl") == (pytest.approx(sum(measured) / len(measured)) if measured else None)
+        assert "norm" not in point
+    if steps <= 50:
+        assert [point["loss"] for point in points] == [entry["loss"] for entry in history]
+    assert found["kl"] == max(i for i in range(1, steps + 1) if i % 3 == 1)
 
 
 def test_seeds_decide_alone(tmp_path: Path) -> None:
