@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tandem.align.answers import read_answer
 from tandem.align.data.episodes import Episode, run_episodes, verify_episode
@@ -117,8 +118,9 @@ def told(episode: Episode, written: Sequence[Written], mode: str, sample: int = 
 
 
 def read(written: Written, prompt: Prompt) -> Answer:
-    """What was written, as the server reads it."""
-    return read_answer(written.text, thinking=prompt.thinking, finished=written.finished)
+    """What was written, as the server reads it; malformed where the text hides tokens."""
+    answer = read_answer(written.text, thinking=prompt.thinking, finished=written.finished)
+    return replace(answer, malformed="holds tokens that are no text", hidden=True) if written.hidden else answer
 
 
 def _question(ask: Ask) -> str:

@@ -40,9 +40,12 @@ def _ask(subject: Subject, problems: list[Problem], mode: str, budget: int | Non
 
 
 def judged(problem: Problem, name: str, written: Written, mode: str, sample: int = 0) -> Answered:
-    """One answer, right where the task's verifier takes what follows the closing mark, or all of it with thinking off."""
+    """One answer, right where the task's verifier takes what follows the closing mark, or all of it with thinking off.
+
+    As in alignment, only an answer that was ended, and that is what its text shows, is right.
+    """
     text = written.text if mode == "on" else CLOSE + written.text
-    right = written.fits and verify(problem.task, problem, text)
+    right = written.fits and written.finished and not written.hidden and verify(problem.task, problem, text)
     return Answered(
         problem=name,
         task=problem.task,

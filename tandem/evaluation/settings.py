@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from tandem.align.data.draws import HELD_OUT
 from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
 
@@ -13,8 +14,6 @@ SUITES = ("reasoning", "instructions", "tools", "needles", "lm-eval")
 CHAT_SUITES = ("instructions", "tools")
 """Those that only a model with a chat template can be asked."""
 THINKING = ("on", "off", "both")
-HELD_OUT = 400
-"""Problems of a task, the first of its evaluation problems, that no recipe of this project learns from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +52,11 @@ class EvaluationSettings:
         require_int("seed", self.seed, low=0)
         if self.problems > HELD_OUT and (not self.suites or "reasoning" in self.suites):
             raise SpecError(f"problems={self.problems}: {HELD_OUT} of each task are kept out of training data; ask for no more")
+        if "instructions" in self.suites and self.problems > HELD_OUT * len(self.reasoning_tasks):
+            raise SpecError(
+                f"problems={self.problems}: instructions are made of {HELD_OUT} held-out problems of each of "
+                f"{len(self.reasoning_tasks)} tasks; ask for no more, or name more tasks"
+            )
         for budget in self.budgets:
             require_int("budgets", budget, low=0)
         for length in self.lengths:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from tandem.align.answers import hidden_token
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.thinking import CLOSING, Thinking
@@ -37,6 +38,8 @@ class Written:
     """With a budget: whether the model, left alone after the closing mark, writes no second one. None: not asked."""
     fits: bool = True
     """False where the prompt does not leave room for a token, so that nothing was asked."""
+    hidden: bool = False
+    """Whether it holds tokens before its end that the text leaves out."""
 
 
 NOT_ASKED = Written(text="", finished=False, closing_marks=0, forced=False, thinking_tokens=0, answer_tokens=0, fits=False)
@@ -46,6 +49,7 @@ class Writer:
     """Lets one model answer. What it writes to a prompt does not depend on what it is asked beside it."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, *, batch: int = 32) -> None:
+        self._tokenizer = tokenizer
         self._engine = Engine(model, tokenizer=tokenizer, config=EngineConfig(max_batch=batch, prefix_cache_bytes=0))
         end = special_id(tokenizer, "eos_token")
         self._ends = frozenset(model.token_ids.eos) | (frozenset() if end is None else {end})
@@ -126,6 +130,7 @@ class Writer:
             forced=forced,
             thinking_tokens=thinking.tokens,
             answer_tokens=len(tokens) - thinking.tokens,
+            hidden=hidden_token(tokens, self._tokenizer) is not None,
         )
         return written, tokens[: thinking.tokens] if request.thinking and thinking.closed else ()
 

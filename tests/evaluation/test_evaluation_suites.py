@@ -8,13 +8,14 @@ from evaluated import ScriptedWriter, save_base, save_chat, subject_of, written
 
 from tandem.align.chat import answer_text, render
 from tandem.align.data.constraints import stages
+from tandem.align.data.draws import HELD_OUT
 from tandem.align.data.instructions import constraints_of, instruction_asks
 from tandem.align.data.tools import tool_samples
 from tandem.evaluation import asks
 from tandem.evaluation.needles import check_lengths, default_lengths, needles
 from tandem.evaluation.reasoning import judged, problem_id, reasoning
 from tandem.evaluation.score import score
-from tandem.evaluation.settings import HELD_OUT, EvaluationSettings
+from tandem.evaluation.settings import EvaluationSettings
 from tandem.evaluation.writer import NOT_ASKED, Written
 from tandem.spec.errors import SpecError
 from tandem.train.data.procedural import EVALUATION_SEED, TASKS, evaluation_problems
@@ -56,6 +57,14 @@ RIGHT = f"{PROBLEM.derivation}\n</think>\n{PROBLEM.answer}"
 )
 def test_right_is_the_answer_after_a_block_closed_as_it_should_be(text: str, mode: str, right: bool) -> None:
     assert judged(PROBLEM, "p", written(text), mode).right is right
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_what_was_not_ended_or_hides_tokens_is_wrong(mode: str) -> None:
+    text = RIGHT if mode == "on" else PROBLEM.answer
+    assert judged(PROBLEM, "p", written(text), mode).right
+    assert not judged(PROBLEM, "p", written(text, finished=False), mode).right
+    assert not judged(PROBLEM, "p", written(text, hidden=True), mode).right
 
 
 def test_what_was_not_asked_is_wrong() -> None:
@@ -167,6 +176,13 @@ def test_an_instruction_that_is_not_ended_is_not_followed(chat: Path) -> None:
         assert score(answers)["parts"]["substance"] > 0.9
 
 
+def test_an_instruction_whose_text_hides_tokens_is_not_followed(chat: Path) -> None:
+    subject = subject_of(chat, problems=3)
+    ScriptedWriter(subject, lambda prompt: written(instruction_expert(prompt).text, hidden=True))
+    for answers in asks.instructions(subject).values():
+        assert score(answers)["accuracy"] == score(answers)["parts"]["format"] == 0.0
+
+
 class ToolExpert:
     """Takes the expert's next turn in every conversation, and keeps to it."""
 
@@ -246,7 +262,10 @@ def test_settings_that_mean_nothing_are_refused(fields: dict[str, object], messa
     assert message in str(refused.value)
 
 
-def test_held_out_problems_are_those_that_alignment_leaves_out() -> None:
-    from tandem.align.data.reasoning import HELD_OUT as KEPT_OUT
-
-    assert HELD_OUT == KEPT_OUT
+def test_instructions_have_as_many_problems_as_their_tasks() -> None:
+    fields = {"suites": ("instructions",), "problems": 2 * HELD_OUT}
+    assert EvaluationSettings(tasks=("gcd", "recall"), **fields).problems == 2 * HELD_OUT
+    asked = list(instruction_asks(("gcd", "recall"), 2 * HELD_OUT, EVALUATION_SEED))
+    assert len(asked) == 2 * HELD_OUT
+    with pytest.raises(SpecError, match=f"problems={2 * HELD_OUT}: instructions are made of {HELD_OUT} held-out .* of 1 tasks"):
+        EvaluationSettings(tasks=("gcd",), **fields)

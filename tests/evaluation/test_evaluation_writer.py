@@ -46,6 +46,20 @@ def test_the_end_mark_is_no_token_of_the_answer() -> None:
     assert [w.answer_tokens for w in found] == [len(ids) for ids in alone]
 
 
+def test_tokens_that_the_text_hides_are_told_of() -> None:
+    special = {TOKENIZER.encode(text)[0] for text in ("<pad>", "<s>", "</s>", *SPECIAL)}
+    told = []
+    for liking in (0.0, 1.0, 3.0):
+        model = small_model("hybrid", vocabulary=VOCABULARY, context=128, seed=1)
+        with torch.no_grad():
+            model.lm_head.weight[sorted(special)] *= liking
+        found = Writer(model, TOKENIZER).write(prompts(*TEXTS), SamplingParams(max_tokens=12))
+        alone = generate_greedy(model, [TOKENIZER.encode(text) for text in TEXTS], 12, {2})
+        assert [w.hidden for w in found] == [bool(special & set(ids)) for ids in alone]
+        told += [w.hidden for w in found]
+    assert set(told) == {True, False}
+
+
 def test_draws_follow_each_prompts_own_seed(writer: Writer) -> None:
     found = writer.write(prompts("same", "same", "same"), SAMPLED, seeds=[1, 2, 1])
     assert found[0] == found[2] != found[1]
