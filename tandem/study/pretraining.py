@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
-from tandem.study.pretraining_claims import BACKEND, LONG, SHORT, Runs, claims_of
+from tandem.study.pretraining_claims import LONG, SHORT, Runs, claims_of
 from tandem.study.pretraining_figures import NAMES, figures_of
 from tandem.study.pretraining_runs import as_row, read_runs
 from tandem.study.result import StudyResult
+from tandem.study.seeds import BACKEND, lacking
 
 WANTED = tuple(NAMES)
 """Variants that the whole study takes."""
@@ -34,18 +34,12 @@ def study_pretraining(folder: Path) -> StudyResult:
         figures=figures_of(runs),
         assumptions=assumptions(runs),
         errata=(),
-        findings={"runs": rows, "missing": missing(runs)},
+        findings={"runs": rows, "missing": lacking(runs, WANTED, SEEDS)},
         backends={BACKEND: "trained runs of the recipes nano-hybrid, nano-transformer and nano-long, and variants of them"},
         points_evaluated=len(rows),
         points_considered=sum(row["tokens"] for row in rows),
         seconds=time.perf_counter() - started,
     )
-
-
-def missing(runs: Runs) -> dict[str, int]:
-    """How many seeds each variant lacks of those that the study takes."""
-    lacking: dict[str, Any] = {name: SEEDS - len(runs.get(name, {})) for name in WANTED}
-    return {name: count for name, count in lacking.items() if count > 0}
 
 
 def assumptions(runs: Runs) -> tuple[str, ...]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
-from typing import Any
 
-from tandem.study.pretraining_paired import Measure, Paired, paired
 from tandem.study.pretraining_runs import TrainingRun
 from tandem.study.result import Claim
+from tandem.study.seeds import Paired, claim_of_runs, paired, told
 
 Runs = Mapping[str, Mapping[int, TrainingRun]]
-BACKEND = "runs"
+Measure = Callable[[TrainingRun], float | None]
 GAP = 0.01
 """Largest loss gap of a narrower number format (share of the loss)."""
 HYBRID, TRANSFORMER, FP8, FP8_TENSOR, FP32, ONE_BLEND, LONG, SHORT = (
@@ -58,21 +57,6 @@ def at_length(length: int) -> Measure:
     return lambda run: run.needles_at(length)
 
 
-def told(found: Paired, unit: str = "%", digits: int = 2) -> str:
-    """`+0.21 +- 0.10 % (3 seeds)`, numbers times 100."""
-    half = "unknown" if found.half == inf else f"{100 * found.half:.{digits}f}"
-    seeds = f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''}"
-    return f"{100 * found.mean:+.{digits}f} +- {half} {unit} ({seeds})"
-
-
-def _claim(id: str, title: str, printed: str | None, ours: str, holds: bool, why: str, source: str, **values: Any) -> Claim:
-    plain = {name: value.to_json() if isinstance(value, Paired) else value for name, value in values.items()}
-    return Claim(
-        id=id, title=title, printed=printed, ours=ours, holds=holds, holds_engine=None, why=why, source=source,
-        ours_by={BACKEND: ours}, values=plain,
-    )  # fmt: skip
-
-
 def _pair(runs: Runs, a: str, b: str, measure: Measure, *, relative: bool = False) -> Paired | None:
     return paired(runs.get(a, {}), runs.get(b, {}), measure, relative=relative)
 
@@ -89,7 +73,7 @@ def _gap(id: str, runs: Runs, wide: str, narrow: str, title: str, printed: str |
         f"the interval's upper end is {_percent(worst.high)}; pairs share weights and data order, so only number formats differ"
     )
     source = PAPER_A + ".4" if printed else "this study"
-    return _claim(id, title, printed, ours, holds, why, source, held_out=held, training=trained)
+    return claim_of_runs(id, title, printed, ours, holds, why, source, held_out=held, training=trained)
 
 
 def _percent(value: float) -> str:
@@ -111,7 +95,7 @@ def _hybrid_loss(runs: Runs) -> Claim | None:
     if found is None:
         return None
     sources = _by_source(runs, TRANSFORMER, HYBRID)
-    return _claim(
+    return claim_of_runs(
         "P4", "at equal tokens and parameters the hybrid's held-out loss is no higher than the Transformer's",
         "on par or better (answers of 8B and 56B)", told(found), found.low <= 0,
         f"by source {_sources_told(sources)}; it fails only where the whole interval is above 0",
@@ -123,7 +107,7 @@ def _hybrid_answers(runs: Runs) -> Claim | None:
     found = _pair(runs, TRANSFORMER, HYBRID, answers)
     if found is None:
         return None
-    return _claim(
+    return claim_of_runs(
         "P5", "at equal tokens and parameters the hybrid answers no fewer problems than the Transformer",
         "on par or better (answers of 8B and 56B)", told(found, "points", 1), found.high >= 0,
         _tasks_told(runs, TRANSFORMER, HYBRID), "Nemotron-H (arXiv:2504.03624), abstract", accuracy=found,
@@ -145,7 +129,7 @@ def _phases_loss(runs: Runs) -> Claim | None:
     favoured = sources.get("reasoning")
     if favoured is None:
         return None
-    return _claim(
+    return claim_of_runs(
         "P6", "three phases end with a lower loss on what the last one favours than one blend of the same tokens", None,
         f"reasoning {told(favoured)}", favoured.high < 0,
         f"by source {_sources_told(sources)}: sources that left the blend early are paid with; each source has as many tokens "
@@ -158,7 +142,7 @@ def _phases_answers(runs: Runs) -> Claim | None:
     found = _pair(runs, ONE_BLEND, HYBRID, answers)
     if found is None:
         return None
-    return _claim(
+    return claim_of_runs(
         "P7", "three phases answer more problems than one blend of the same tokens", None, told(found, "points", 1),
         found.low > 0, _tasks_told(runs, ONE_BLEND, HYBRID), "this study", accuracy=found,
     )  # fmt: skip
@@ -182,7 +166,7 @@ def _long_loss(runs: Runs) -> Claim | None:
         return None
     control = _pair(runs, SHORT, LONG, measure, relative=True)
     beside = "" if control is None else f"; beside as many more tokens at the old length {told(control)}"
-    return _claim(
+    return claim_of_runs(
         "P8", "the long-context phase lowers the loss of questions at the end of long documents", None,
         f"{told(found)}{beside}", found.high < 0 and (control is None or control.high < 0),
         f"nats a token {_mean(found.a):.3f} before and {_mean(found.b):.3f} after, on documents that were not learned from; "
@@ -203,7 +187,7 @@ def _long(runs: Runs) -> Claim | None:
     shown = {n: pair for n, pair in all_lengths.items() if pair is not None}
     control = _pair(runs, SHORT, LONG, at_length(longest))
     beside = "" if control is None else f"; over as many more tokens at the old length {told(control, 'points', 1)}"
-    return _claim(
+    return claim_of_runs(
         "P9", "the long-context phase finds needles at lengths that the base model does not",
         "RULER at 128k rises with the phase's length: 73.7 at 128k to 81.0 at 512k",
         f"at {longest:,} tokens {told(found, 'points', 1)}{beside}", found.low > 0 and (control is None or control.low > 0),
@@ -220,7 +204,7 @@ def _kept(runs: Runs) -> Claim | None:
     found = _pair(runs, HYBRID, LONG, answers)
     if found is None:
         return None
-    return _claim(
+    return claim_of_runs(
         "P10", "the long-context phase costs at most 2 points of the short problems", None, told(found, "points", 1),
         found.low >= -0.02, _tasks_told(runs, HYBRID, LONG), "this study", accuracy=found,
     )  # fmt: skip

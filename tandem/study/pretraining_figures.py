@@ -17,9 +17,9 @@ from tandem.study.pretraining_claims import (
     Runs,
     needle_lengths,
 )
-from tandem.study.pretraining_paired import half_interval
 from tandem.study.pretraining_runs import TrainingRun
 from tandem.study.result import Figure, Panel, Series
+from tandem.study.seeds import half_interval
 
 NAMES = {
     HYBRID: "hybrid, bf16", TRANSFORMER: "Transformer, bf16", FP8: "FP8 blocks", FP8_TENSOR: "FP8, a scale a tensor",

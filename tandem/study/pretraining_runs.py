@@ -9,17 +9,16 @@ long.json         loss on held-out sequences of the long-context phase by source
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.spec.errors import SpecError
+from tandem.study.seeds import runs_in
 
 Share = Mapping[str, float]
 """accuracy, low, high, count: as metrics.json has a task."""
-_SEED = re.compile(r"seed-(\d+)")
 FINAL = 0.05
 """Share of the steps, at the end, whose losses are a run's final training loss."""
 
@@ -108,15 +107,7 @@ def _there(file: Path) -> dict[str, Any]:
 
 def read_runs(folder: Path) -> dict[str, dict[int, TrainingRun]]:
     """All finished runs by variant and seed. Raises SpecError where there is none."""
-    found: dict[str, dict[int, TrainingRun]] = {}
-    for place in sorted(folder.glob("*/seed-*")):
-        match = _SEED.fullmatch(place.name)
-        run = read_run(place, place.parent.name, int(match[1])) if match else None
-        if run is not None:
-            found.setdefault(run.variant, {})[run.seed] = run
-    if not found:
-        raise SpecError(f"runs={str(folder)!r}: holds no finished run; benchmarks/pretraining_runs.py makes them")
-    return {variant: dict(sorted(runs.items())) for variant, runs in found.items()}
+    return runs_in(folder, read_run, made_by="benchmarks/pretraining_runs.py")
 
 
 def _median(values: Sequence[float]) -> float:

@@ -15,16 +15,16 @@ Style = Literal["line", "dash", "markers"]
 class Claim:
     """One claim beside our numbers; `printed` is None where nobody has printed one.
 
-    `holds` is the verdict of the study's judging backend, `holds_engine` that of the second one (None where it was not
-    priced). `why` is arithmetic: what decides, and where the claim does not hold what would have to change. `ours_by` is
-    `ours` for each backend, `values` the numbers behind it, in SI units.
+    `holds` is the verdict of the study's judging backend, None where its runs are too few to say; `holds_engine` that of the
+    second one, None where it was not priced. `why` is arithmetic: what decides, and where the claim does not hold what would
+    have to change. `ours_by` is `ours` for each backend, `values` the numbers behind it, in SI units.
     """
 
     id: str
     title: str
     printed: str | None
     ours: str
-    holds: bool
+    holds: bool | None
     holds_engine: bool | None
     why: str
     source: str

@@ -20,9 +20,9 @@ from tandem.report.pretraining_html import pretraining_page, pretraining_sentenc
 from tandem.spec.errors import SpecError
 from tandem.study.pretraining import study_pretraining
 from tandem.study.pretraining_figures import smoothed
-from tandem.study.pretraining_paired import half_interval, paired
 from tandem.study.pretraining_runs import read_runs
 from tandem.study.result import StudyResult
+from tandem.study.seeds import half_interval, paired
 
 STEPS = 100
 SOURCES = ("plays", "reasoning")
