@@ -56,3 +56,15 @@ def study_pretraining(
     from tandem.cli import studying
 
     studying.run_pretraining(runs, out, json_out)
+
+
+@study.command("alignment")
+def study_alignment(
+    runs: Annotated[Path, typer.Argument(help="Folder of runs that benchmarks/alignment_runs.py made.")],
+    out: Out = None,
+    json_out: Json = False,
+) -> None:
+    """Stages, thinking and its budget, truncated thoughts, GRPO, merging, hybrid beside Transformer: finished runs, by seed."""
+    from tandem.cli import studying
+
+    studying.run_alignment(runs, out, json_out)

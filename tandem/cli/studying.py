@@ -43,6 +43,13 @@ PRETRAINING_LEAD = (
     "three phases and a long-context phase are worth. Differences are taken seed by seed."
 )
 
+ALIGNMENT_TITLE = "Alignment at nano scale"
+ALIGNMENT_LEAD = (
+    "A hybrid and a Transformer of 4 million parameters, aligned in eight stages at several seeds: what each stage is worth, "
+    "what thinking and its budget are, what truncated thoughts teach, and whether reinforcement learning and merging help. "
+    "Differences are taken seed by seed."
+)
+
 
 def run_paper_b(out: Path | None, json_out: bool) -> None:
     """Run the study of paper B; the exit code does not depend on which claims hold."""
@@ -102,6 +109,26 @@ def run_pretraining(runs: Path, out: Path | None, json_out: bool) -> None:
         page=pretraining_page,
         also=variants_table,
         closing=pretraining_sentences,
+    )
+
+
+def run_alignment(runs: Path, out: Path | None, json_out: bool) -> None:
+    """Judge finished runs; the exit code does not depend on which claims hold."""
+    from tandem.report.alignment_html import alignment_sentences, alignment_study_page, alignment_table
+    from tandem.study.alignment import study_alignment
+
+    _require_new_folder(out)
+    data = study_alignment(runs).to_json()
+    _finish(
+        "alignment",
+        ALIGNMENT_TITLE,
+        ALIGNMENT_LEAD,
+        data,
+        out,
+        json_out,
+        page=alignment_study_page,
+        also=alignment_table,
+        closing=alignment_sentences,
     )
 
 

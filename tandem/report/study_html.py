@@ -28,7 +28,11 @@ def figure_of(data: Mapping[str, Any]) -> go.Figure:
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     drawn = make_subplots(
-        rows=rows, cols=columns, subplot_titles=[p["title"] for p in panels], horizontal_spacing=0.09, vertical_spacing=0.16
+        rows=rows,
+        cols=columns,
+        subplot_titles=[escape(p["title"]) for p in panels],
+        horizontal_spacing=0.09,
+        vertical_spacing=0.16,
     )
     for note, axis in zip(drawn.layout.annotations, drawn.select_yaxes(), strict=False):
         note.update(yanchor="top", y=axis.domain[1], bgcolor="rgba(255,255,255,.75)", font={"size": 13})
@@ -39,7 +43,7 @@ def figure_of(data: Mapping[str, Any]) -> go.Figure:
             key = series["role"] or series["name"]
             colour = _ROLES.get(key) or colours.setdefault(key, PALETTE[len(colours) % len(PALETTE)])
             drawn.add_scatter(
-                x=series["x"], y=series["y"], name=series["name"], legendgroup=series["name"],
+                x=series["x"], y=series["y"], name=escape(series["name"]), legendgroup=series["name"],
                 showlegend=len(series["x"]) > 0 and series["name"] not in shown, text=list(series["text"]) or None,
                 mode="markers" if series["style"] == "markers" else "lines",
                 line={"color": colour, "width": 2, "dash": "dash" if series["style"] == "dash" else "solid"},
@@ -53,7 +57,7 @@ def figure_of(data: Mapping[str, Any]) -> go.Figure:
     drawn.update_xaxes(type="log" if data["x_log"] else "linear", title=data["x_title"], title_standoff=6)
     drawn.update_yaxes(type="log" if data["y_log"] else "linear", exponentformat="power" if data["y_log"] else "none")
     if data["x_labels"]:
-        drawn.update_xaxes(tickvals=list(range(len(data["x_labels"]))), ticktext=list(data["x_labels"]))
+        drawn.update_xaxes(tickvals=list(range(len(data["x_labels"]))), ticktext=[escape(label) for label in data["x_labels"]])
     for row in range(1, rows + 1):
         drawn.update_yaxes(title=data["y_title"], row=row, col=1)
     return drawn
@@ -71,6 +75,16 @@ def _span(values: Sequence[float], log: bool) -> tuple[float, float] | None:
 
 def _height(data: Mapping[str, Any]) -> int:
     return 100 + _HEIGHT * -(-len(data["panels"]) // 2)
+
+
+def charts(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Every figure under its title and note; numbered where its name is a number."""
+    blocks = []
+    for number, figure in figures.items():
+        label = f"Figure {number}: " if number.isdigit() else ""
+        blocks.append(f"<h2>{escape(label + figure['title'])}</h2><p class='note'>{escape(figure['note'])}</p>")
+        blocks.append(chart(figure_of(figure), _height(figure)))
+    return blocks
 
 
 def claims_table(claims: Sequence[Mapping[str, Any]], backends: Sequence[str]) -> str:
@@ -114,11 +128,28 @@ def study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     ]
     if data["errata"]:
         body += ["<h2>What cannot come from the stated model</h2>", bullets(data["errata"])]
-    for number, figure in data["figures"].items():
-        label = f"Figure {number}: " if number.isdigit() else ""
-        body.append(f"<h2>{escape(label + figure['title'])}</h2><p class='note'>{escape(figure['note'])}</p>")
-        body.append(chart(figure_of(figure), _height(figure)))
+    body += charts(data["figures"])
     body += ["<h2>Assumptions</h2>", bullets(data["assumptions"])]
     body.append(bullets([f"{name}: {what}" for name, what in data["backends"].items()]))
     body.append(footer([f"Figures are drawn with backend {backends[0]}. Numbers: claims.json beside this page."]))
     return page(title, "".join(body))
+
+
+def runs_page(title: str, lead: str, data: Mapping[str, Any], heads: Sequence[tuple[str, str]], tables: Sequence[str]) -> str:
+    """A study of finished runs from its JSON object: headline numbers, claims, its own tables (HTML), figures, assumptions."""
+    return page(
+        title,
+        "".join(
+            [
+                f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
+                cards(heads),
+                "<h2>Claims</h2>",
+                claims_table(data["claims"], list(data["backends"])),
+                *tables,
+                *charts(data["figures"]),
+                "<h2>Assumptions</h2>",
+                bullets(data["assumptions"]),
+                footer(["Numbers: claims.json beside this page."]),
+            ]
+        ),
+    )

@@ -1,0 +1,121 @@
+"""The page of the study of alignment: claims, tables of runs, stages and rates, figures. Takes the study's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from tandem.report.html import html_table
+from tandem.report.pretraining_html import mean_text
+from tandem.report.study_html import runs_page
+from tandem.report.text import table
+
+CHANGES = ("variant", "stage", "question", ">before", ">after", ">change, points", ">seeds")
+RATES = (
+    "batch, tokens of prompt and output",
+    ">hybrid, tokens/s",
+    ">Transformer, tokens/s",
+    ">hybrid / Transformer",
+    ">rounds",
+)
+
+
+def run_columns(data: Mapping[str, Any]) -> list[str]:
+    """Columns of `run_rows`."""
+    return ["variant", ">seeds", *(f">{question}" for question in _questions(data)), ">all", ">minutes"]
+
+
+def _questions(data: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(question for run in data["findings"]["runs"] for question in run["accuracy"]))
+
+
+def run_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """One row a variant: right answers of the last model, means over its seeds; - where a run was not asked."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in data["findings"]["runs"]:
+        groups.setdefault(run["variant"], []).append(run)
+    return [
+        [
+            name,
+            f"{len(runs)}",
+            *(mean_text([run["accuracy"].get(question) for run in runs], "{:.1%}") for question in _questions(data)),
+            mean_text([run["overall"] for run in runs], "{:.1%}"),
+            mean_text([run["seconds"] / 60 for run in runs], "{:.1f}"),
+        ]
+        for name, runs in groups.items()
+    ]
+
+
+def change_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """What each stage changed, in the order of `CHANGES`."""
+    return [
+        [
+            row["variant"],
+            row["stage"],
+            row["question"],
+            mean_text(row["a"], "{:.1%}"),
+            mean_text(row["b"], "{:.1%}"),
+            f"{100 * row['mean']:+.1f} ± {'unknown' if row['half'] is None else format(100 * row['half'], '.1f')}",
+            f"{len(row['seeds'])}",
+        ]
+        for row in data["findings"]["changes"]
+    ]
+
+
+def rate_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """Generation of both aligned models, in the order of `RATES`."""
+    return [
+        [
+            row["setting"],
+            mean_text(row["b"], "{:,.0f}"),
+            mean_text(row["a"], "{:,.0f}"),
+            f"{1 + row['mean']:.2f} ± {'unknown' if row['half'] is None else format(row['half'], '.2f')}",
+            f"{len(row['seeds'])}",
+        ]
+        for row in data["findings"]["throughput"]
+    ]
+
+
+def alignment_table(data: Mapping[str, Any]) -> Table:
+    """All variants on a terminal."""
+    t = table("Right answers of the last model, means over seeds", *run_columns(data))
+    for row in run_rows(data):
+        t.add_row(*row)
+    return t
+
+
+def alignment_sentences(data: Mapping[str, Any]) -> list[str]:
+    """Why each claim that does not hold does not, what is missing, and what was run."""
+    whys = {False: "why not", None: "not decided"}
+    lines = [f"{c['id']}, {whys[c['holds']]}: {c['why']}" for c in data["claims"] if not c["holds"]]
+    lacking = data["findings"]["missing"]
+    if lacking:
+        lines.append("not there yet: " + ", ".join(f"{name} ({count})" for name, count in lacking.items()))
+    held = sum(bool(c["holds"]) for c in data["claims"])
+    undecided = sum(c["holds"] is None for c in data["claims"])
+    lines.append(f"{held} of {len(data['claims'])} claims hold, {undecided} undecided; {data['points_evaluated']} runs")
+    return lines
+
+
+def alignment_study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
+    """The whole study from its JSON object."""
+    claims = data["claims"]
+    hours = sum(run["seconds"] for run in data["findings"]["runs"]) / 3600
+    heads = [
+        (f"{sum(bool(c['holds']) for c in claims)} of {len(claims)}", "claims hold"),
+        (f"{sum(c['holds'] is None for c in claims)}", "undecided"),
+        (f"{data['points_evaluated']}", "runs"),
+        (f"{hours:.1f} h", "of alignment"),
+    ]
+    tables = [
+        "<h2>Runs</h2><p class='note'>Right answers of the last model to held-out questions; means over seeds.</p>",
+        html_table(run_columns(data), run_rows(data)),
+    ]
+    if data["findings"]["throughput"]:
+        tables += ["<h2>Throughput</h2><p class='note'>Means over rounds.</p>", html_table(RATES, rate_rows(data))]
+    if data["findings"]["changes"]:
+        note = "Beside the model that the stage goes on from; a merge beside its first. Intervals over seeds, 95 %."
+        tables += [f"<h2>What each stage changed</h2><p class='note'>{note}</p>", html_table(CHANGES, change_rows(data))]
+    return runs_page(title, lead, data, heads, tables)
