@@ -345,7 +345,8 @@ def _faster(throughput: Throughput | None) -> Claim | None:
     return claim_of_runs(
         "A13", "the aligned hybrid generates more tokens a second in our engine than the aligned Transformer",
         "6.3x (9B against Qwen3-8B, 8k + 16k tokens, one A10G)",
-        f"{1 + found.mean:.2f}x ({setting_named(judged)}): {_average(found.b):,.0f} to {_average(found.a):,.0f} a second", holds,
+        f"{1 + found.mean:.2f}x ({setting_named(judged)}): {_average(found.b):,.0f} to {_average(found.a):,.0f} a second",
+        holds,
         f"{'; '.join(parts)}; {len(found.seeds)} rounds in turns on {throughput.machine}; a cache of this length is small "
         "beside weights and state, so what the paper gains at long outputs cannot show here", f"{PAPER_A}, figure 1",
         ratio=found,
