@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tandem.align.data.draws import require_share
 from tandem.align.dpo import DpoSettings
 from tandem.align.grpo import GrpoSettings
 from tandem.align.reward_model import RewardSettings
@@ -18,11 +19,6 @@ _TAKEN = ("base", "final", "model", "tokenizer", "recipe.json", "metrics.json")
 """Names that a run's folder and its reports have besides those of stages."""
 
 
-def _share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise SpecError(f"{name}={value!r}: must be a share from 0 to 1")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixPart:
     """Conversations that a stage of supervised fine-tuning learns from: how many of each kind."""
@@ -31,15 +27,15 @@ class MixPart:
     instructions: int = 0
     tools: int = 0
     no_think: float = 0.1
-    """Share of the reasoning ones without their thoughts (paper A: about a tenth)."""
+    """Share of every kind without thoughts (paper A: about a tenth)."""
     truncated: float = 0.0
-    """Share of the reasoning ones whose thoughts are cut off, with the answer kept (paper A, stage 3: about a twentieth)."""
+    """Share of the reasoning ones whose thoughts are cut off, with the answer kept (paper A, stage 3: a twentieth of all)."""
 
     def __post_init__(self) -> None:
         for name in ("reasoning", "instructions", "tools"):
             require_int(name, getattr(self, name), low=0)
-        _share("no_think", self.no_think)
-        _share("truncated", self.truncated)
+        require_share("no_think", self.no_think)
+        require_share("truncated", self.truncated)
         if not self.reasoning + self.instructions + self.tools:
             raise SpecError("reasoning=0: the stage learns from nothing; state how many conversations of a kind")
 
@@ -60,12 +56,12 @@ class AsksPart:
     instructions: int = 0
     tools: int = 0
     no_think: float = 0.0
-    """Share of the reasoning ones that are asked without thinking."""
+    """Share of every kind that is asked without thinking."""
 
     def __post_init__(self) -> None:
         for name in ("reasoning", "instructions", "tools"):
             require_int(name, getattr(self, name), low=0)
-        _share("no_think", self.no_think)
+        require_share("no_think", self.no_think)
         if not self.reasoning + self.instructions + self.tools:
             raise SpecError("reasoning=0: nothing is asked; state how many questions of a kind")
 
@@ -139,7 +135,7 @@ class MergePart:
         if not self.alphas:
             raise SpecError("alphas=[]: must hold one at least")
         for alpha in self.alphas:
-            _share("alphas", alpha)
+            require_share("alphas", alpha)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

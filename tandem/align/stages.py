@@ -52,8 +52,19 @@ class Stage:
 
     def sampler(self, *, temperature: float, max_tokens: int, seed: int, decoder: Decoder | None = None) -> Sampler:
         """Draws answers of the stage's model."""
-        generator = self.make_generator(decoder or self.decoder, self.tokenizer)
-        return Sampler(generator, self.tokenizer, temperature=temperature, max_tokens=max_tokens, seed=seed)
+        chosen = decoder or self.decoder
+        return Sampler(
+            self.make_generator(chosen, self.tokenizer),
+            self.tokenizer,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            context=chosen.spec.max_context,
+            tell=self._sampled,
+        )
+
+    def _sampled(self, done: int, total: int) -> None:
+        self.listen({"kind": "sampled", "stage": self.name, "done": done, "total": total})
 
 
 def run_stage(stage: Stage) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class Progress:
         match event["kind"]:
             case "step":
                 self._step(event)
+            case "sampled":
+                if event["done"] == event["total"]:
+                    self._line(f"{event['stage']}: {event['done']:,} answers sampled")
             case "stage":
                 self._line(f"{event['stage']}: {event['doing']}")
             case "report":

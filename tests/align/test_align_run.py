@@ -148,6 +148,7 @@ def test_every_stage_leaves_its_report_and_its_model(
         "judge",
         "rlhf",
     }
+    assert {event["stage"] for event in heard if event["kind"] == "sampled"} == {"dpo", "judge", "merge"}
     assert len(reports["dpo"]["metrics"]["rounds"]) == 2
     assert reports["dpo"]["metrics"]["rounds"][0]["pairs"] > 0
     assert [row["alpha"] for row in reports["merge"]["metrics"]["sweep"]] == [0.25, 0.5]
