@@ -23,8 +23,14 @@ RATES = (
 
 
 def run_columns(data: Mapping[str, Any]) -> list[str]:
-    """Columns of `run_rows`."""
-    return ["variant", ">seeds", *(f">{question}" for question in _questions(data)), ">all", ">minutes"]
+    """Columns of `run_rows`: suites with thinking on and off."""
+    return [
+        "variant",
+        ">seeds",
+        *(f">{question.replace('thinking ', '')}" for question in _questions(data)),
+        ">all",
+        ">minutes",
+    ]
 
 
 def _questions(data: Mapping[str, Any]) -> list[str]:

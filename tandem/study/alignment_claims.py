@@ -297,7 +297,7 @@ def _merge(runs: Runs) -> Claim | None:
         "A11", "the merged model is no worse than either of the two on held-out questions", "balances them",
         f"over the first {_told_points(first)}, over the second {_told_points(second)}", holds,
         f"all suites; first {_average(first.a):.1%}, second {_average(second.a):.1%}, merged {_average(first.b):.1%}; no "
-        f"worse: not more than {PAR:.0%} of the questions, and not surely so; {verdict(holds)}",
+        f"worse: the interval is not below 0 and reaches no further down than {PAR:.0%}; {verdict(holds)}",
         f"{PAPER_A}, section 3 and figure 6", over_first=first, over_second=second,
     )  # fmt: skip
 
