@@ -12,7 +12,6 @@ from tandem.report.pretraining_html import mean_text
 from tandem.report.study_html import runs_page
 from tandem.report.text import table
 
-CHANGES = ("variant", "stage", "question", ">before", ">after", ">change, points", ">seeds")
 RATES = (
     "batch, tokens of prompt and output",
     ">hybrid, tokens/s",
@@ -27,7 +26,7 @@ def run_columns(data: Mapping[str, Any]) -> list[str]:
     return [
         "variant",
         ">seeds",
-        *(f">{question.replace('thinking ', '')}" for question in _questions(data)),
+        *(f">{_short(question)}" for question in _questions(data)),
         ">all",
         ">minutes",
     ]
@@ -35,6 +34,10 @@ def run_columns(data: Mapping[str, Any]) -> list[str]:
 
 def _questions(data: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(question for run in data["findings"]["runs"] for question in run["accuracy"]))
+
+
+def _short(question: str) -> str:
+    return question.replace("thinking ", "")
 
 
 def run_rows(data: Mapping[str, Any]) -> list[list[str]]:
@@ -54,20 +57,19 @@ def run_rows(data: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def change_columns(data: Mapping[str, Any]) -> list[str]:
+    """Columns of `change_rows`."""
+    return ["variant", "stage", *(f">{_short(question)}" for question in _questions(data))]
+
+
 def change_rows(data: Mapping[str, Any]) -> list[list[str]]:
-    """What each stage changed, in the order of `CHANGES`."""
-    return [
-        [
-            row["variant"],
-            row["stage"],
-            row["question"],
-            mean_text(row["a"], "{:.1%}"),
-            mean_text(row["b"], "{:.1%}"),
-            f"{100 * row['mean']:+.1f} ± {'unknown' if row['half'] is None else format(100 * row['half'], '.1f')}",
-            f"{len(row['seeds'])}",
-        ]
-        for row in data["findings"]["changes"]
-    ]
+    """One row a variant and stage: right answers after it and what it changed, in points; - where either was not asked."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in data["findings"]["changes"]:
+        half = "unknown" if row["half"] is None else f"{100 * row['half']:.1f}"
+        text = f"{mean_text(row['b'], '{:.1%}')} ({100 * row['mean']:+.1f} ± {half})"
+        found.setdefault((row["variant"], row["stage"]), {})[row["question"]] = text
+    return [[*key, *(by.get(question, "-") for question in _questions(data))] for key, by in found.items()]
 
 
 def rate_rows(data: Mapping[str, Any]) -> list[list[str]]:
@@ -122,6 +124,9 @@ def alignment_study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     if data["findings"]["throughput"]:
         tables += ["<h2>Throughput</h2><p class='note'>Means over rounds.</p>", html_table(RATES, rate_rows(data))]
     if data["findings"]["changes"]:
-        note = "Beside the model that the stage goes on from; a merge beside its first. Intervals over seeds, 95 %."
-        tables += [f"<h2>What each stage changed</h2><p class='note'>{note}</p>", html_table(CHANGES, change_rows(data))]
+        note = "Right after it, and in brackets the points over the model that it goes on from, with 95 % intervals over seeds."
+        tables += [
+            f"<h2>What each stage changed</h2><p class='note'>{note}</p>",
+            html_table(change_columns(data), change_rows(data)),
+        ]
     return runs_page(title, lead, data, heads, tables)
