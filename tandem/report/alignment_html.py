@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 from rich.table import Table
@@ -58,18 +59,23 @@ def run_rows(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 def change_columns(data: Mapping[str, Any]) -> list[str]:
-    """Columns of `change_rows`."""
-    return ["variant", "stage", *(f">{_short(question)}" for question in _questions(data))]
+    """Columns of the tables of `change_rows`."""
+    return ["stage", *(f">{_short(question)}" for question in _questions(data))]
 
 
-def change_rows(data: Mapping[str, Any]) -> list[list[str]]:
-    """One row a variant and stage: right answers after it and what it changed, in points; - where either was not asked."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+def change_rows(data: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """By variant one row a stage: per cent right after it and what it changed, in points; - where it was not asked."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for row in data["findings"]["changes"]:
         half = "unknown" if row["half"] is None else f"{100 * row['half']:.1f}"
-        text = f"{mean_text(row['b'], '{:.1%}')} ({100 * row['mean']:+.1f} ± {half})"
-        found.setdefault((row["variant"], row["stage"]), {})[row["question"]] = text
-    return [[*key, *(by.get(question, "-") for question in _questions(data))] for key, by in found.items()]
+        added = "" if row["mean"] is None else f" ({100 * row['mean']:+.1f} ± {half})"
+        text = mean_text([100 * share for share in row["b"]], "{:.1f}") + added
+        found.setdefault(row["variant"], {}).setdefault(row["stage"], {})[row["question"]] = text
+    asked = _questions(data)
+    return {
+        variant: [[stage, *(by.get(question, "-") for question in asked)] for stage, by in stages.items()]
+        for variant, stages in found.items()
+    }
 
 
 def rate_rows(data: Mapping[str, Any]) -> list[list[str]]:
@@ -123,10 +129,8 @@ def alignment_study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     ]
     if data["findings"]["throughput"]:
         tables += ["<h2>Throughput</h2><p class='note'>Means over rounds.</p>", html_table(RATES, rate_rows(data))]
-    if data["findings"]["changes"]:
-        note = "Right after it, and in brackets the points over the model that it goes on from, with 95 % intervals over seeds."
-        tables += [
-            f"<h2>What each stage changed</h2><p class='note'>{note}</p>",
-            html_table(change_columns(data), change_rows(data)),
-        ]
+    note = "Per cent right, and in brackets the points over the model that a stage goes on from, with 95 % intervals."
+    tables += ["<h2>What each stage changed</h2>", f"<p class='note'>{note}</p>"]
+    for variant, rows in change_rows(data).items():
+        tables += [f"<h3>{escape(variant)}</h3>", html_table(change_columns(data), rows)]
     return runs_page(title, lead, data, heads, tables)

@@ -57,7 +57,7 @@ def missing(runs: Runs, throughput: Throughput | None) -> dict[str, int]:
 
 
 def changes(runs: Runs) -> list[dict[str, Any]]:
-    """What each stage adds to what it goes on from, for every question that both were asked; of the last model, bf16."""
+    """What each stage adds to what it goes on from, question by question; a mean of None where that was not asked."""
     found = []
     for variant, by_seed in runs.items():
         stages = list(dict.fromkeys(stage for run in by_seed.values() for stage in run.after))
@@ -69,9 +69,9 @@ def changes(runs: Runs) -> list[dict[str, Any]]:
                     return run.right(at, question)
 
                 pair = change(by_seed, stage, right)
-                if pair is not None:
-                    asked_as = ", ".join(question)
-                    found.append({"variant": variant, "stage": stage, "question": asked_as, **pair.to_json()})
+                after = [share for run in by_seed.values() if (share := right(run, stage)) is not None]
+                numbers = {"b": after, "mean": None, "half": None} if pair is None else pair.to_json()
+                found.append({"variant": variant, "stage": stage, "question": ", ".join(question), **numbers})
     return found
 
 

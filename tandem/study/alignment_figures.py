@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tandem.study.alignment_claims import (
     HYBRID,
+    INSTRUCTIONS,
     NO_TRUNCATION,
     OFF,
     ON,
+    RLHF,
     TRANSFORMER,
     TRUNCATION,
     Runs,
@@ -40,7 +42,10 @@ def figures_of(runs: Runs, throughput: Throughput | None) -> dict[str, Figure]:
             runs, {"answers": lambda point: point.answer_tokens, "thoughts": lambda point: point.thinking_tokens},
             "Lengths against thinking budget", "tokens", (0.0, None),
         ),
-        "reward": _courses(runs, "Reward of reinforcement learning", "reward", lambda point: point.reward),
+        "reward": _courses(
+            runs, "Reward of reinforcement learning", "reward", lambda point: point.reward,
+            f" Of {INSTRUCTIONS} it is the verifier's, 1 or 0; of {RLHF} a reward model's score, whose zero means nothing.",
+        ),
         "kl": _courses(runs, "KL to the model before the stage", "nats a token", lambda point: point.kl),
         "merge": _merge(runs),
         "throughput": _throughput(throughput),
@@ -195,7 +200,7 @@ def _after_truncation(
     )
 
 
-def _courses(runs: Runs, title: str, unit: str, value: Callable[[CoursePoint], float | None]) -> Figure | None:
+def _courses(runs: Runs, title: str, unit: str, value: Callable[[CoursePoint], float | None], note: str = "") -> Figure | None:
     here = _known(runs)
     stages = list(dict.fromkeys(stage for by_seed in here.values() for run in by_seed.values() for stage in run.courses))
     panels = []
@@ -212,8 +217,7 @@ def _courses(runs: Runs, title: str, unit: str, value: Callable[[CoursePoint], f
         return None
     return Figure(
         title=title,
-        note="Means over seeds, dashed: 95 % intervals. The reward of the first stage is the verifier's, 1 or 0; that of the "
-        "second is a reward model's score, whose zero means nothing.",
+        note=f"Means over seeds, dashed: 95 % intervals.{note}",
         x_title="step",
         y_title=unit,
         panels=tuple(panels),

@@ -188,7 +188,8 @@ def test_what_a_file_has_in_any_order_is_read_in_order(folder: Path) -> None:
 def test_changes_are_beside_what_a_stage_goes_on_from(study: StudyResult) -> None:
     rows = {(r["variant"], r["stage"], r["question"]): r for r in study.findings["changes"]}
     assert rows["hybrid", "sft-1", "reasoning, thinking on"]["mean"] == pytest.approx(0.2)
-    assert ("hybrid", "sft-1", "tools, thinking on") not in rows  # the base was not asked
+    begun = rows["hybrid", "sft-1", "tools, thinking on"]  # the base was not asked
+    assert (begun["mean"], begun["b"]) == (None, pytest.approx([0.4, 0.404, 0.396]))
     assert rows["hybrid", "rlhf", "tools, thinking off"]["mean"] == pytest.approx(-0.02)
     assert rows["hybrid", "merge", "tools, thinking on"]["mean"] == pytest.approx(0.0)  # beside dpo
     assert rows["no-truncation", "final", "reasoning, thinking on"]["mean"] == pytest.approx(0.0)
@@ -272,9 +273,9 @@ def test_the_page_has_every_claim_figure_and_table(study: StudyResult) -> None:
     rows = {row[0]: row for row in run_rows(data)}
     assert rows["hybrid"] == ["hybrid", "3", "69.0%", "49.0%", "71.0%", "51.0%", "80.0%", "60.0%", "63.3%", "10.0"]
     assert rate_rows(data)[0][0] == "batch 32, 64 + 448 tokens"
-    changed = {(row[0], row[1]): row[2:] for row in change_rows(data)}
-    assert changed["hybrid", "dpo"][4] == "80.0% (+30.0 ± 0.0)"
-    assert changed["hybrid", "sft-1"] == ["50.0% (+20.0 ± 0.0)", *"-----"]
+    changed = {(variant, row[0]): row[1:] for variant, rows in change_rows(data).items() for row in rows}
+    assert changed["hybrid", "dpo"][4] == "80.0 (+30.0 ± 0.0)"
+    assert changed["hybrid", "sft-1"] == ["50.0 (+20.0 ± 0.0)", "30.0", "30.0", "10.0", "40.0", "20.0"]
     stages = data["figures"]["stages"]
     assert tuple(stages["x_labels"]) == STAGES
     of_plain = [s for s in stages["panels"][0]["series"] if s["role"] == "no-truncation"]
