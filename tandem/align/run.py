@@ -64,6 +64,7 @@ def run_recipe(
     """
     if recipe.plan_only is not None:
         raise SpecError(f"recipe={recipe.name!r}: {recipe.plan_only}")
+    find_weights(recipe.base)  # refused before anything is written
     with claimed_folder(out, json.loads(json.dumps(asdict(recipe))), may_differ=("about",), holds=("model", *recipe.stages)):
         if not torch.cuda.is_available():
             keep_freed_memory()

@@ -229,4 +229,6 @@ def test_what_cannot_be_learned_from_stops_the_run_with_a_line(base: Path, tmp_p
         recipe_of(base, stages={"judge": STAGES["judge"]})
     with pytest.raises(SpecError, match="recipe='tiny': too large"):
         run(base, tmp_path / "never", plan_only="too large")
+    with pytest.raises(SpecError, match="nothing-here"):
+        run(Path("nothing-here"), tmp_path / "never")
     assert not (tmp_path / "never").exists()
