@@ -10,10 +10,10 @@ demo: $(VENV)/.demo  ## the tour, in under two minutes; it ends with a model ser
 	$(BIN)/tandem demo --out out/demo
 
 test: $(VENV)/.test  ## every test but the gpu ones
-	$(BIN)/python -m pytest -m "not gpu" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2
 
 quick: $(VENV)/.test  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n 2
 
 check: $(VENV)/.check  ## formatting, lint, types, import rules
 	$(BIN)/ruff format --check tandem tests benchmarks tools
