@@ -163,7 +163,7 @@ class Sampler:
             found.append(episode_pairs(self.episodes(multi, part.samples), verify_episode, per_ask=part.per_ask, seed=seed))
         return found
 
-    def worth(self, asks: Sequence[Ask], verifier: Callable[[Ask, Answer], float] = verify) -> float:
+    def worth(self, asks: Sequence[Ask]) -> float:
         """Mean of what one answer to each is worth."""
         answers = self.answers(asks)
-        return sum(verifier(ask, group[0]) for ask, group in zip(asks, answers, strict=True)) / len(asks)
+        return sum(verify(ask, group[0]) for ask, group in zip(asks, answers, strict=True)) / len(asks)

@@ -180,6 +180,8 @@ class EvaluatePart:
         require_int("evaluate.max_tokens", self.max_tokens)
         for budget in self.budgets:
             require_int("evaluate.budgets", budget, low=0)
+        if len(set(self.budgets)) < len(self.budgets):  # said here, not after all stages
+            raise SpecError(f"evaluate.budgets={list(self.budgets)}: names one twice; name each once")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

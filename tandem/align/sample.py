@@ -33,7 +33,7 @@ class Ask:
 
     id: str
     kind: str
-    """Whose verifier reads the answer: reasoning, instructions, tools, chat."""
+    """Whose verifier reads the answer: reasoning, instructions, tools."""
     task: str
     """Within the kind: a procedural task's name, a constraint's, a scenario's."""
     messages: tuple[Message, ...]

@@ -83,6 +83,7 @@ def test_a_stage_goes_on_from_the_last_model_before_it() -> None:
         ("stages={}", r"stages=\{\}: name one"),
         ("seed=-1", r"seed=-1"),
         ("evaluate.budgets=[-1]", r"evaluate\.budgets=-1"),
+        ("evaluate.budgets=[8, 8]", r"evaluate\.budgets=\[8, 8\]: names one twice"),
         ("stages.dpo.dpo.pairs.samples=1", r"samples=1: must be"),
     ],
 )
