@@ -1,6 +1,6 @@
 """GRPO by TRL's trainer with rollouts of our own: answers to prompts are sampled in groups, scored, and learned from.
 
-    A     = reward - baseline of the group, over the group's standard deviation where that is asked for
+    A     = reward - mean reward of the group's other answers, over the group's standard deviation
     r     = pi(token) / pi_old(token)
     loss  = - mean over tokens of min(r A, clip(r, 1 - low, 1 + high) A) - beta * (ref/pi - log(ref/pi) - 1)
 
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from datasets import Dataset
 from trl.trainer.grpo_config import GRPOConfig
@@ -43,9 +43,6 @@ from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int, require_number
 from tandem.train.loop import Listener
 
-Loss = Literal["dapo", "bnpo", "grpo", "dr_grpo"]
-Baseline = Literal["leave-one-out", "group"]
-Correction = Literal["none", "token", "sequence"]
 Score = Callable[[Sequence[Ask], Sequence[Rollout]], Sequence[float]]
 """What each answer of a batch is worth: a verifier's verdict, a reward model's score."""
 Render = Callable[[Ask], Sequence[int]]
@@ -103,29 +100,16 @@ class GrpoSettings(TrainerSettings):
     """A token's ratio to the policy that sampled it counts up to 1 - `clip_low` and 1 + `clip_high`."""
     beta: float = 0.0
     """Weight of the KL divergence (k3) from the model at the start, in the loss."""
-    loss: Loss = "dapo"
-    """TRL's names: mean over all tokens of a step, of a forward pass, of each answer, or over `max_tokens` an answer."""
-    baseline: Baseline = "leave-one-out"
-    """Mean reward of the group, without or with the answer itself."""
     normalise: bool = True
     """Divide advantages by the standard deviation of their group's rewards."""
-    correction: Correction = "none"
-    """Weigh by pi_trainer / pi_generator, at most `correction_max`: for generators whose arithmetic is not the trainer's."""
-    correction_max: float = 2.0
-    mask_unfinished: bool = False
-    """Learn nothing from answers that the limit cut off."""
-    kl_every: int | None = 1
-    """Batches between measurements of the KL divergence where `beta` is 0; None for never, which saves the second model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, low in (("generations", 2), ("updates", 1), ("max_tokens", 1)):
             require_int(name, getattr(self, name), low=low)
-        for name, low in (("thinking_budget", 0), ("kl_every", 1)):
-            if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), low=low)
-        for name in ("temperature", "correction_max"):
-            require_number(name, getattr(self, name), high=100.0)
+        if self.thinking_budget is not None:
+            require_int("thinking_budget", self.thinking_budget, low=0)
+        require_number("temperature", self.temperature, high=100.0)
         for name in ("clip_low", "clip_high", "beta"):
             value = getattr(self, name)
             if (
@@ -134,9 +118,6 @@ class GrpoSettings(TrainerSettings):
                 or not 0 <= value < (1 if name == "clip_low" else 100)
             ):
                 raise SpecError(f"{name}={value!r}: must be a number from 0 to below {1 if name == 'clip_low' else 100}")
-        for name, allowed in (("loss", get_args(Loss)), ("baseline", get_args(Baseline)), ("correction", get_args(Correction))):
-            if getattr(self, name) not in allowed:
-                raise SpecError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         if self.rows * self.updates % self.generations:
             whole = f"rows={self.rows}" if self.updates == 1 else f"rows={self.rows}, updates={self.updates}"
             raise SpecError(f"{whole}: a batch of answers must be a multiple of generations={self.generations}")
@@ -155,11 +136,6 @@ class GrpoSettings(TrainerSettings):
         """Answers of one forward pass."""
         return self.micro or next(n for n in range(min(32, self.rows), 0, -1) if self.rows % n == 0)
 
-    @property
-    def may_differ(self) -> tuple[str, ...]:
-        """As of any stage; but where the loss is a mean over each forward pass, `micro` changes what is learned."""
-        return tuple(name for name in super().may_differ if name != "micro" or self.loss != "bnpo")
-
     def trainer_fields(self, examples: int) -> dict[str, Any]:
         """As of any stage, and what is GRPO's own; `examples` are answers."""
         passes = self.rows // self.pass_rows
@@ -176,12 +152,8 @@ class GrpoSettings(TrainerSettings):
             "epsilon_high": self.clip_high,
             "beta": 0.0,  # with another, TRL would look for the reference in a folder; `RolloutTrainer.take` gives it one
             "use_bias_correction_kl": False,
-            "loss_type": self.loss,
+            "loss_type": "dapo",
             "scale_rewards": "group" if self.normalise else "none",
-            "mask_truncated_completions": self.mask_unfinished,
-            "vllm_importance_sampling_correction": self.correction != "none",
-            "vllm_importance_sampling_mode": f"{'token' if self.correction == 'none' else self.correction}_truncate",
-            "vllm_importance_sampling_clip_max": self.correction_max,
         }
 
 
@@ -232,9 +204,7 @@ def run_grpo(
     )
     with contained(), trainable(decoder, settings.linears):
         warnings.filterwarnings("ignore", "You are using 'rollout_func'", UserWarning)
-        reference = None
-        if settings.beta > 0 or settings.kl_every is not None:
-            reference = TandemForCausalLM.from_decoder(copy.deepcopy(decoder)).requires_grad_(False)
+        reference = TandemForCausalLM.from_decoder(copy.deepcopy(decoder)).requires_grad_(False)
         trainer = RolloutTrainer(
             model=TandemForCausalLM.from_decoder(decoder),
             reward_funcs=[_reward_function(reward, rollouts) for reward in rewards],

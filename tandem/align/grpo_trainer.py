@@ -22,17 +22,13 @@ if TYPE_CHECKING:
 class RolloutTrainer(LocalTrainer, GRPOTrainer):
     """TRL's trainer with a reference that is given, a leave-one-out baseline and more figures."""
 
-    def take(self, settings: GrpoSettings, reference: TandemForCausalLM | None, rollouts: Rollouts) -> None:
+    def take(self, settings: GrpoSettings, reference: TandemForCausalLM, rollouts: Rollouts) -> None:
         """What TRL's constructor has no arguments for."""
         self._settings, self._rollouts = settings, rollouts
         self._logps: Tensor | None = None
-        if reference is not None:
-            add_fused_lm_head(reference, temperature=self.temperature)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        add_fused_lm_head(reference, temperature=self.temperature)
+        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.beta = settings.beta
-        if settings.correction != "none":  # TRL corrects only what it takes for vLLM's
-            self.use_vllm, self._last_loaded_step = True, -1
-            self.vllm_generation: Any = _SameWeights()
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         found: Tensor = super()._calculate_rewards(*args, **kwargs)
@@ -48,10 +44,10 @@ class RolloutTrainer(LocalTrainer, GRPOTrainer):
         # Rounding of the mean would leave equal rewards a trace, which the standard deviation of almost 0 makes large.
         flat = self._flat.repeat_interleave(count)[self.accelerator.process_index * len(inputs) :][: len(inputs)]
         output["advantages"] = output["advantages"].masked_fill(flat, 0.0)
-        if settings.baseline == "leave-one-out":  # r - mean of the others = (r - mean of all) * n / (n - 1)
-            output["advantages"] *= count / (count - 1)
-        batch = self.state.global_step // settings.updates
-        if "ref_per_token_logps" not in output and settings.kl_every is not None and batch % settings.kl_every == 0:
+        output["advantages"] *= count / (count - 1)  # r - mean of the others = (r - mean of all) * n / (n - 1)
+        if (
+            "ref_per_token_logps" not in output
+        ):  # TRL leaves it out where `beta` is 0; the KL divergence is reported all the same
             ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
             mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
             with torch.no_grad():
@@ -108,9 +104,8 @@ class RolloutTrainer(LocalTrainer, GRPOTrainer):
             if self.state.global_step % self._settings.updates == 0:  # later updates have moved away from what sampled
                 gap = (logps - inputs["sampling_per_token_logps"]).abs()
                 figures["tandem/logprob_gap"].append(float((gap * mask).sum() / tokens))
-            if "ref_per_token_logps" in inputs:
-                apart = inputs["ref_per_token_logps"] - logps
-                figures["tandem/kl"].append(float(((apart.exp() - apart - 1) * mask).sum() / tokens))
+            apart = inputs["ref_per_token_logps"] - logps
+            figures["tandem/kl"].append(float(((apart.exp() - apart - 1) * mask).sum() / tokens))
         return loss
 
 
@@ -125,10 +120,3 @@ def _by_length(batches: Sequence[dict[str, Any]], rows: int) -> list[dict[str, A
         {name: value[some] if isinstance(value, Tensor) and value.dim() else value for name, value in whole.items()}
         for some in order.split(rows)
     ]
-
-
-class _SameWeights:
-    """TRL's engine to be told of new weights. Ours computes with the trainer's own."""
-
-    def sync_weights(self) -> None:
-        """Nothing to do."""

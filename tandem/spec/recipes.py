@@ -44,7 +44,7 @@ def read_recipe(kind: type[Kind], folder: Path, name_or_path: str | Path, change
     SpecError for a name, a field or a value that is not known.
     """
     file = _find(str(name_or_path), folder)
-    data = _read(file)
+    data = _read(file, folder)
     for change in changes:
         path, sign, value = change.partition("=")
         if not sign or not path:
@@ -75,7 +75,8 @@ def _find(text: str, folder: Path) -> Path:
     raise SpecError(f"recipe={text!r}: no such recipe and no such file{guess}")
 
 
-def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(file: Path, folder: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe upon the one that it extends: one beside it, else the one of that name in `folder`."""
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as wrong:
@@ -85,10 +86,13 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     below = data.pop(_EXTENDS, None)
     if below is None:
         return data
-    base = file.parent / f"{below}{_SUFFIX}"
-    if not base.is_file() or base in (file, *above):
-        raise SpecError(f"{file}: {_EXTENDS}={below!r}: no such recipe beside it, or one that extends this one")
-    merged: dict[str, Any] = _merged(_read(base, (*above, file)), data)
+    places = (place / f"{below}{_SUFFIX}" for place in (file.parent, folder))
+    base = next((place for place in places if place.is_file() and place not in (file, *above)), None)
+    if base is None:
+        raise SpecError(
+            f"{file}: {_EXTENDS}={below!r}: no recipe beside it or among {', '.join(names_in(folder))}, or it extends this one"
+        )
+    merged: dict[str, Any] = _merged(_read(base, folder, (*above, file)), data)
     return merged
 
 

@@ -66,8 +66,8 @@ class Written:
 class Table:
     """A generator that samples nothing: random answers, drawn by the seeds alone; the last but one token was forced."""
 
-    def __init__(self, decoder: Decoder, *, error: str | None = None, away: float = 0.0) -> None:
-        self._decoder, self._error, self._away = decoder, error, away
+    def __init__(self, decoder: Decoder, *, error: str | None = None) -> None:
+        self._decoder, self._error = decoder, error
         self.calls: list[dict[str, Any]] = []
 
     def generate(self, prompts: Sequence[Sequence[int]], **asked: Any) -> list[list[Written]]:
@@ -79,7 +79,7 @@ class Table:
         random = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, VOCABULARY, (int(torch.randint(3, 7, (1,), generator=random)),), generator=random)
         logits = self._decoder(torch.tensor([[*prompt, *ids.tolist()]]))[0, len(prompt) - 1 : -1]
-        logps = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0] + self._away
+        logps = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         chosen = [i != len(ids) - 2 for i in range(len(ids))]
         return Written(tuple(ids.tolist()), tuple(logps.tolist()), tuple(chosen), finished=len(ids) > 4, error=self._error)
 

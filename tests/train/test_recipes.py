@@ -81,8 +81,12 @@ def test_a_recipe_of_ones_own_extends_one_beside_it(tmp_path: Path) -> None:
     assert (recipe.name, recipe.batch.tokens, recipe.batch.sequences, folder) == ("mine", 7, 8, tmp_path)
     assert recipe.model.pattern is None
     assert model_spec(recipe).parameters == 8_190_735_360
+    (tmp_path / "shipped.yaml").write_text("extends: nano-hybrid\nbatch: {tokens: 7}\n")
+    assert load_recipe(tmp_path / "shipped.yaml")[0].batch.tokens == 7
+    (tmp_path / "nano-hybrid.yaml").write_text("extends: nano-hybrid\nseed: 9\n")  # its own name is that of the shipped one
+    assert load_recipe(tmp_path / "nano-hybrid.yaml")[0].seed == 9
     (tmp_path / "wrong.yaml").write_text("extends: nothing\n")
-    with pytest.raises(SpecError, match=r"extends='nothing': no such recipe beside it"):
+    with pytest.raises(SpecError, match=r"extends='nothing': no recipe beside it or among 12b-base, "):
         load_recipe(tmp_path / "wrong.yaml")
     with pytest.raises(SpecError, match=r"recipe='nano-hybird': no such recipe and no such file; did you mean nano-hybrid"):
         load_recipe("nano-hybird")
