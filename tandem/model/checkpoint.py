@@ -7,10 +7,11 @@ so that a folder never holds half of a checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from itertools import groupby
@@ -66,17 +67,36 @@ class Filling:
         return self.dtype
 
 
-def read_weights(filling: Filling, spec: ModelSpec, form: Format, folder: Path) -> None:
-    """Fill a decoder from a checkpoint folder, in file order. What does not fit is refused before anything is read."""
+def placed_tensors(spec: ModelSpec, form: Format, folder: Path) -> list[tuple[Place, Stored]]:
+    """The tensors of a checkpoint folder in file order, as `fill` reads them. Raises SpecError for what does not fit."""
     matched = match_places(spec, form, read_places(folder), folder)
     for place, stored in matched:
         if place.dtype not in _DTYPES:
             raise SpecError(f"{folder}: {stored.name} is stored as {place.dtype}; weights are read from {', '.join(_DTYPES)}")
+    return matched
+
+
+def fill(filling: Filling, matched: Sequence[tuple[Place, Stored]]) -> None:
+    """Read some tensors of a checkpoint into their places in a decoder."""
     staging = torch.empty(_STAGING_BYTES, dtype=torch.uint8)
     for file, tensors in groupby(matched, key=lambda item: item[0].file):
         with FileIO(file) as stream:
             for place, stored in tensors:
                 _read_into(stream, place, filling.destination(stored, _DTYPES[place.dtype]), staging)
+
+
+def stored_dtype(place: Place) -> torch.dtype:
+    """The format of a tensor among those that `placed_tensors` lets pass."""
+    return _DTYPES[place.dtype]
+
+
+def read_tensor(place: Place) -> Float[Tensor, "*shape"]:
+    """One tensor of a checkpoint, in its stored format."""
+    found = torch.empty(place.shape, dtype=_DTYPES[place.dtype])
+    with FileIO(place.file) as stream:
+        stream.seek(place.start)
+        _read_bytes(stream, found.view(-1))
+    return found
 
 
 def _read_into(stream: FileIO, place: Place, to: Float[Tensor, "*shape"], staging: UInt8[Tensor, " bytes"]) -> None:
@@ -119,15 +139,27 @@ def write_tensors(held: dict[str, Tensor], tensors: Sequence[Stored], folder: Pa
                 f"{stored.parameter} is {dtype}: not in a 16- or 32-bit float format; others, quantised ones too, are not saved"
             )
     _check_head(held, tensors)
-    shards = _shards(tensors, held, max_shard_bytes)
+    dtypes = {stored: held[stored.parameter].dtype for stored in tensors}
+    write_parts(tensors, dtypes, lambda stored: _part(stored, held), folder, max_shard_bytes)
+
+
+def write_parts(
+    tensors: Sequence[Stored],
+    dtypes: Mapping[Stored, torch.dtype],
+    part: Callable[[Stored], Tensor],
+    folder: Path,
+    max_shard_bytes: int,
+) -> None:
+    """`write_weights` of tensors that `part` makes one after the other, in these formats: none is held longer than it takes."""
+    shards = _shards(tensors, dtypes, max_shard_bytes)
     if len(shards) == 1:
-        return _write_shard(folder / SINGLE, shards[0], held)
+        return _write_shard(folder / SINGLE, shards[0], dtypes, part)
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        _write_shard(folder / file, shard, held)
+        _write_shard(folder / file, shard, dtypes, part)
         weight_map |= dict.fromkeys((stored.name for stored in shard), file)
-    total = sum(_bytes(stored, held) for stored in tensors)
+    total = sum(_bytes(stored, dtypes) for stored in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
@@ -146,16 +178,16 @@ def _part(stored: Stored, held: dict[str, Tensor]) -> Tensor:
     return whole if stored.expert is None else whole[stored.expert]
 
 
-def _bytes(stored: Stored, held: dict[str, Tensor]) -> int:
-    return _part(stored, held).nbytes
+def _bytes(stored: Stored, dtypes: Mapping[Stored, torch.dtype]) -> int:
+    return math.prod(stored.shape) * dtypes[stored].itemsize
 
 
-def _shards(tensors: Sequence[Stored], held: dict[str, Tensor], max_shard_bytes: int) -> list[list[Stored]]:
+def _shards(tensors: Sequence[Stored], dtypes: Mapping[Stored, torch.dtype], max_shard_bytes: int) -> list[list[Stored]]:
     """Runs of tensors of at most that many bytes each; a tensor beyond it has a shard of its own."""
     shards: list[list[Stored]] = [[]]
     filled = 0
     for stored in tensors:
-        size = _bytes(stored, held)
+        size = _bytes(stored, dtypes)
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -164,12 +196,14 @@ def _shards(tensors: Sequence[Stored], held: dict[str, Tensor], max_shard_bytes:
     return shards
 
 
-def _write_shard(file: Path, tensors: Sequence[Stored], held: dict[str, Tensor]) -> None:
+def _write_shard(
+    file: Path, tensors: Sequence[Stored], dtypes: Mapping[Stored, torch.dtype], part: Callable[[Stored], Tensor]
+) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for stored in tensors:
-        size = _bytes(stored, held)
-        dtype = _NAMES[held[stored.parameter].dtype]
+        size = _bytes(stored, dtypes)
+        dtype = _NAMES[dtypes[stored]]
         header[stored.name] = {"dtype": dtype, "shape": list(stored.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -178,7 +212,7 @@ def _write_shard(file: Path, tensors: Sequence[Stored], held: dict[str, Tensor])
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for stored in tensors:
-            flat = _part(stored, held).contiguous().view(-1)
+            flat = part(stored).contiguous().view(-1)
             stream.write(flat.view(torch.uint8).cpu().numpy().data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tandem.model.checkpoint import Filling, new_folder, read_weights, write_weights
+from tandem.model.checkpoint import Filling, fill, new_folder, placed_tensors, write_weights
 from tandem.model.config_out import read_token_ids, token_fields, write_config
-from tandem.model.hybrid import Decoder
+from tandem.model.hybrid import Decoder, TokenIds
 from tandem.model.inputs import known_device
 from tandem.model.naming import check_format
 from tandem.model.native.int8 import quantise
@@ -20,6 +22,7 @@ from tandem.spec.catalog import find_weights, load_spec, read_json
 from tandem.spec.errors import SpecError
 from tandem.spec.files import write_whole
 from tandem.spec.gguf import gguf_config, read_gguf_spec, read_header
+from tandem.spec.model import ModelSpec
 from tandem.spec.units import require_int
 
 _DTYPES = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -52,8 +55,8 @@ def load_model(
 def _load_folder(folder: Path, dtype: str, device: torch.device | str) -> Decoder:
     spec, config = load_spec(folder), read_json(folder / "config.json")
     form = check_format(config.get("model_type"))
-    model = Decoder(spec, device="meta", token_ids=read_token_ids(config, _generation(folder)))
-    read_weights(Filling(model, _DTYPES[dtype], device), spec, form, folder)
+    model = Decoder(spec, device="meta", token_ids=token_ids_in(folder))
+    fill(Filling(model, _DTYPES[dtype], device), placed_tensors(spec, form, folder))
     return _finish(model, folder)
 
 
@@ -91,13 +94,31 @@ def save_model(model: Decoder, folder: str | Path, *, max_shard_bytes: int = DEF
     half of a checkpoint: see `checkpoint.new_folder`.
     """
     require_int("max_shard_bytes", max_shard_bytes, high=10**15)
-    with new_folder(Path(folder).expanduser()) as draft:
+    dtype = model.backbone.embeddings.weight.dtype
+    with new_checkpoint(Path(folder), model.spec, model.token_ids, dtype=dtype, source=model.source) as draft:
         write_weights(model, model.spec, draft, max_shard_bytes)
-        stored = str(model.backbone.embeddings.weight.dtype).removeprefix("torch.")
-        _write_json(draft / "config.json", write_config(model.spec, model.token_ids, dtype=stored))
-        _write_json(draft / _GENERATION, {**_generation(model.source), **token_fields(model.token_ids)})
-        if model.source is not None:
-            copy_tokenizer(model.source, draft)
+
+
+@contextmanager
+def new_checkpoint(
+    folder: Path, spec: ModelSpec, token_ids: TokenIds, *, dtype: torch.dtype, source: Path | None
+) -> Iterator[Path]:
+    """A folder to write a model's weights into; what goes with them is added, and all of it appears at once.
+
+    `dtype` is that of most weights, `source` the checkpoint whose tokenizer and ways to generate it takes over.
+    """
+    with new_folder(folder.expanduser()) as draft:
+        yield draft
+        stored = str(dtype).removeprefix("torch.")
+        _write_json(draft / "config.json", write_config(spec, token_ids, dtype=stored))
+        _write_json(draft / _GENERATION, {**_generation(source), **token_fields(token_ids)})
+        if source is not None:
+            copy_tokenizer(source, draft)
+
+
+def token_ids_in(folder: Path) -> TokenIds:
+    """Special tokens that a checkpoint folder states."""
+    return read_token_ids(read_json(folder / "config.json"), _generation(folder))
 
 
 def _generation(source: Path | None) -> dict[str, Any]:
