@@ -10,7 +10,7 @@ from typing import Annotated, Any, Never
 
 import typer
 
-from tandem.cli import aligning, evaluating, generating, serving, simulating, studies, training
+from tandem.cli import aligning, compressing, evaluating, generating, serving, simulating, studies, training
 from tandem.spec.errors import SpecError, TandemError
 
 app = typer.Typer(
@@ -156,6 +156,7 @@ app.command()(serving.serve)
 app.command()(simulating.simulate)
 app.command()(training.train)
 app.command()(aligning.align)
+app.command()(compressing.compress)
 app.command()(evaluating.evaluate)
 
 

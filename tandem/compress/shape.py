@@ -79,12 +79,22 @@ class Shape:
 
 def shape_of(spec: ModelSpec) -> Shape:
     """The sizes that a model has, all named but its layers. Raises SpecError where layers of a kind differ in one."""
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {"hidden_size": spec.hidden_size}
     for i, mixer in enumerate(spec.layers):
         for name, size in _sizes(mixer):
             if found.setdefault(name, size) != size:
                 raise SpecError(f"layers[{i}].{name}={size}: differs from {found[name]} of an earlier layer; sizes must agree")
-    return Shape(hidden_size=spec.hidden_size, **found)
+    return Shape(**found)
+
+
+def common_sizes(spec: ModelSpec) -> dict[str, int | None]:
+    """Every size that a shape can name; None where no layer has it or layers differ in it."""
+    found: dict[str, set[int]] = {f.name: set() for f in fields(Shape) if f.name != "layers"}
+    found["hidden_size"].add(spec.hidden_size)
+    for mixer, _ in spec.mixers:
+        for name, size in _sizes(mixer):
+            found[name].add(size)
+    return {name: next(iter(sizes)) if len(sizes) == 1 else None for name, sizes in found.items()}
 
 
 def pruned_spec(spec: ModelSpec, shape: Shape, *, name: str | None = None) -> ModelSpec:
