@@ -1,0 +1,166 @@
+"""The settings of a compression: the teacher, the budget, where to look, what for, and how the result is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tandem.compress.objective import Objective
+from tandem.compress.search import Found, Quality, Selection, search_shapes
+from tandem.compress.shape import Shape
+from tandem.compress.space import Budget, Depth, Width
+from tandem.spec.catalog import load_spec
+from tandem.spec.errors import SpecError
+from tandem.spec.model import ModelSpec
+from tandem.spec.units import require_int, require_number
+
+Cut = Literal["depth", "width"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationPart:
+    """Text that importance is scored on (paper A section 4.2: 1,024 samples of 8,192 tokens)."""
+
+    samples: int = 1024
+    length: int = 8192
+
+    def __post_init__(self) -> None:
+        require_int("calibration.samples", self.samples)
+        require_int("calibration.length", self.length)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistilPart:
+    """Logit distillation from the teacher: forward KL, temperature 1, nothing else (paper A section 3)."""
+
+    tokens: int
+    length: int
+    rows: int
+    """Sequences of `length` tokens in a step."""
+    lr: float
+    final_lr: float
+    warmup_steps: int = 0
+    post_share: float = 0.7
+    """Share of post-training data in the blend; the rest is pre-training data (paper A: 70/30)."""
+    top_k: int | None = None
+    """Teacher logits that are kept of each token; None: all."""
+
+    def __post_init__(self) -> None:
+        require_int("distil.tokens", self.tokens, high=10**15)
+        require_int("distil.length", self.length)
+        require_int("distil.rows", self.rows)
+        require_number("distil.lr", self.lr, high=10.0)
+        require_number("distil.final_lr", self.final_lr, high=self.lr)
+        require_int("distil.warmup_steps", self.warmup_steps, low=0)
+        if not 0 <= self.post_share <= 1:
+            raise SpecError(f"distil.post_share={self.post_share!r}: must be from 0 to 1")
+        if self.top_k is not None:
+            require_int("distil.top_k", self.top_k)
+        if self.tokens < self.length * self.rows:
+            raise SpecError(f"distil.tokens={self.tokens}: must be one step at least, {self.length * self.rows:,}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePart:
+    """One stage: the model is cut, or distilled."""
+
+    cut: Cut | None = None
+    distil: DistilPart | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cut is None) == (self.distil is None):
+            raise SpecError("stage: must state one of cut (depth or width) and distil")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressRecipe:
+    """A complete compression: from a teacher's checkpoint to a smaller one within a budget."""
+
+    name: str
+    about: str = ""
+    teacher: str
+    """A model's name or a checkpoint folder."""
+    seed: int = 0
+    budget: Budget
+    depth: Depth | None = None
+    width: Width | None = None
+    objective: Objective | None = None
+    select: Selection = field(default_factory=Selection)
+    ranking: DistilPart | None = None
+    """The short distillation that candidates are told apart by; None: the prediction decides."""
+    calibration: CalibrationPart = field(default_factory=CalibrationPart)
+    stages: dict[str, StagePart] = field(default_factory=dict)
+    """By name, in order."""
+    plan_only: str | None = None
+    """Why the recipe cannot be run here; None: it can."""
+
+    def __post_init__(self) -> None:
+        require_int("seed", self.seed, low=0, high=10**8)
+        if not self.teacher:
+            raise SpecError("teacher='': name a model or a checkpoint folder")
+        if self.depth is None and self.width is None:
+            raise SpecError("depth, width: neither is stated; state which layers or sizes may be cut")
+        if self.budget.tokens_per_s is not None and self.objective is None:
+            raise SpecError(f"budget.tokens_per_s={self.budget.tokens_per_s:g}: needs an objective that predicts it")
+        if self.select.by == "throughput" and self.objective is None:
+            raise SpecError("select.by='throughput': needs an objective that predicts it")
+        for name, stage in self.stages.items():
+            if not name or Path(name).name != name or name.startswith("."):
+                raise SpecError(f"stages: {name!r} must be a name that a folder may have")
+            if stage.cut is not None and getattr(self, stage.cut) is None:
+                raise SpecError(f"stages.{name}.cut={stage.cut!r}: the recipe has no {stage.cut} to cut; state it")
+        for cut in ("depth", "width"):
+            named = [name for name, stage in self.stages.items() if stage.cut == cut]
+            if len(named) > 1:
+                raise SpecError(f"stages.{named[1]}.cut={cut!r}: {named[0]} cuts it already")
+
+
+def search_recipe(
+    recipe: CompressRecipe,
+    *,
+    teacher: ModelSpec | None = None,
+    order: Sequence[int] = (),
+    quality: Quality | None = None,
+    losses: Mapping[Shape, float] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Found:
+    """What a recipe's search finds: see `search_shapes`. `teacher` stands in for the recipe's where it was cut already.
+
+    Raises SpecError where the teacher is not known, within the budget already, or no shape fits.
+    """
+    return search_shapes(
+        load_spec(recipe.teacher) if teacher is None else teacher,
+        budget=recipe.budget,
+        depth=recipe.depth,
+        width=recipe.width,
+        predict=None if recipe.objective is None else recipe.objective.chosen.predictor(),
+        selection=recipe.select,
+        order=order,
+        quality=quality,
+        losses=losses,
+        progress=progress,
+    )
+
+
+def plan_json(recipe: CompressRecipe, found: Found) -> dict[str, Any]:
+    """The object that `tandem compress RECIPE --plan --json` prints: candidates best first, and what they were chosen by."""
+    notes = []
+    if recipe.depth is not None and not recipe.depth.order:
+        notes.append("no importance is known yet: layers leave from the back, the first two and the last two stay")
+    if all(c.loss is None for c in found.candidates):
+        notes.append("nothing was distilled: quality is the number of parameters, and the order is that of the prediction")
+    if recipe.plan_only is not None:
+        notes.append(f"it can be planned, not run: {recipe.plan_only}")
+    return {
+        "name": recipe.name,
+        "model": found.teacher.spec.name,
+        "budget": asdict(recipe.budget),
+        "objective": None if recipe.objective is None else recipe.objective.to_json(),
+        "select": asdict(recipe.select),
+        "stages": {name: asdict(stage) for name, stage in recipe.stages.items()},
+        "tokens": sum(stage.distil.tokens for stage in recipe.stages.values() if stage.distil is not None),
+        **found.to_json(),
+        "notes": notes,
+    }
