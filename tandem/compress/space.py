@@ -159,8 +159,8 @@ def standin_order(spec: ModelSpec) -> tuple[int, ...]:
 def kept_layers(spec: ModelSpec, count: int, depth: Depth, order: Sequence[int] = ()) -> tuple[int, ...]:
     """The `count` layers that stay when layers leave in `order`, or in the depth's own, least important first.
 
-    Where the number of attention layers is stated, an attention layer that may not leave is passed over, as is any other one
-    once enough others left. Raises SpecError where the order is too short for it.
+    Where the number of attention layers is stated, the least important of them leave until so many are left, and the rest that
+    leaves are others. Raises SpecError where the order does not name enough.
     """
     total = len(spec.layers)
     require_int("depth.layers", count, high=total)
@@ -168,17 +168,18 @@ def kept_layers(spec: ModelSpec, count: int, depth: Depth, order: Sequence[int] 
     for i in leaving:
         require_int("depth.order", i, low=0, high=total - 1)
     attention = {i for i, mixer in enumerate(spec.layers) if isinstance(mixer, (Attention, MLA))}
+    blocks = _blocks(leaving, total, depth.block)
     gone: set[int] = set()
-    spare = len(attention) - (0 if depth.attention_layers is None else depth.attention_layers)
-    for block in _blocks(leaving, total, depth.block):
-        ours = attention & block
-        fits = len(gone | block) <= total - count
-        if depth.attention_layers is not None:
-            others = total - count - spare - len(gone - attention)
-            fits = len(gone & attention) + len(ours) <= spare and len(block - ours) <= others
-        if fits:
+    if depth.attention_layers is not None:
+        for block in (b for b in blocks if b & attention):
+            if len(attention - gone - block) >= depth.attention_layers:
+                gone |= block
+        blocks = [b for b in blocks if not b & attention]
+    for block in blocks:
+        if len(gone | block) <= total - count:
             gone |= block
-    if len(gone) != total - count:
+    wrong = depth.attention_layers not in (None, len(attention - gone))
+    if wrong or len(gone) != total - count:
         asked = "" if depth.attention_layers is None else f" with {depth.attention_layers} attention layers"
         raise SpecError(
             f"depth.layers={count}: cannot be had{asked} of the {total} layers of {spec.name}, {len(attention)} of them "
