@@ -355,9 +355,11 @@ class _Search:
 
     def _nothing(self, tried: Sequence[Candidate]) -> SpecError:
         """Which limit stands in the way, and the least that any shape reaches."""
+        if not tried:
+            return SpecError("width.ffn_multiple: gives no size up to the teacher's at any hidden size; state smaller ones")
         for name, limit in self.limits.items():
-            least = min(tried, key=lambda c, name=name: c.held(name), default=None)
-            if least is not None and least.held(name) > limit:
+            least = tried[int(np.argmin([c.held(name) for c in tried]))]
+            if least.held(name) > limit:
                 sizes = ", ".join(f"{k} {v}" for k, v in {"layers": len(least.spec.layers), **least.shape.sizes()}.items())
                 asked = "share" if name == "total_bytes" and self.budget.share is not None else name
                 stated = getattr(self.budget, asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -114,7 +115,7 @@ def test_bytes_are_weights_caches_and_overhead_and_never_above_the_teachers(
         ({"layers": (0, 1), "experts": 8}, "experts=8: no layer that is kept of toy has one; there are hidden_size, ffn_size"),
     ],
 )
-def test_what_slicing_cannot_give_is_refused_in_one_line(sizes: dict[str, int], said: str) -> None:
+def test_what_slicing_cannot_give_is_refused_in_one_line(sizes: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError) as refused:
         pruned_spec(TEACHER, Shape(**sizes))
     assert str(refused.value).startswith(said)
@@ -133,9 +134,9 @@ def test_what_slicing_cannot_give_is_refused_in_one_line(sizes: dict[str, int], 
         ({"mamba_heads": 2.5}, "mamba_heads=2.5"),
     ],
 )
-def test_a_shape_is_valid_from_birth(sizes: dict[str, object], said: str) -> None:
+def test_a_shape_is_valid_from_birth(sizes: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError) as refused:
-        Shape(**sizes)  # type: ignore[arg-type]
+        Shape(**sizes)
     assert str(refused.value).startswith(said)
 
 
