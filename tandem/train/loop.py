@@ -21,12 +21,13 @@ from tandem.train.data.stream import TokenStream
 from tandem.train.evaluate import loss_sum
 from tandem.train.guard import Guard
 from tandem.train.journal import Journal, read_journal
+from tandem.train.loss import Trainee
 from tandem.train.ranks import Ranks
 from tandem.train.recipe import Recipe
 from tandem.train.recipe_files import recipe_json
 from tandem.train.run_folder import claimed_folder
 from tandem.train.schedule import learning_rate
-from tandem.train.trainee import clip_gradients, make_optimiser, make_trainee, synchronise
+from tandem.train.trainee import WithLoss, clip_gradients, make_optimiser, make_trainee, synchronise
 
 Listener = Callable[[dict[str, Any]], None]
 """Told of every event of a run; the command line draws its progress from them."""
@@ -64,16 +65,17 @@ def train_model(
     listen: Listener = lambda event: None,
     tensorboard: bool = False,
     data: str = "",
+    with_loss: WithLoss = Trainee,
 ) -> tuple[dict[str, Any], nn.Module]:
     """Train a decoder; the last step's metrics, and the model that holds the weights. A run that `out` holds is gone on with.
 
     The loss of every step is that of the uninterrupted run: bit for bit with as many ranks as before, to rounding with
-    others. `data` is the fingerprint of what the stream reads. Raises SpecError for a run that was begun with other data,
+    others. `data` is the fingerprint of what the stream reads, `with_loss` what is learned from it: the next token. Raises SpecError for a run that was begun with other data,
     Diverged where the loss cannot be saved. Whoever calls this has `claimed` the folder.
     """
     if recipe.batch.sequences % ranks.world:
         raise SpecError(f"batch.sequences={recipe.batch.sequences}: must be a multiple of the {ranks.world} ranks")
-    model = make_trainee(decoder, recipe, ranks)
+    model = make_trainee(decoder, recipe, ranks, with_loss)
     run = _Run(model, make_optimiser(model, recipe.optimiser), recipe, stream, data, out, ranks, speed, listen, tensorboard)
     try:
         return run.to_the_end(), model

@@ -1,4 +1,4 @@
-"""Cross-entropy of the tokens that are learned, a piece of them at a time, so that the logits of all are never in memory."""
+"""Losses of the tokens that are learned, a piece of them at a time, so that the logits of all are never in memory."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ _ROWS = 256
 
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """a @ b of two fp32 matrices, as fp32, its operands rounded as the recipe says."""
+PieceLoss: TypeAlias = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""Of some rows: which, their log-probabilities [n, v] (to be overwritten), whether the gradient is wanted. The loss, and its
+gradient in the logits."""
 
 
 class Trainee(nn.Module):
@@ -47,32 +50,48 @@ def summed_nll(
     hidden: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, " n"], product: Product
 ) -> Float[Tensor, ""]:
     """Sum of -log softmax(hidden W^T)[label], fp32; the gradients of both are computed on the way, once."""
-    more = -len(labels) % _ROWS  # rows of zeros that are left out again
-    padded = functional.pad(hidden, (0, 0, 0, more)), weight, functional.pad(labels, (0, more), value=IGNORED)
-    total: Tensor = _SummedNll.apply(*padded, product, torch.is_grad_enabled())
+
+    def nll(rows: slice, log_p: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        wished = labels[rows]
+        at = torch.arange(len(wished), device=wished.device)
+        loss = -log_p[: len(wished)].gather(1, wished[:, None]).sum()
+        if not wanted:
+            return loss, None
+        grad = log_p.exp_()
+        grad[at, wished] -= 1.0
+        return loss, grad
+
+    return summed_loss(hidden, weight, nll, product)
+
+
+def summed_loss(
+    hidden: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], piece_loss: PieceLoss, product: Product
+) -> Float[Tensor, ""]:
+    """The sum of a loss of log softmax(hidden W^T) over all rows, fp32; the gradients of both are computed on the way, once."""
+    total: Tensor = _SummedLoss.apply(hidden, weight, piece_loss, product, torch.is_grad_enabled())
     return total
 
 
-class _SummedNll(torch.autograd.Function):
+class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, product: Product, wanted: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, piece_loss: PieceLoss, product: Product, wanted: bool) -> Tensor:
+        count = len(hidden)
+        hidden = functional.pad(hidden, (0, 0, 0, -count % _ROWS))  # rows of zeros that are left out again
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         rows = max(1, _PIECE_NUMBERS // weight.shape[0])
-        for begin in range(0, len(labels), rows):
-            piece, wished = hidden[begin : begin + rows], labels[begin : begin + rows]
-            left_out, wished = wished == IGNORED, wished.clamp(min=0)
+        for begin in range(0, len(hidden), rows):
+            piece = hidden[begin : begin + rows]
             log_p = functional.log_softmax(product(piece, weight.t()), 1)
-            total -= log_p.gather(1, wished[:, None])[:, 0].masked_fill_(left_out, 0.0).sum()
-            if grad_hidden is None or grad_weight is None:
+            loss, grad = piece_loss(slice(begin, min(begin + rows, count)), log_p, wanted)
+            total += loss
+            if grad is None or grad_hidden is None or grad_weight is None:
                 continue
-            grad = log_p.exp_()
-            grad[torch.arange(len(wished), device=grad.device), wished] -= 1.0
-            grad.masked_fill_(left_out[:, None], 0.0)
+            grad[max(0, count - begin) :] = 0.0
             grad_hidden[begin : begin + rows] = product(grad, weight)
             grad_weight += product(grad.t(), piece)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(None if grad_hidden is None else grad_hidden[:count], grad_weight)
         return total
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -28,8 +29,11 @@ _KEPT = (
 )
 """What selective recompute keeps: products and attention. All between them, the scan too, is made again."""
 
+WithLoss = Callable[[Decoder, Product], nn.Module]
+"""A decoder and how its head multiplies, as a module `decoder` whose forward pass is the sum of its loss over learned tokens."""
 
-def make_trainee(decoder: Decoder, recipe: Recipe, ranks: Ranks) -> nn.Module:
+
+def make_trainee(decoder: Decoder, recipe: Recipe, ranks: Ranks, with_loss: WithLoss = Trainee) -> nn.Module:
     """The decoder with its loss, as the recipe says; with several ranks each holds its share of every weight."""
     apply_precision(decoder, recipe.precision)
     backbone = decoder.backbone
@@ -38,7 +42,7 @@ def make_trainee(decoder: Decoder, recipe: Recipe, ranks: Ranks) -> nn.Module:
     elif recipe.parallel.recompute == "selective":
         kept = partial(create_selective_checkpoint_contexts, list(_KEPT))
         backbone.checkpoint = partial(checkpoint, use_reentrant=False, context_fn=kept)
-    model: nn.Module = Trainee(decoder, head_product(recipe.precision)).to(ranks.device)
+    model: nn.Module = with_loss(decoder, head_product(recipe.precision)).to(ranks.device)
     if ranks.world > 1:
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         for layer in backbone.layers:
