@@ -28,7 +28,6 @@ from tandem.train.loss import Product, summed_loss
 
 _PIECE_NUMBERS = 2**22
 """Logits of the teacher that are held at once while its largest are looked for."""
-_TINY = 1e-30
 
 
 class Said(NamedTuple):
@@ -80,10 +79,8 @@ class Teacher:
 
     def _top(self, hidden: Float[Tensor, "n d"]) -> Said:
         assert self.top_k is not None
-        parts = [
-            self.log_q(piece).topk(self.top_k, 1)
-            for piece in hidden.split(max(1, _PIECE_NUMBERS // self.decoder.spec.vocab_size))
-        ]
+        rows = max(1, _PIECE_NUMBERS // self.decoder.spec.vocab_size)
+        parts = [self.log_q(piece).topk(self.top_k, 1) for piece in hidden.split(rows)]
         return Said(torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts]))
 
 
@@ -155,9 +152,10 @@ def kl_of_top(
     """
     count, q = len(log_q), log_q.exp()
     known = log_p[:count].gather(1, tokens)
-    rest_q = (1 - q.sum(1)).clamp(min=0)
-    rest_p = (1 - known.exp().sum(1)).clamp(min=_TINY)
-    loss = (q * (log_q - known)).sum() + torch.special.xlogy(rest_q, rest_q.clamp(min=_TINY) / rest_p).sum()
+    least = 8 * torch.finfo(q.dtype).eps  # what is left of 1 is not known more exactly
+    rest_q, rest_p = 1 - q.sum(1), (1 - known.exp().sum(1)).clamp(min=least)
+    rest_q = torch.where(rest_q < least, 0.0, rest_q)
+    loss = (q * (log_q - known)).sum() + torch.special.xlogy(rest_q, rest_q.clamp(min=least) / rest_p).sum()
     if not wanted:
         return loss, None
     at_known = known.exp() - q

@@ -70,8 +70,9 @@ def train_model(
     """Train a decoder; the last step's metrics, and the model that holds the weights. A run that `out` holds is gone on with.
 
     The loss of every step is that of the uninterrupted run: bit for bit with as many ranks as before, to rounding with
-    others. `data` is the fingerprint of what the stream reads, `with_loss` what is learned from it: the next token. Raises SpecError for a run that was begun with other data,
-    Diverged where the loss cannot be saved. Whoever calls this has `claimed` the folder.
+    others. `data` is the fingerprint of what the stream reads, `with_loss` what is learned from it, by default the next token.
+    Raises SpecError for a run that was begun with other data, Diverged where the loss cannot be saved. Whoever calls this has
+    `claimed` the folder.
     """
     if recipe.batch.sequences % ranks.world:
         raise SpecError(f"batch.sequences={recipe.batch.sequences}: must be a multiple of the {ranks.world} ranks")

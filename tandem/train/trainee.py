@@ -30,7 +30,7 @@ _KEPT = (
 """What selective recompute keeps: products and attention. All between them, the scan too, is made again."""
 
 WithLoss = Callable[[Decoder, Product], nn.Module]
-"""A decoder and how its head multiplies, as a module `decoder` whose forward pass is the sum of its loss over learned tokens."""
+"""A decoder and how its head multiplies, as a module with the part `decoder` whose forward pass is the sum of its loss."""
 
 
 def make_trainee(decoder: Decoder, recipe: Recipe, ranks: Ranks, with_loss: WithLoss = Trainee) -> nn.Module:
