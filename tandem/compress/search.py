@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tandem.compress.objective import Predict, Prediction
-from tandem.compress.shape import Shape, common_sizes, pruned_spec
+from tandem.compress.shape import Shape, common_sizes, pruned_spec, shape_name
 from tandem.compress.space import MAX_SHAPES, Budget, Depth, Width, kept_layers
 from tandem.plan.frontier import pareto_rows
 from tandem.spec.errors import Infeasible, SpecError
@@ -332,7 +332,7 @@ class _Search:
         return found
 
     def _candidate(self, shape: Shape) -> Candidate:
-        spec = pruned_spec(self.spec, shape)
+        spec = pruned_spec(self.spec, shape, name=shape_name(self.spec, shape))
         held = self.budget.held(spec)["total_bytes"]
         return Candidate(
             shape=shape,

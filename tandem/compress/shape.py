@@ -15,6 +15,17 @@ from tandem.spec.model import MLP, Attention, Mamba2, Mixer, ModelSpec, MoE
 from tandem.spec.units import require_int
 
 
+_LETTERS = {
+    "hidden_size": "h",
+    "ffn_size": "f",
+    "mamba_heads": "m",
+    "mamba_head_dim": "c",
+    "attention_heads": "a",
+    "experts": "e",
+    "expert_ffn_size": "x",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
     """Sizes that a pruned model keeps; None: as in the teacher. One size holds for all layers of its kind."""
@@ -114,6 +125,13 @@ def pruned_spec(spec: ModelSpec, shape: Shape, *, name: str | None = None) -> Mo
             there = ", ".join(["hidden_size", *sorted(had)])
             raise SpecError(f"{size}={value}: no layer that is kept of {spec.name} has one; there are {there}")
     return replace(spec, name=name or spec.name, hidden_size=hidden, layers=layers)
+
+
+def shape_name(spec: ModelSpec, shape: Shape) -> str:
+    """The teacher's name with what is cut: `nano-hybrid-10L-h176-f576-m10`; the teacher's own where nothing is named."""
+    parts = [] if shape.layers is None else [f"{len(shape.layers)}L"]
+    parts += [f"{_LETTERS[name]}{size}" for name, size in shape.sizes().items()]
+    return "-".join([spec.name, *parts])
 
 
 def total_bytes(spec: ModelSpec, *, context: int, batch: int = 1, overhead_bytes: int = 0, precision: str = "bf16") -> int:

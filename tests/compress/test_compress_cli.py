@@ -42,6 +42,7 @@ def test_the_plan_is_one_json_object_with_candidates_best_first(run: Run) -> Non
     assert best["total_bytes"] <= plan["limits"]["total_bytes"] == 21_109_763_768
     assert best["tokens_per_s"] == best["prediction"]["tokens_per_s"]["value"]
     assert best["prediction"]["deployment"]["hardware"] == "a10g"
+    assert best["prediction"]["deployment"]["model"] == "nvidia/NVIDIA-Nemotron-Nano-12B-v2-56L-h4480-f17920-m112"
     assert plan["teacher"]["tokens_per_s"] is None
     assert "a10g offers" in plan["teacher"]["refused"]
     rates = [c["tokens_per_s"] for c in plan["candidates"]]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.compress.shape import Shape, pruned_spec, shape_of, total_bytes
+from tandem.compress.shape import Shape, pruned_spec, shape_name, shape_of, total_bytes
 from tandem.model.naming import decoder_shapes
 from tandem.spec.catalog import load_spec
 from tandem.spec.errors import SpecError
@@ -57,6 +57,7 @@ def shapes(draw: st.DrawFn) -> Shape:
 
 def test_a_shape_that_names_nothing_or_every_size_of_the_teacher_gives_the_teacher() -> None:
     assert pruned_spec(TEACHER, Shape()) == TEACHER
+    assert shape_name(TEACHER, Shape()) == TEACHER.name
     assert pruned_spec(TEACHER, shape_of(TEACHER)) == TEACHER
     assert pruned_spec(TEACHER, Shape(layers=(0, 1, 2, 3, 4, 5))) == TEACHER
 
@@ -75,6 +76,9 @@ def test_the_pruned_model_has_the_sizes_of_its_shape_and_no_tensor_beyond_the_te
                 whole = teachers[f"backbone.layers.{old}." + name.removeprefix(prefix)]
                 assert len(size) == len(whole)
                 assert all(a <= b for a, b in zip(size, whole, strict=True))
+    assert shape_name(TEACHER, shape).startswith(
+        f"toy-{len(shape.kept_layers(TEACHER))}L-h{shape.hidden_size}-f{shape.ffn_size}-m"
+    )
     assert Shape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
 
 
