@@ -14,7 +14,6 @@ from tandem.spec.errors import SpecError
 from tandem.spec.model import MLP, Attention, Mamba2, Mixer, ModelSpec, MoE
 from tandem.spec.units import require_int
 
-
 _LETTERS = {
     "hidden_size": "h",
     "ffn_size": "f",
