@@ -8,7 +8,7 @@ from typing import Any
 from tandem._version import __version__
 from tandem.align.recipe import AlignRecipe
 from tandem.spec.model import ModelSpec
-from tandem.train.card_text import bullets, card, code, table
+from tandem.train.card_text import bullets, card, code, score_cell, scores_by_question, table
 
 _KINDS = {
     "sft": "supervised fine-tuning",
@@ -87,21 +87,7 @@ def _stages(recipe: AlignRecipe, reports: Mapping[str, Mapping[str, Any]]) -> st
 
 
 def _evaluation(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    found = {name: shares(report["evaluation"]) for name, report in reports.items() if "evaluation" in report}
+    found = {name: scores_by_question(report["evaluation"]) for name, report in reports.items() if "evaluation" in report}
     asked = list(dict.fromkeys(question for by in found.values() for question in by))
-    rows = [(name, *(_share(by.get(question)) for question in asked)) for name, by in found.items()]
+    rows = [(name, *(score_cell(by.get(question)) for question in asked)) for name, by in found.items()]
     return table(["after", *asked], rows)
-
-
-def shares(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The overall score of each suite and way of asking, of the metrics that an evaluation reports."""
-    return {
-        f"{suite}, {mode}": scores["all"]
-        for suite, modes in evaluation.items()
-        if isinstance(modes, Mapping)
-        for mode, scores in modes.items()
-    }
-
-
-def _share(found: Mapping[str, Any] | None) -> str:
-    return "-" if found is None else f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%})"

@@ -1,12 +1,16 @@
-"""`tandem compress`: look for the shape of a smaller model."""
+"""`tandem compress`: make a smaller model, or look for its shape."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import datetime
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tandem.spec.errors import SpecError
+from tandem.cli.needed import need
 
 if TYPE_CHECKING:
     from tandem.compress.recipe import CompressRecipe
@@ -21,6 +25,12 @@ def compress(
     objective: Annotated[
         str | None, typer.Option(help="fixed-batch or cluster: which of the recipe's objectives candidates are judged by.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; one that is there is gone on with. Default: out/compress/RECIPE.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of weights and hidden states held while scoring and cutting. Default: no bound.")
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the candidates and what each would do; run nothing.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object (SI units) on stdout.")] = False,
 ) -> None:
@@ -33,9 +43,10 @@ def compress(
     if recipe is None:
         return _list([load_recipe(name) for name in recipe_names()], json_out)
     chosen = load_recipe(recipe, [*(changes or ()), *([f"objective.kind={objective}"] if objective is not None else ())])
+    if memory is not None:
+        chosen = replace(chosen, memory_bytes=round(memory * 2**30))
     if not plan:
-        why = chosen.plan_only or "running follows in a later version"
-        raise SpecError(f"recipe={recipe!r}: cannot be run: {why}; --plan shows its candidates")
+        return _run(chosen, out, shlex.join(["tandem", "compress", recipe, *(changes or ())]), json_out)
     with text.progress("searching") as step:
         found = plan_json(chosen, search_recipe(chosen, progress=step))
     if json_out:
@@ -43,6 +54,51 @@ def compress(
     from tandem.report.compress_text import compress_plan_text
 
     return text.console().print(compress_plan_text(found))
+
+
+def _run(recipe: CompressRecipe, out: Path | None, command: str, json_out: bool) -> None:
+    from tandem.cli.app import emit
+
+    need("torch", "trl", "reasoning_gym", doing="compression")
+    from tandem.cli.align_progress import Progress
+    from tandem.compress.run import run_recipe
+
+    with Progress() as progress:
+        done = run_recipe(
+            recipe,
+            out or Path("out/compress") / recipe.name,
+            assess=_assess,
+            date=datetime.date.today().isoformat(),
+            command=command,
+            listen=progress.listen,
+        )
+    if done is None:  # a rank behind the first
+        return None
+    if json_out:
+        return emit(done.to_json())
+    from tandem.report import text
+    from tandem.report.compress_text import compressed_text
+
+    return text.console().print(compressed_text(done.to_json()))
+
+
+def _assess(folder: Path, recipe: CompressRecipe) -> dict[str, Any]:
+    """Held-out questions of a recipe, put to a checkpoint."""
+    from tandem.evaluation.run import evaluate_models
+    from tandem.evaluation.settings import EvaluationSettings
+    from tandem.model.tokenizer import load_tokenizer
+
+    part, chat = recipe.evaluate, load_tokenizer(folder).template is not None
+    assert part is not None
+    settings = EvaluationSettings(
+        suites=("reasoning", "instructions", "tools") if chat else ("reasoning",),
+        tasks=part.tasks,
+        problems=part.problems,
+        budgets=(),
+        max_tokens=part.max_tokens,
+    )
+    metrics: dict[str, Any] = evaluate_models([str(folder)], settings)["models"][0]["metrics"]
+    return metrics
 
 
 def _list(recipes: list[CompressRecipe], json_out: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TypeAlias
 
 import torch
@@ -29,6 +29,11 @@ class LayerUnits:
     experts: Units | None = None
     expert_ffn: Int[Tensor, "experts neurons"] | None = None
     """Neurons of each expert that stays, in their order."""
+
+    def to_json(self) -> dict[str, list[int]]:
+        """The indices that are stated."""
+        stated = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: units.tolist() for name, units in stated.items() if units is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,24 @@ def choose(spec: ModelSpec, shape: Shape, scores: WidthScores, *, group_aware: b
             case _:
                 raise AssertionError(f"{type(teacher).__name__} has no units")
     return Kept(shape=shape, hidden=best(scores.hidden.sum(0), student.hidden_size), units=units)
+
+
+def whole_layers(spec: ModelSpec, layers: tuple[int, ...]) -> Kept:
+    """Some of the layers with all of their units."""
+    units = {}
+    for i in layers:
+        match spec.layers[i]:
+            case MLP(ffn_size=size):
+                units[i] = LayerUnits(ffn=torch.arange(size))
+            case Mamba2(num_heads=heads, head_dim=channels):
+                units[i] = LayerUnits(heads=torch.arange(heads), channels=torch.arange(channels))
+            case Attention(num_heads=heads):
+                units[i] = LayerUnits(heads=torch.arange(heads))
+            case MoE(num_experts=experts, ffn_size=size):
+                units[i] = LayerUnits(experts=torch.arange(experts), expert_ffn=torch.arange(size).expand(experts, -1))
+            case other:
+                raise AssertionError(f"{type(other).__name__} has no units")
+    return Kept(shape=Shape(layers=layers), hidden=torch.arange(spec.hidden_size), units=units)
 
 
 def best(scores: Float[Tensor, " units"], count: int) -> Units:

@@ -15,8 +15,11 @@ from tandem.spec.catalog import load_spec
 from tandem.spec.errors import SpecError
 from tandem.spec.model import ModelSpec
 from tandem.spec.units import require_int, require_number
+from tandem.train.recipe import LinearFormat
 
 Cut = Literal["depth", "width"]
+_TAKEN = ("model", "data", "teacher.json", "recipe.json", "metrics.json", "ranking")
+"""Names inside a run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +35,30 @@ class CalibrationPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PostPart:
+    """Conversations of post-training, as `tandem.align` makes them: how many of each kind."""
+
+    tasks: tuple[str, ...]
+    """Procedural tasks of the reasoning ones."""
+    reasoning: int = 0
+    instructions: int = 0
+    tools: int = 0
+    no_think: float = 0.1
+    """Share without thoughts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataPart:
+    """Text that is scored on and distilled on."""
+
+    pretraining: str
+    """A recipe of `tandem train`, whose sources and last blend are taken; the tokenizer is the teacher's."""
+    changes: tuple[str, ...] = ()
+    """Settings of that recipe to change, `field.path=value`."""
+    post: PostPart | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistilPart:
     """Logit distillation from the teacher: forward KL, temperature 1, nothing else (paper A section 3)."""
 
@@ -42,10 +69,14 @@ class DistilPart:
     lr: float
     final_lr: float
     warmup_steps: int = 0
+    micro: int | None = None
+    """Sequences of one forward pass, a divisor of `rows`; None: all of a step."""
+    linears: LinearFormat = "bf16"
+    """Number format of the linears' products, as in training."""
     post_share: float = 0.7
-    """Share of post-training data in the blend; the rest is pre-training data (paper A: 70/30)."""
+    """Share of post-training data in the blend, where there are any; the rest is pre-training data (paper A: 70/30)."""
     top_k: int | None = None
-    """Teacher logits that are kept of each token; None: all."""
+    """The teacher's largest probabilities of each token, kept on disk for whoever reads the same batches; None: all, anew."""
 
     def __post_init__(self) -> None:
         require_int("distil.tokens", self.tokens, high=10**15)
@@ -60,6 +91,19 @@ class DistilPart:
             require_int("distil.top_k", self.top_k)
         if self.tokens < self.length * self.rows:
             raise SpecError(f"distil.tokens={self.tokens}: must be one step at least, {self.length * self.rows:,}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatePart:
+    """Held-out questions that the teacher and the model after every stage are asked (`tandem evaluate`)."""
+
+    tasks: tuple[str, ...]
+    problems: int = 100
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        require_int("evaluate.problems", self.problems)
+        require_int("evaluate.max_tokens", self.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +135,12 @@ class CompressRecipe:
     ranking: DistilPart | None = None
     """The short distillation that candidates are told apart by; None: the prediction decides."""
     calibration: CalibrationPart = field(default_factory=CalibrationPart)
+    data: DataPart | None = None
+    """None: for `--plan` only."""
+    evaluate: EvaluatePart | None = None
+    """None: nothing but the distance from the teacher on held-out text."""
+    memory_bytes: int | None = None
+    """Weights and hidden states that are held while layers and units are scored; beyond it they lie on disk. None: no bound."""
     stages: dict[str, StagePart] = field(default_factory=dict)
     """By name, in order."""
     plan_only: str | None = None
@@ -106,9 +156,11 @@ class CompressRecipe:
             raise SpecError(f"budget.tokens_per_s={self.budget.tokens_per_s:g}: needs an objective that predicts it")
         if self.select.by == "throughput" and self.objective is None:
             raise SpecError("select.by='throughput': needs an objective that predicts it")
+        if self.memory_bytes is not None:
+            require_int("memory_bytes", self.memory_bytes, high=10**15)
         for name, stage in self.stages.items():
-            if not name or Path(name).name != name or name.startswith("."):
-                raise SpecError(f"stages: {name!r} must be a name that a folder may have")
+            if not name or Path(name).name != name or name.startswith(".") or name in _TAKEN:
+                raise SpecError(f"stages: {name!r} must be a name that a folder may have, and none of {', '.join(_TAKEN)}")
             if stage.cut is not None and getattr(self, stage.cut) is None:
                 raise SpecError(f"stages.{name}.cut={stage.cut!r}: the recipe has no {stage.cut} to cut; state it")
         for cut in ("depth", "width"):

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from tandem.report.alignment_text import figures
 from tandem.report.text import EVIDENCE_TEXT, gib, table
 from tandem.report.training_text import count
 
@@ -53,6 +54,28 @@ def _candidates(plan: Mapping[str, Any]) -> Table:
             end_section=number == 0,
         )
     return t
+
+
+def compressed_text(run: Mapping[str, Any]) -> Group:
+    """A finished compression: the teacher and the model after every stage, one row each."""
+    metrics = run["metrics"]
+    reports = metrics["reports"]
+    found = {name: figures(report.get("evaluation") or {}) for name, report in reports.items()}
+    asked = list(dict.fromkeys(question for by in found.values() for question in by))
+    names = ["!after", ">parameters", ">bytes", ">tokens", ">distance", *(f">{name}" for name in asked)]
+    t = table("Compression: bytes at the budget's context, KL from the teacher in nats a token, right answers", *names)
+    for name, report in reports.items():
+        held, course = report["held"], report.get("metrics", {})
+        t.add_row(
+            name,
+            count(held["parameters"]),
+            size(held["total_bytes"]),
+            count(course["tokens"]) if "tokens" in course else "-",
+            f"{course['kl']:.4f}" if "kl" in course else "-",
+            *(found[name].get(question, "-") for question in asked),
+        )
+    share = metrics["student"]["total_bytes"] / metrics["teacher"]["total_bytes"]
+    return Group(t, f"{share:.1%} of the teacher's bytes: {run['checkpoint']}")
 
 
 def plan_sentences(plan: Mapping[str, Any]) -> Iterator[str]:

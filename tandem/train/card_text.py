@@ -34,3 +34,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def bullets(lines: Iterable[str]) -> str:
     """A list with a line each."""
     return "\n".join(f"- {' '.join(line.split())}" for line in lines)
+
+
+def scores_by_question(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The overall score of each suite and way of asking, of the metrics that an evaluation reports."""
+    return {
+        f"{suite}, {mode}": scores["all"]
+        for suite, modes in evaluation.items()
+        if isinstance(modes, Mapping)
+        for mode, scores in modes.items()
+    }
+
+
+def score_cell(found: Mapping[str, Any] | None) -> str:
+    """The share right with its interval, or a dash."""
+    return "-" if found is None else f"{found['accuracy']:.1%} ({found['low']:.1%} to {found['high']:.1%})"

@@ -68,17 +68,23 @@ def encode_plain(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 def write_shard(folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, held_out: NDArray[np.bool_]) -> None:
     """Encode a source's documents into a new folder; `held_out` [n] says which of them are not learned from."""
+    encoded = (pair for some in _chunks(documents) for pair in encode_documents(tokenizer, some))
+    write_encoded(folder, encoded, tokenizer.backend.get_vocab_size(), held_out)
+
+
+def write_encoded(
+    folder: Path, documents: Iterable[tuple[Sequence[int], int]], vocabulary: int, held_out: NDArray[np.bool_]
+) -> None:
+    """`write_shard` of documents that are tokens already, each with the number of its first ones that are prompt."""
     folder.mkdir(parents=True)
-    vocabulary = tokenizer.backend.get_vocab_size()
     dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
     table: list[tuple[int, int, int]] = []
     at = 0
     with (folder / _TOKENS).open("wb") as stream:
-        for some in _chunks(documents):
-            for ids, prompt in encode_documents(tokenizer, some):
-                stream.write(np.array(ids, dtype=dtype).tobytes())
-                table.append((at, len(ids), prompt))
-                at += len(ids)
+        for ids, prompt in documents:
+            stream.write(np.array(ids, dtype=dtype).tobytes())
+            table.append((at, len(ids), prompt))
+            at += len(ids)
     whole = np.array(table, dtype=np.int64).reshape(-1, 3)
     np.save(folder / "train.npy", whole[~held_out])
     np.save(folder / "held_out.npy", whole[held_out])
