@@ -58,7 +58,7 @@ def model_card(
 
 
 def _sizes(teacher: ModelSpec, spec: ModelSpec) -> str:
-    rows = [("layers", len(teacher.layers), len(spec.layers))]
+    rows: list[tuple[str, int | None, int | None]] = [("layers", len(teacher.layers), len(spec.layers))]
     before, after = common_sizes(teacher), common_sizes(spec)
     rows += [(name.replace("_", " "), before[name], after[name]) for name in before if before[name] is not None]
     rows.append(("parameters", teacher.parameters, spec.parameters))

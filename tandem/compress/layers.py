@@ -82,10 +82,10 @@ class StreamedLayers:
         self._placed = placed_tensors(
             self.spec, check_format(read_json(self.folder / "config.json").get("model_type")), self.folder
         )
-        parts = [self._prefix(i) for i in range(len(self.spec.layers))]
+        parts: list[tuple[str, ...]] = [(self._prefix(i),) for i in range(len(self.spec.layers))]
         self.held_bytes = max(
-            sum(place.size for place, stored in self._placed if stored.parameter.startswith(prefix))
-            for prefix in (*parts, _EMBEDDINGS, (_HEAD, _NORM))
+            sum(place.size for place, stored in self._placed if stored.parameter.startswith(prefixes))
+            for prefixes in (*parts, (_EMBEDDINGS,), (_HEAD, _NORM))
         )
         self._decoder = Decoder(self.spec, device="meta")
 
