@@ -147,15 +147,17 @@ class MergeSweep:
     """The alpha of the highest score; of equal ones the first."""
 
 
-def merge_sweep(first: Decoder, second: Decoder, alphas: Sequence[float], score: Callable[[Decoder], float]) -> MergeSweep:
-    """Merge and score for every alpha; one merged model is in memory at a time.
+def merge_sweep(
+    first: Decoder, second: Decoder, alphas: Sequence[float], score: Callable[[float, Decoder], float]
+) -> MergeSweep:
+    """Merge for every alpha and have `score(alpha, merged)`; one merged model is in memory at a time.
 
     Raises SpecError for no alphas, one outside 0 to 1, and a score that is no number.
     """
     if not alphas:
         raise SpecError("alphas=(): name at least one, such as 0.5")
     shares = [_share(alpha) for alpha in alphas]
-    scores = [(alpha, float(score(merge_decoders(first, second, alpha=alpha)))) for alpha in shares]
+    scores = [(alpha, float(score(alpha, merge_decoders(first, second, alpha=alpha)))) for alpha in shares]
     for alpha, value in scores:
         if math.isnan(value):
             raise SpecError(f"alpha={alpha}: its score is no number, so there is no best one")

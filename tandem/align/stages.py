@@ -204,9 +204,17 @@ def _merge(stage: Stage) -> dict[str, Any]:
     first, second = (stage.out / name / "model" for name in (part.first, part.second))
     asks = asks_of(stage.recipe.tasks, part.asks, stage.seed)
 
-    def worth(merged: Decoder) -> float:
-        sampler = stage.sampler(temperature=part.temperature, max_tokens=part.max_tokens, seed=stage.seed, decoder=merged)
-        return sampler.worth(asks)
+    file = stage.folder / "sweep.json"
+    known: dict[str, float] = read_json(file) if file.is_file() else {}
+
+    def worth(alpha: float, merged: Decoder) -> float:
+        """Kept at once: each takes a minute or more."""
+        if str(alpha) not in known:
+            sampler = stage.sampler(temperature=part.temperature, max_tokens=part.max_tokens, seed=stage.seed, decoder=merged)
+            known[str(alpha)] = sampler.worth(asks)
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(known) + "\n")
+        return known[str(alpha)]
 
     swept = merge_sweep(load_model(first), load_model(second), part.alphas, worth)
     merge_folders(first, second, stage.folder / "model", alpha=swept.best)

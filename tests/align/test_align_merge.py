@@ -203,7 +203,7 @@ def test_two_skills_are_best_together_between_the_ends() -> None:
     base = decoder(0)
     one, other = skilled(base, 3, 7), skilled(base, 4, 9)
 
-    def score(model: Decoder) -> float:
+    def score(_: float, model: Decoder) -> float:
         with torch.no_grad():
             return -float(skill_loss(model, 3, 7) + skill_loss(model, 4, 9))
 
@@ -212,16 +212,16 @@ def test_two_skills_are_best_together_between_the_ends() -> None:
     assert list(found) == [i / 10 for i in range(11)]
     assert 0.2 <= sweep.best <= 0.8
     assert found[sweep.best] == max(found.values()) > max(found[0.0], found[1.0]) + 0.1
-    assert found[0.0] == score(one)
-    assert found[1.0] == score(other)
+    assert found[0.0] == score(0.0, one)
+    assert found[1.0] == score(1.0, other)
 
 
 def test_sweep_needs_numbers() -> None:
     one = decoder(0)
     with pytest.raises(SpecError, match="alphas="):
-        merge_sweep(one, one, [], lambda _: 0.0)
+        merge_sweep(one, one, [], lambda *_: 0.0)
     with pytest.raises(SpecError, match=r"alpha=1.1: must"):
-        merge_sweep(one, one, [0, 1.1], lambda _: 0.0)
+        merge_sweep(one, one, [0, 1.1], lambda *_: 0.0)
     with pytest.raises(SpecError, match=r"alpha=0.0: its score is no number"):
-        merge_sweep(one, one, [0, 0.5], lambda model: math.nan)
-    assert merge_sweep(one, one, [0.3, 0.1], lambda _: 1.0).best == 0.3
+        merge_sweep(one, one, [0, 0.5], lambda *_: math.nan)
+    assert merge_sweep(one, one, [0.3, 0.1], lambda *_: 1.0).best == 0.3

@@ -106,7 +106,7 @@ except SystemExit as end:
         (("nano-compress", "--plan", "width.neurons=[1]"), "width.neurons: no such field"),
         (("nano-compress", "--plan", "--objective", "cluster"), "objective.kind='cluster': objective.cluster must be stated"),
         (("nano-compress", "--plan", "--objective", "luck"), "objective.kind='luck': must be one of fixed-batch, cluster"),
-        (("12b-to-9b",), "recipe='12b-to-9b': cannot be run"),
+        (("12b-to-9b",), "recipe='12b-to-9b': it takes a cluster, the 12B's weights"),
     ],
 )
 def test_what_cannot_be_is_one_line(run: Run, words: tuple[str, ...], said: str) -> None:
