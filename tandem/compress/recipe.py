@@ -119,6 +119,18 @@ class StagePart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WithoutPart:
+    """What is left out, to see what it is worth: for the study of compression."""
+
+    groups: bool = False
+    """Mamba heads are ranked all together instead of inside their group."""
+    teacher: bool = False
+    """Students learn the next token instead of the teacher's distribution."""
+    weights: bool = False
+    """What is cut begins anew, from random weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CompressRecipe:
     """A complete compression: from a teacher's checkpoint to a smaller one within a budget."""
 
@@ -143,6 +155,7 @@ class CompressRecipe:
     """Weights and hidden states that are held while layers and units are scored; beyond it they lie on disk. None: no bound."""
     stages: dict[str, StagePart] = field(default_factory=dict)
     """By name, in order."""
+    without: WithoutPart = field(default_factory=WithoutPart)
     plan_only: str | None = None
     """Why the recipe cannot be run here; None: it can."""
 

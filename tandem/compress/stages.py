@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tandem.compress.calibration import Calibration, Scoring
@@ -17,16 +18,18 @@ from tandem.compress.layers import Layers, LoadedLayers, StreamedLayers
 from tandem.compress.prune import prune_decoder, prune_folder
 from tandem.compress.recipe import CompressRecipe, Cut, DistilPart, search_recipe
 from tandem.compress.search import Found, kept_importance
-from tandem.compress.shape import Shape
+from tandem.compress.shape import Shape, pruned_spec
 from tandem.compress.width import WidthScores, score_width
 from tandem.model.hybrid import Decoder
-from tandem.model.load import load_model, renamed, save_model
+from tandem.model.load import load_model, renamed, save_model, token_ids_in
 from tandem.spec.catalog import load_spec
 from tandem.train.checkpoint import full_weights
 from tandem.train.data.prepared import read_report
 from tandem.train.data.stream import TokenStream
+from tandem.train.evaluate import loss_sum
 from tandem.train.journal import read_journal
 from tandem.train.loop import Listener, train_model
+from tandem.train.loss import Trainee
 from tandem.train.machine import matmul_flops_per_s
 from tandem.train.ranks import Ranks
 from tandem.train.recipe import Recipe
@@ -91,7 +94,11 @@ def _layers(stage: Stage) -> tuple[Layers, Decoder | None]:
 
 def _cut(stage: Stage, decoder: Decoder | None, kept: Kept) -> None:
     name = f"{stage.recipe.name}-{stage.name}"
-    if decoder is None:
+    if stage.recipe.without.weights:
+        fresh = Decoder(pruned_spec(load_spec(stage.source), kept.shape, name=name), seed=stage.recipe.seed)
+        fresh.token_ids, fresh.source = token_ids_in(stage.source), stage.source
+        save_model(fresh, stage.folder / "model")
+    elif decoder is None:
         prune_folder(stage.source, kept, stage.folder / "model", name=name)
     else:
         save_model(prune_decoder(decoder, kept, name=name), stage.folder / "model")
@@ -133,7 +140,7 @@ def _width(
     losses = _ranked(stage, decoder, scores, found)
     if losses:
         found = search_recipe(search, teacher=spec, quality=kept_importance(spec, units), losses=losses)
-    kept = choose(spec, found.candidates[0].shape, scores)
+    kept = choose(spec, found.candidates[0].shape, scores, group_aware=not stage.recipe.without.groups)
     return kept, {
         "shape": kept.shape.to_json(),
         "scores": units,
@@ -174,15 +181,19 @@ def _ranked(stage: Stage, decoder: Decoder | None, scores: WidthScores, found: F
     losses = {}
     for i, candidate in enumerate(found.candidates):
         stage.tell(f"ranking {i + 1} of {len(found.candidates)}")
-        kept = choose(whole.spec, candidate.shape, scores)
+        kept = choose(whole.spec, candidate.shape, scores, group_aware=not stage.recipe.without.groups)
         student = prune_decoder(whole, kept, name=f"{stage.recipe.name}-candidate-{i + 1}")
         course = _distil(stage, part, student.float(), stage.folder / "ranking" / str(i + 1))[0]
-        losses[candidate.shape] = course[-1]["kl"]
+        losses[candidate.shape] = course[-1]["loss"]
     return losses
 
 
 def run_distil(stage: Stage, part: DistilPart) -> dict[str, Any]:
-    """Train the stage's model towards the teacher; `course` has the distance on held-out text (nats a token) on the way."""
+    """Train the stage's model towards the teacher; what it came to on held-out text.
+
+    `course` has the loss that is learned on the way, `kl` the distance from the teacher at the end and `nll` what the true next
+    token costs, all in nats a learned token, in the blend's shares.
+    """
     student = renamed(load_model(stage.source), name=f"{stage.recipe.name}-{stage.name}", context=part.length)
     course, last, weights = _distil(stage, part, student, stage.folder)
     if stage.ranks.first:
@@ -191,7 +202,29 @@ def run_distil(stage: Stage, part: DistilPart) -> dict[str, Any]:
         trained.source = stage.source
         save_model(trained, stage.folder / "model")
     stage.ranks.barrier()
-    return {"tokens": part.tokens, "course": course, "kl": course[-1]["kl"], "tokens_per_s": last["tokens_per_s"]}
+    worth = held_out(stage, part, load_model(stage.folder / "model"))
+    return {"tokens": part.tokens, "course": course, **worth, "tokens_per_s": last["tokens_per_s"]}
+
+
+def held_out(stage: Stage, part: DistilPart, model: Decoder) -> dict[str, float]:
+    """`kl` from the teacher and `nll` of the next token, nats a learned token of held-out text, in the blend's shares."""
+    training = _training(stage, part, model.spec.name)
+    stream = TokenStream(stage.data.folder, training.data, training.batch, seed=stage.recipe.seed)
+    student = Distillation(teacher=Teacher(load_model(stage.teacher)))(model, torch.mm)
+    found: dict[str, dict[str, float]] = {"kl": {}, "nll": {}}
+    for source in training.data.sources:
+        batches = stream.held_out(source, training.evaluate.batches, part.rows)
+        for name, judge in (("kl", student), ("nll", model)):
+            total, tokens = loss_sum(judge, batches)
+            if tokens:
+                found[name][source] = total / tokens
+    return {name: _mean(losses, training) for name, losses in found.items()}
+
+
+def _training(stage: Stage, part: DistilPart, name: str) -> Recipe:
+    assert stage.recipe.data is not None
+    base, _ = load_recipe(stage.recipe.data.pretraining, stage.recipe.data.changes)
+    return distil_recipe(stage.recipe, part, stage.data, base, name=name)
 
 
 def _distil(
@@ -199,11 +232,11 @@ def _distil(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Tensor]]:
     """Held-out distances on the way, the last step's metrics, the trained weights (on the first rank)."""
     recipe, ranks = stage.recipe, stage.ranks
-    assert recipe.data is not None
-    base, _ = load_recipe(recipe.data.pretraining, recipe.data.changes)
-    training = distil_recipe(recipe, part, stage.data, base, name=student.spec.name)
+    training = _training(stage, part, student.spec.name)
     said = None if part.top_k is None else stage.out / "data" / "said"
-    teacher = Teacher(load_model(stage.teacher, device=ranks.device), top_k=part.top_k, folder=said)
+    teacher = None
+    if not recipe.without.teacher:
+        teacher = Teacher(load_model(stage.teacher, device=ranks.device), top_k=part.top_k, folder=said)
     peak = matmul_flops_per_s(student.spec, training.precision, ranks.device)
     peak *= ranks.world if ranks.device.type == "cuda" else 1
     last, model = train_model(
@@ -215,11 +248,11 @@ def _distil(
         speed=speed_of(student.spec, training, read_report(stage.data.folder), peak),
         listen=lambda event: stage.listen({**event, "stage": student.spec.name, "steps": training.batch.steps}),
         data=stage.data.fingerprint,
-        with_loss=Distillation(teacher=teacher),
+        with_loss=Trainee if teacher is None else Distillation(teacher=teacher),
     )
     a_step = training.batch.tokens_per_step
     course = [
-        {"tokens": line["step"] * a_step, "kl": _mean(line["loss"], training), "by_source": line["loss"]}
+        {"tokens": line["step"] * a_step, "loss": _mean(line["loss"], training), "by_source": line["loss"]}
         for line in read_journal(folder)
         if line["kind"] == "held_out"
     ]

@@ -12,7 +12,7 @@ from compress_cases import shaken
 
 pytest.importorskip("trl", reason="pip install tandem-lm[train]")
 from tandem.align.chat import make_chat_model
-from tandem.compress.recipe import CompressRecipe
+from tandem.compress.recipe import CompressRecipe, WithoutPart
 from tandem.compress.recipe_files import load_recipe
 from tandem.compress.run import run_recipe
 from tandem.model.load import load_model, save_model
@@ -92,7 +92,8 @@ def test_a_compression_from_beginning_to_end(tmp_path: Path, teacher: Path, data
     assert len(reports["depth"]["metrics"]["kept_layers"]) == len(after.layers)
     for name in ("distil-1", "distil-2"):
         course = reports[name]["metrics"]["course"]
-        assert course[-1]["kl"] < course[0]["kl"]
+        assert course[-1]["loss"] < course[0]["loss"]
+        assert reports[name]["metrics"]["kl"] == pytest.approx(course[-1]["loss"], rel=0.02)
         assert course[-1]["tokens"] == 4096
     ranked = reports["width"]["metrics"]["ranking"]
     chosen = reports["width"]["metrics"]["shape"]
@@ -147,3 +148,29 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path: Path
         with pytest.raises(SpecError, match=message):
             run_recipe(recipe_of(tmp_path, teacher, **changes), tmp_path / "run", assess=nothing, date="2026-01-01")
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_a_study_leaves_out(tmp_path: Path, teacher: Path, data: Path) -> None:
+    """Random weights, the next token instead of the teacher: the same shapes, and worse or other than with them."""
+    plain = recipe_of(tmp_path, teacher, ranking=None)
+    plain = replace(plain, stages={name: plain.stages[name] for name in ("width", "distil-2")}, depth=None)
+    found = {}
+    for name, without in (
+        ("whole", WithoutPart()),
+        ("scratch", WithoutPart(weights=True)),
+        ("cross-entropy", WithoutPart(teacher=True)),
+        ("blind", WithoutPart(groups=True)),
+    ):
+        recipe = replace(plain, without=without)
+        done = run_recipe(recipe, tmp_path / name, assess=nothing, date="2026-01-01", data_folder=data)
+        assert done is not None
+        found[name] = done.metrics["reports"]
+    assert len({json.dumps(reports["width"]["held"]) for reports in found.values()}) == 1
+    cuts = {name: load_model(tmp_path / name / "width" / "model").state_dict() for name in found}
+    first = "backbone.layers.0.mixer.A_log"
+    assert torch.equal(cuts["whole"][first], cuts["cross-entropy"][first])
+    assert not torch.equal(cuts["whole"][first], cuts["scratch"][first])
+    ends = {name: reports["distil-2"]["metrics"] for name, reports in found.items()}
+    assert ends["whole"]["kl"] < ends["scratch"]["kl"]
+    assert ends["whole"]["course"][0]["loss"] < 2 < ends["cross-entropy"]["course"][0]["loss"]
