@@ -38,6 +38,8 @@ from tandem.train.run import speed_of
 
 _POST_SHARE = 0.7
 """Of calibration, as of distillation (paper A: 70/30)."""
+_JUDGED_BATCHES, _JUDGED_ROWS = 8, 8
+"""Of every source's held-out text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,9 @@ class Stage:
 
 
 def run_cut(stage: Stage, cut: Cut) -> dict[str, Any]:
-    """Score, choose a shape within the budget, cut; what was decided and by what.
+    """Score, choose a shape within the budget, cut; what was decided and by what, and what is left (`kl`, `nll`: `held_out`).
 
+    Where memory has a bound, teacher and student are not held to be compared.
     A model that is within the budget already is not cut in width, and says so.
     """
     recipe = stage.recipe
@@ -81,7 +84,9 @@ def run_cut(stage: Stage, cut: Cut) -> dict[str, Any]:
         kept, metrics = _width(stage, layers, decoder, calibration, scoring)
     stage.tell("cutting")
     stage.ranks.by_first(lambda: _cut(stage, decoder, kept))
-    return metrics
+    if recipe.memory_bytes is not None:
+        return metrics
+    return {**metrics, **held_out(stage)}
 
 
 def _layers(stage: Stage) -> tuple[Layers, Decoder | None]:
@@ -189,11 +194,7 @@ def _ranked(stage: Stage, decoder: Decoder | None, scores: WidthScores, found: F
 
 
 def run_distil(stage: Stage, part: DistilPart) -> dict[str, Any]:
-    """Train the stage's model towards the teacher; what it came to on held-out text.
-
-    `course` has the loss that is learned on the way, `kl` the distance from the teacher at the end and `nll` what the true next
-    token costs, all in nats a learned token, in the blend's shares.
-    """
+    """Train the stage's model towards the teacher; `course` has the held-out loss on the way, then there is `held_out`."""
     student = renamed(load_model(stage.source), name=f"{stage.recipe.name}-{stage.name}", context=part.length)
     course, last, weights = _distil(stage, part, student, stage.folder)
     if stage.ranks.first:
@@ -202,18 +203,22 @@ def run_distil(stage: Stage, part: DistilPart) -> dict[str, Any]:
         trained.source = stage.source
         save_model(trained, stage.folder / "model")
     stage.ranks.barrier()
-    worth = held_out(stage, part, load_model(stage.folder / "model"))
-    return {"tokens": part.tokens, "course": course, **worth, "tokens_per_s": last["tokens_per_s"]}
+    return {"tokens": part.tokens, "course": course, **held_out(stage), "tokens_per_s": last["tokens_per_s"]}
 
 
-def held_out(stage: Stage, part: DistilPart, model: Decoder) -> dict[str, float]:
-    """`kl` from the teacher and `nll` of the next token, nats a learned token of held-out text, in the blend's shares."""
-    training = _training(stage, part, model.spec.name)
+def held_out(stage: Stage) -> dict[str, float]:
+    """Of the model that the stage left: `kl` from the teacher and `nll` of the true next token, nats a learned token.
+
+    Every stage is judged on the same held-out text, of the calibration's length, in the blend's shares.
+    """
+    length, model = stage.recipe.calibration.length, load_model(stage.folder / "model")
+    judging = DistilPart(tokens=length * _JUDGED_ROWS, length=length, rows=_JUDGED_ROWS, lr=1e-4, final_lr=1e-4)
+    training = _training(stage, judging, model.spec.name)
     stream = TokenStream(stage.data.folder, training.data, training.batch, seed=stage.recipe.seed)
     student = Distillation(teacher=Teacher(load_model(stage.teacher)))(model, torch.mm)
     found: dict[str, dict[str, float]] = {"kl": {}, "nll": {}}
     for source in training.data.sources:
-        batches = stream.held_out(source, training.evaluate.batches, part.rows)
+        batches = stream.held_out(source, _JUDGED_BATCHES, _JUDGED_ROWS)
         for name, judge in (("kl", student), ("nll", model)):
             total, tokens = loss_sum(judge, batches)
             if tokens:
