@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tandem.cli.needed import need
+from tandem.spec.files import require_folder, write_whole
 
 if TYPE_CHECKING:
     from tandem.compress.recipe import CompressRecipe
@@ -32,6 +33,7 @@ def compress(
         float | None, typer.Option(help="GiB of weights and hidden states held while scoring and cutting. Default: no bound.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the candidates and what each would do; run nothing.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page of the run or the plan here.")] = None,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object (SI units) on stdout.")] = False,
 ) -> None:
     """Make a model smaller until it fits a budget: layers and widths, judged by the deployment that they make possible."""
@@ -40,15 +42,20 @@ def compress(
     from tandem.compress.recipe_files import load_recipe, recipe_names
     from tandem.report import text
 
+    require_folder("report", report)
     if recipe is None:
         return _list([load_recipe(name) for name in recipe_names()], json_out)
     chosen = load_recipe(recipe, [*(changes or ()), *([f"objective.kind={objective}"] if objective is not None else ())])
     if memory is not None:
         chosen = replace(chosen, memory_bytes=round(memory * 2**30))
     if not plan:
-        return _run(chosen, out, shlex.join(["tandem", "compress", recipe, *(changes or ())]), json_out)
+        return _run(chosen, out, shlex.join(["tandem", "compress", recipe, *(changes or ())]), report, json_out)
     with text.progress("searching") as step:
         found = plan_json(chosen, search_recipe(chosen, progress=step))
+    if report is not None:
+        from tandem.report.compress_html import compression_plan_page
+
+        write_whole(report, compression_plan_page(found))
     if json_out:
         return emit(found)
     from tandem.report.compress_text import compress_plan_text
@@ -56,7 +63,7 @@ def compress(
     return text.console().print(compress_plan_text(found))
 
 
-def _run(recipe: CompressRecipe, out: Path | None, command: str, json_out: bool) -> None:
+def _run(recipe: CompressRecipe, out: Path | None, command: str, report: Path | None, json_out: bool) -> None:
     from tandem.cli.app import emit
 
     need("torch", "trl", "reasoning_gym", doing="compression")
@@ -74,6 +81,12 @@ def _run(recipe: CompressRecipe, out: Path | None, command: str, json_out: bool)
         )
     if done is None:  # a rank behind the first
         return None
+    if report is not None:
+        from tandem.report.compress_html import compression_page
+        from tandem.spec.catalog import load_spec
+
+        teacher, student = load_spec(recipe.teacher), load_spec(done.checkpoint)
+        write_whole(report, compression_page(recipe.name, done.to_json(), teacher=teacher, student=student))
     if json_out:
         return emit(done.to_json())
     from tandem.report import text
