@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -236,7 +237,7 @@ def _depth(part: Mapping[str, Any], teacher: ModelSpec) -> Iterator[str]:
         own = next(one for one in scores if one["layer"] == layer)
         second = next((one for one in ranked if one["layer"] != layer), None)
         rows.append([
-            f"{number}", f"{layer}", kinds[layer], f"{own['relative_mse']:.3g}", f"{own['perplexity']:,.4g}",
+            f"{number}", f"{layer}", kinds[layer], f"{own['relative_mse']:.3g}", _perplexity(own["perplexity"]),
             f"{own['block_influence']:.3g}",
             "-" if second is None else f"{second['layer']} ({kinds[second['layer']]}, {second['relative_mse']:.3g})",
             "no" if layer in part["kept_layers"] else "yes",
@@ -244,7 +245,11 @@ def _depth(part: Mapping[str, Any], teacher: ModelSpec) -> Iterator[str]:
     columns = [">round", ">layer", "kind", ">change of the logits", ">perplexity without", ">block influence"]
     columns += ["next", "left in the end"]
     yield html_table(columns, rows)
-    yield f"<p class='note'>Perplexity of the whole model on the same text: {part['perplexity']:,.4g}.</p>"
+    yield f"<p class='note'>Perplexity of the whole model on the same text: {_perplexity(part['perplexity'])}.</p>"
+
+
+def _perplexity(value: float | None) -> str:
+    return f"{value:,.4g}" if value is not None and math.isfinite(value) else "-"
 
 
 def _width(part: Mapping[str, Any]) -> Iterator[str]:
