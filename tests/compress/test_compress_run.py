@@ -40,9 +40,9 @@ data:
   post: {{tasks: [chain_sum, spell_backward], reasoning: 60, instructions: 30, tools: 6}}
 stages:
   depth: {{cut: depth}}
-  distil-1: {{distil: {{tokens: 4096, length: 128, rows: 8, lr: 3.0e-3, final_lr: 3.0e-4, warmup_steps: 1, linears: fp32}}}}
+  distil-1: {{distil: {{tokens: 4096, length: 128, rows: 8, lr: 3.0e-4, final_lr: 3.0e-5, warmup_steps: 1, linears: fp32}}}}
   width: {{cut: width}}
-  distil-2: {{distil: {{tokens: 4096, length: 128, rows: 8, lr: 3.0e-3, final_lr: 3.0e-4, warmup_steps: 1, linears: fp32}}}}
+  distil-2: {{distil: {{tokens: 4096, length: 128, rows: 8, lr: 3.0e-4, final_lr: 3.0e-5, warmup_steps: 1, linears: fp32}}}}
 """
 
 
