@@ -20,7 +20,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,9 @@ def ask_budgets(out: Path, variant: str, seed: int, recipe: AlignRecipe, budgets
     print(f"  {variant}, seed {seed}, exactly one closing mark by budget: {shown}", flush=True)
 
 
-def measure(out: Path) -> None:
-    """Tokens a second of both aligned models of seed 0, in turns in this process, kept beside the variants."""
-    target = out / "throughput.json"
-    folders = {name: place(out, name, 0) / "model" for name in (HYBRID, TRANSFORMER)}
-    if target.is_file() or not all((folder.parent / "metrics.json").is_file() for folder in folders.values()):
+def measure(target: Path, folders: Mapping[str, Path]) -> None:
+    """Tokens a second of some models, in turns in this process, unless the file `target` is there; by name."""
+    if target.is_file():
         return
     import torch
 
@@ -161,18 +159,18 @@ def measure(out: Path) -> None:
 
     models = {name: load_model(folder, dtype=torch.float32) for name, folder in folders.items()}
     context = min(model.spec.max_context for model in models.values())
-    settings = []
+    measured = []
     for batch, isl, osl in SETTINGS:
         if isl + osl > context:
             continue
         sides = {name: generation(model, batch, isl, osl) for name, model in models.items()}
         rounds = [{name: side() for name, side in sides.items()} for _ in range(ROUNDS + 1)][1:]
-        settings.append({"batch": batch, "prompt_tokens": isl, "output_tokens": osl, "rounds": rounds})
+        measured.append({"batch": batch, "prompt_tokens": isl, "output_tokens": osl, "rounds": rounds})
         rates = ", ".join(f"{name} {sum(r[name] for r in rounds) / ROUNDS:,.0f}" for name in sides)
         print(f"batch {batch}, {isl} + {osl} tokens: {rates} tokens/s", flush=True)
     capability = torch.backends.cpu.get_cpu_capability()
     machine = f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads, fp32, torch {torch.__version__}"
-    write_whole(target, json.dumps({"machine": machine, "settings": settings}, indent=1) + "\n")
+    write_whole(target, json.dumps({"machine": machine, "settings": measured}, indent=1) + "\n")
 
 
 def generation(model: Any, batch: int, isl: int, osl: int) -> Callable[[], float]:
@@ -220,7 +218,9 @@ def main() -> None:
             align(options.out, name, seed, file, [*base, *options.set])
             if name != TRANSFORMER:
                 ask_budgets(options.out, name, seed, recipe, budgets)
-    measure(options.out)
+    aligned = {name: place(options.out, name, 0) for name in (HYBRID, TRANSFORMER)}
+    if all((folder / "metrics.json").is_file() for folder in aligned.values()):
+        measure(options.out / "throughput.json", {name: folder / "model" for name, folder in aligned.items()})
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tandem.study.alignment_claims import HYBRID, TRANSFORMER, TRUNCATION, Runs, change, claims_of, setting_named
+from tandem.study.alignment_claims import HYBRID, TRANSFORMER, TRUNCATION, Runs, change, claims_of, faster, setting_named
 from tandem.study.alignment_figures import NAMES, figures_of
 from tandem.study.alignment_runs import AlignmentRun, Throughput, as_row, read_runs, read_throughput
 from tandem.study.result import StudyResult
-from tandem.study.seeds import BACKEND, differences, lacking
+from tandem.study.seeds import BACKEND, lacking
 
 SEEDS = 3
 """Seeds that each variant should have at least."""
@@ -75,11 +75,11 @@ def changes(runs: Runs) -> list[dict[str, Any]]:
     return found
 
 
-def rates(throughput: Throughput | None) -> list[dict[str, Any]]:
-    """Tokens a second of both models and the hybrid's over the Transformer's, for every setting that was measured."""
+def rates(throughput: Throughput | None, a: str = TRANSFORMER, b: str = HYBRID) -> list[dict[str, Any]]:
+    """Tokens a second of both models and those of `b` over those of `a`, for every setting that was measured."""
     rows = []
     for one in () if throughput is None else throughput.settings:
-        pair = differences(dict(one.of(TRANSFORMER)), dict(one.of(HYBRID)), relative=True)
+        pair = faster(one, a, b)
         if pair is not None:
             rows.append({"setting": setting_named(one), **pair.to_json()})
     return rows

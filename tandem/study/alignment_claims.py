@@ -87,11 +87,13 @@ def change(runs: Mapping[int, AlignmentRun], stage: str, measure: Callable[[Alig
     return differences(before, {seed: measure(run, stage) for seed, run in here.items()})
 
 
-def _told_points(found: Paired | None) -> str:
+def told_points(found: Paired | None) -> str:
+    """A difference of shares in points, or that nothing was asked."""
     return "not asked" if found is None else told(found, "points", 1)
 
 
-def _average(values: Sequence[float]) -> float:
+def average(values: Sequence[float]) -> float:
+    """The mean of at least one number."""
     return sum(values) / len(values)
 
 
@@ -108,9 +110,9 @@ def _thinking(runs: Runs) -> Claim | None:
         return None
     holds = more(found)
     return claim_of_runs(
-        "A1", "the aligned model answers more reasoning problems with thinking on than off", None, _told_points(found), holds,
-        f"{_average(found.a):.1%} off and {_average(found.b):.1%} on, {verdict(holds)}; the Transformer's gain: "
-        f"{_told_points(gain(TRANSFORMER))}", "this study", accuracy=found,
+        "A1", "the aligned model answers more reasoning problems with thinking on than off", None, told_points(found), holds,
+        f"{average(found.a):.1%} off and {average(found.b):.1%} on, {verdict(holds)}; the Transformer's gain: "
+        f"{told_points(gain(TRANSFORMER))}", "this study", accuracy=found,
     )  # fmt: skip
 
 
@@ -121,9 +123,9 @@ def _stage(id: str, runs: Runs, stage: str, suite: str, title: str, printed: str
     beside = change(runs.get(HYBRID, {}), stage, lambda run, at: run.right(at, ON))
     holds = more(found)
     return claim_of_runs(
-        id, title, printed, _told_points(found), holds,
-        f"{_average(found.a):.1%} before {stage} and {_average(found.b):.1%} after, with and without thinking; "
-        f"{verdict(holds)}. Reasoning meanwhile: {_told_points(beside)}", f"{PAPER_A}, figure 6", accuracy=found,
+        id, title, printed, told_points(found), holds,
+        f"{average(found.a):.1%} before {stage} and {average(found.b):.1%} after, with and without thinking; "
+        f"{verdict(holds)}. Reasoning meanwhile: {told_points(beside)}", f"{PAPER_A}, figure 6", accuracy=found,
     )  # fmt: skip
 
 
@@ -147,12 +149,12 @@ def _budget(runs: Runs) -> Claim | None:
 
     found = step(budgets[0], budgets[-1])
     falls = [(low, high) for low, high in pairwise(budgets) if step(low, high).high < 0]
-    curve = [(at, _average([points[at].accuracy for points in asked.values()])) for at in budgets]
+    curve = [(at, average([points[at].accuracy for points in asked.values()])) for at in budgets]
     holds = False if falls else more(found)
     fallen = "".join(f"; falls from {low} to {high}" for low, high in falls)
     return claim_of_runs(
         "A4", "accuracy rises with the thinking budget, and no step of the curve is a fall", "a rising curve",
-        f"{budgets[0]} to {budgets[-1]} tokens: {_told_points(found)}", holds,
+        f"{budgets[0]} to {budgets[-1]} tokens: {told_points(found)}", holds,
         ", ".join(f"{at} tokens {share:.1%}" for at, share in curve) + f"; {verdict(holds)}{fallen}",
         f"{PAPER_A}, figure 5", accuracy=found, curve=[list(point) for point in curve],
     )  # fmt: skip
@@ -200,10 +202,10 @@ def _one_mark(runs: Runs) -> Claim | None:
         return None
     holds = no_less(found)
     _, final = beside(FINAL)
-    last = "not asked" if final is None else f"{_average(final.b):.2%}"
+    last = "not asked" if final is None else f"{average(final.b):.2%}"
     return claim_of_runs(
         "A5", f"after the truncation stage at least {ONE_MARK:.0%} of answers at small budgets have exactly one closing mark",
-        "exactly one", f"{_average(found.b):.2%}; over {ONE_MARK:.0%}: {told(found, 'points', 2)}", holds,
+        "exactly one", f"{average(found.b):.2%}; over {ONE_MARK:.0%}: {told(found, 'points', 2)}", holds,
         f"{_named(small)}, the model left alone after the mark; {verdict(holds)}; by seed "
         f"{', '.join(f'{share:.2%}' for share in found.b)}; of the last model {last}",
         f"{PAPER_A}, section 3.4 and figure 5; the target is this project's", over=found,
@@ -226,8 +228,8 @@ def _marks_beside(runs: Runs) -> Claim | None:
     holds = more(found)
     return claim_of_runs(
         "A6", "thoughts cut off in training raise the share of answers with exactly one closing mark at small budgets",
-        "malformed without", _told_points(found), holds,
-        f"{_named(small)}: {_average(found.a):.2%} without and {_average(found.b):.2%} with, after the same stage; "
+        "malformed without", told_points(found), holds,
+        f"{_named(small)}: {average(found.a):.2%} without and {average(found.b):.2%} with, after the same stage; "
         f"{verdict(holds)}", f"{PAPER_A}, section 3.4 and figure 5", one_mark=found,
     )  # fmt: skip
 
@@ -239,7 +241,7 @@ def _lengths_beside(runs: Runs) -> Claim | None:
     holds = True if found.high < 0 else False if found.low >= 0 else None
     return claim_of_runs(
         "A7", "thoughts cut off in training keep answers at small budgets shorter", "answers grow without", told(found, "%", 1),
-        holds, f"{_named(small)}: {_average(found.a):.1f} tokens without and {_average(found.b):.1f} with; {verdict(holds)}",
+        holds, f"{_named(small)}: {average(found.a):.1f} tokens without and {average(found.b):.1f} with; {verdict(holds)}",
         f"{PAPER_A}, section 3.4 and figure 5", answer_tokens=found,
     )  # fmt: skip
 
@@ -259,7 +261,7 @@ def _reward(id: str, runs: Runs, stage: str, title: str) -> Claim | None:
     stated = "not measured" if kl is None else f"{kl:.4f} nats a token"
     return claim_of_runs(
         id, title, "not printed", told(found, "", 3, times=1.0), holds,
-        f"{_average(found.a):.3f} in the first quarter of the steps and {_average(found.b):.3f} in the last; {verdict(holds)}; "
+        f"{average(found.a):.3f} in the first quarter of the steps and {average(found.b):.3f} in the last; {verdict(holds)}; "
         f"KL to the model before the stage in the last quarter: {stated}", f"this study, stage {stage}", reward=found, kl=kl,
     )  # fmt: skip
 
@@ -278,7 +280,7 @@ def _inside(runs: Runs) -> Claim | None:
     holds = more(found)
     return claim_of_runs(
         "A10", "the best merge lies inside of the sweep", "about a half",
-        f"alpha {chosen}; over the better end {_told_points(found)}", holds,
+        f"alpha {chosen}; over the better end {told_points(found)}", holds,
         f"ends at alpha {first[0][0]:g} and {first[-1][0]:g}; {verdict(holds)}; the best of {len(first) - 2} is a little too "
         "good on the questions that chose it", f"{PAPER_A}, section 3", over_ends=found, alphas=best,
     )  # fmt: skip
@@ -295,8 +297,8 @@ def _merge(runs: Runs) -> Claim | None:
     holds = False if False in verdicts else None if None in verdicts else True
     return claim_of_runs(
         "A11", "the merged model is no worse than either of the two on held-out questions", "balances them",
-        f"over the first {_told_points(first)}, over the second {_told_points(second)}", holds,
-        f"all suites; first {_average(first.a):.1%}, second {_average(second.a):.1%}, merged {_average(first.b):.1%}; no "
+        f"over the first {told_points(first)}, over the second {told_points(second)}", holds,
+        f"all suites; first {average(first.a):.1%}, second {average(second.a):.1%}, merged {average(first.b):.1%}; no "
         f"worse: the interval is not below 0 and reaches no further down than {PAR:.0%}; {verdict(holds)}",
         f"{PAPER_A}, section 3 and figure 6", over_first=first, over_second=second,
     )  # fmt: skip
@@ -308,18 +310,23 @@ def _on_par(runs: Runs) -> Claim | None:
     if found is None:
         return None
     asked = list(dict.fromkeys(question for run in both[1].values() for question in run.accuracy[FINAL]))
-    parts = [f"{suite}, {mode}: {_told_points(paired(*both, accuracy_at(FINAL, (suite, mode))))}" for suite, mode in asked]
+    parts = [f"{suite}, {mode}: {told_points(paired(*both, accuracy_at(FINAL, (suite, mode))))}" for suite, mode in asked]
     holds = no_less(found, PAR)
     return claim_of_runs(
         "A12", "at equal parameters and conversations the aligned hybrid is on par with the aligned Transformer or better",
-        "on par or better", _told_points(found), holds, f"{'; '.join(parts)}; {verdict(holds)}", PAPER_A, accuracy=found,
+        "on par or better", told_points(found), holds, f"{'; '.join(parts)}; {verdict(holds)}", PAPER_A, accuracy=found,
     )  # fmt: skip
 
 
-def longest(throughput: Throughput) -> ThroughputSetting | None:
-    """The setting with the most tokens a sequence, of those that have both models."""
-    both = [one for one in throughput.settings if one.of(HYBRID) and one.of(TRANSFORMER)]
+def longest(throughput: Throughput, *names: str) -> ThroughputSetting | None:
+    """The setting with the most tokens a sequence, of those that have all models of these names."""
+    both = [one for one in throughput.settings if all(one.of(name) for name in names)]
     return max(both, key=lambda one: one.prompt_tokens + one.output_tokens, default=None)
+
+
+def faster(one: ThroughputSetting, a: str, b: str) -> Paired | None:
+    """What `b` generates over `a`, as a share of a's tokens a second, round by round."""
+    return differences(dict(one.of(a)), dict(one.of(b)), relative=True)
 
 
 def setting_named(one: ThroughputSetting) -> str:
@@ -327,25 +334,26 @@ def setting_named(one: ThroughputSetting) -> str:
     return f"batch {one.batch}, {one.prompt_tokens} + {one.output_tokens} tokens"
 
 
+def ratios(throughput: Throughput, a: str, b: str) -> list[str]:
+    """What `b` generates over `a` in every setting that has both."""
+    pairs = [(one, faster(one, a, b)) for one in throughput.settings]
+    return [f"{setting_named(one)}: {1 + pair.mean:.2f}x" for one, pair in pairs if pair is not None]
+
+
 def _faster(throughput: Throughput | None) -> Claim | None:
-    judged = None if throughput is None else longest(throughput)
+    judged = None if throughput is None else longest(throughput, TRANSFORMER, HYBRID)
     if throughput is None or judged is None:
         return None
 
-    def gain(one: ThroughputSetting) -> Paired | None:
-        return differences(dict(one.of(TRANSFORMER)), dict(one.of(HYBRID)), relative=True)
-
-    found = gain(judged)
+    found = faster(judged, TRANSFORMER, HYBRID)
     if found is None:
         return None
-    parts = [
-        f"{setting_named(one)}: {1 + pair.mean:.2f}x" for one in throughput.settings for pair in [gain(one)] if pair is not None
-    ]
+    parts = ratios(throughput, TRANSFORMER, HYBRID)
     holds = more(found)
     return claim_of_runs(
         "A13", "the aligned hybrid generates more tokens a second in our engine than the aligned Transformer",
         "6.3x (9B against Qwen3-8B, 8k + 16k tokens, one A10G)",
-        f"{1 + found.mean:.2f}x ({setting_named(judged)}): {_average(found.b):,.0f} to {_average(found.a):,.0f} a second",
+        f"{1 + found.mean:.2f}x ({setting_named(judged)}): {average(found.b):,.0f} to {average(found.a):,.0f} a second",
         holds,
         f"{'; '.join(parts)}; {len(found.seeds)} rounds in turns on {throughput.machine}; a cache of this length is small "
         "beside weights and state, so what the paper gains at long outputs cannot show here", f"{PAPER_A}, figure 1",

@@ -48,7 +48,9 @@ def figures_of(runs: Runs, throughput: Throughput | None) -> dict[str, Figure]:
         ),
         "kl": _courses(runs, "KL to the model before the stage", "nats a token", lambda point: point.kl),
         "merge": _merge(runs),
-        "throughput": _throughput(throughput),
+        "throughput": throughput_figure(
+            throughput, {name: NAMES[name] for name in (HYBRID, TRANSFORMER)}, "The aligned models"
+        ),
     }  # fmt: skip
     return {name: figure for name, figure in made.items() if figure is not None}
 
@@ -79,7 +81,8 @@ def _known(runs: Runs) -> dict[str, Mapping[int, AlignmentRun]]:
     return {name: runs[name] for name in NAMES if name in runs}
 
 
-def _there(values: Iterable[float | None]) -> list[float]:
+def numbers_in(values: Iterable[float | None]) -> list[float]:
+    """Those that are not None."""
     return [value for value in values if value is not None]
 
 
@@ -95,7 +98,7 @@ def _stages(runs: Runs) -> Figure | None:
     def points(by_seed: Mapping[int, AlignmentRun], question: Question) -> Points:
         for x, stage in enumerate((*stages, FINAL)):
             of = [run for run in by_seed.values() if stage != FINAL or len(run.stages) > len(stages)]
-            yield float(x), _there(run.right(stage, question) for run in of)
+            yield float(x), numbers_in(run.right(stage, question) for run in of)
 
     panels = [
         Panel(
@@ -150,7 +153,7 @@ def _thinking(runs: Runs) -> Figure | None:
 def _at_budgets(by_seed: Mapping[int, AlignmentRun], stage: str, value: Callable[[BudgetPoint], float | None]) -> Points:
     asked = points_at(by_seed, stage)
     for budget in sorted(next(iter(asked.values()))) if asked else ():
-        yield float(budget), _there(value(points[budget]) for points in asked.values())
+        yield float(budget), numbers_in(value(points[budget]) for points in asked.values())
 
 
 def _budgets(runs: Runs) -> Figure | None:
@@ -209,7 +212,7 @@ def _courses(runs: Runs, title: str, unit: str, value: Callable[[CoursePoint], f
         for name, by_seed in here.items():
             courses = [{p.step: value(p) for p in run.courses[stage]} for run in by_seed.values() if stage in run.courses]
             steps = sorted(set.intersection(*(set(course) for course in courses))) if courses else []
-            points = [(float(step), _there(course[step] for course in courses)) for step in steps]
+            points = [(float(step), numbers_in(course[step] for course in courses)) for step in steps]
             series += curve(NAMES[name], name, points)
         if series:
             panels.append(Panel(title=stage, series=tuple(series)))
@@ -241,19 +244,20 @@ def _merge(runs: Runs) -> Figure | None:
     )
 
 
-def _throughput(throughput: Throughput | None) -> Figure | None:
+def throughput_figure(throughput: Throughput | None, names: Mapping[str, str], note: str) -> Figure | None:
+    """Tokens a second of two models, each round a mark; `names` are the models in words."""
     settings = () if throughput is None else throughput.settings
     series = []
-    for shift, name in ((-0.08, HYBRID), (0.08, TRANSFORMER)):
+    for shift, name in zip((-0.08, 0.08), names, strict=True):
         points = [(x + shift, rate) for x, one in enumerate(settings) for rate in one.of(name).values()]
         if points:
             x, y = zip(*points, strict=True)
-            series.append(Series(name=NAMES[name], x=x, y=y, role=name, style="markers"))
+            series.append(Series(name=names[name], x=x, y=y, role=name, style="markers"))
     if throughput is None or not series:
         return None
     return Figure(
         title="Generation in the engine",
-        note=f"The aligned models in turns; each mark is a round. {throughput.machine}.",
+        note=f"{note} in turns; each mark is a round. {throughput.machine}.",
         x_title="",
         y_title="tokens a second",
         panels=(Panel(title="batch, tokens of prompt and output", series=tuple(series)),),

@@ -126,7 +126,7 @@ def read_run(folder: Path, variant: str, seed: int) -> AlignmentRun | None:
         return AlignmentRun(
             variant=variant,
             seed=seed,
-            accuracy={name: _accuracy(evaluation) for name, evaluation in evaluated.items()},
+            accuracy={name: accuracy_of(evaluation) for name, evaluation in evaluated.items()},
             after={name: report["after"] for name, report in reports.items() if "after" in report},
             budgets=_budgets(folder, evaluated),
             courses={name: _course(report) for name, report in reports.items() if report.get("what") == "grpo"},
@@ -138,7 +138,8 @@ def read_run(folder: Path, variant: str, seed: int) -> AlignmentRun | None:
         raise SpecError(f"{folder}: is no finished run ({type(wrong).__name__}: {' '.join(str(wrong).split())})") from None
 
 
-def _accuracy(evaluation: Mapping[str, Any]) -> dict[Question, dict[str, float]]:
+def accuracy_of(evaluation: Mapping[str, Any]) -> dict[Question, dict[str, float]]:
+    """Shares of right answers in what `tandem evaluate` found, by question and task; answers at thinking budgets left out."""
     return {
         (suite, mode): {"all": float(tasks["all"]["accuracy"])} | {task: float(tasks[task]["accuracy"]) for task in tasks}
         for suite, modes in evaluation.items()
