@@ -68,3 +68,15 @@ def study_alignment(
     from tandem.cli import studying
 
     studying.run_alignment(runs, out, json_out)
+
+
+@study.command("compression")
+def study_compression(
+    runs: Annotated[Path, typer.Argument(help="Folder of runs that benchmarks/compression_runs.py made.")],
+    out: Out = None,
+    json_out: Json = False,
+) -> None:
+    """Pruned beside scratch, distilled beside the next token, groups, depth beside width, recovery: finished runs, by seed."""
+    from tandem.cli import studying
+
+    studying.run_compression(runs, out, json_out)

@@ -50,6 +50,13 @@ ALIGNMENT_LEAD = (
     "Differences are taken seed by seed."
 )
 
+COMPRESSION_TITLE = "Compression at nano scale"
+COMPRESSION_LEAD = (
+    "A hybrid of 4 million parameters cut to at most 70 % of its bytes and distilled from itself, in variants that differ in "
+    "one thing each: what its weights, the teacher and the groups of Mamba heads are worth, depth beside width, and how far "
+    "the compressed model is from its teacher. Differences are taken seed by seed."
+)
+
 
 def run_paper_b(out: Path | None, json_out: bool) -> None:
     """Run the study of paper B; the exit code does not depend on which claims hold."""
@@ -128,6 +135,27 @@ def run_alignment(runs: Path, out: Path | None, json_out: bool) -> None:
         json_out,
         page=alignment_study_page,
         also=alignment_table,
+        closing=alignment_sentences,
+    )
+
+
+def run_compression(runs: Path, out: Path | None, json_out: bool) -> None:
+    """Judge finished runs; the exit code does not depend on which claims hold."""
+    from tandem.report.alignment_html import alignment_sentences
+    from tandem.report.compression_study_html import compression_study_page, compression_table
+    from tandem.study.compression import study_compression
+
+    _require_new_folder(out)
+    data = study_compression(runs).to_json()
+    _finish(
+        "compression",
+        COMPRESSION_TITLE,
+        COMPRESSION_LEAD,
+        data,
+        out,
+        json_out,
+        page=compression_study_page,
+        also=compression_table,
         closing=alignment_sentences,
     )
 
