@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from tandem.spec.catalog import read_json
 from tandem.spec.errors import SpecError
 from tandem.spec.files import write_whole
+from tandem.spec.model import ModelSpec
 from tandem.train.data.packing import IGNORED
 from tandem.train.ranks import Ranks
 
@@ -89,11 +90,19 @@ class Scoring:
         if self.folder is None and self.ranks.world > 1:
             raise SpecError("folder=None: ranks meet in a folder; name one")
 
-    def claim(self, what: Mapping[str, Any]) -> None:
+    def claim(self, what: str, spec: ModelSpec, samples: Calibration, rows: int, **settings: Any) -> None:
         """Take the folder for this scoring, or go on with it. Raises SpecError where another one lies there."""
         if self.folder is None:
             return
-        stated, folder = json.loads(json.dumps(what)), self.folder
+        stated: dict[str, Any] = {
+            "what": what,
+            "model": spec.name,
+            "layers": len(spec.layers),
+            "samples": samples.fingerprint,
+            "rows at once (memory)": rows,
+            **settings,
+        }
+        folder = self.folder
 
         def claim() -> None:
             folder.mkdir(parents=True, exist_ok=True)

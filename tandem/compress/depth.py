@@ -26,6 +26,8 @@ from tandem.train.data.packing import IGNORED
 
 Metric = Literal["logit-mse", "hidden-mse", "perplexity", "block-influence"]
 _FULL, _NOW = "full", "now"
+_LARGEST = 700.0
+"""Nats of which a double can hold the exponential."""
 _PIECE = 256
 """Tokens whose logits are held at once."""
 
@@ -42,15 +44,15 @@ class LayerScore:
     """The same over the mean square of the full model's logits."""
     hidden_mse: float
     """Mean square of the change of what goes into the head."""
-    perplexity: float
-    """Of the labelled tokens."""
+    perplexity: float | None
+    """Of the labelled tokens; None without any, and where it is beyond all numbers."""
     block_influence: float
     """1 - the mean cosine between what goes into the layer and what comes out, in the full model; leaves nothing out."""
 
     def of(self, metric: Metric) -> float:
-        """The score by a metric's name."""
-        found: float = getattr(self, metric.replace("-", "_"))
-        return found
+        """The score by a metric's name; what is beyond all numbers is infinite."""
+        found: float | None = getattr(self, metric.replace("-", "_"))
+        return math.inf if found is None else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class DepthScores:
     """Layers that were dropped, first to last."""
     rounds: tuple[tuple[LayerScore, ...], ...]
     """Of each round every candidate's score. A choice at once has one round."""
-    perplexity: float
+    perplexity: float | None
     """Of the full model."""
 
     def kept(self, layers: int, count: int | None = None) -> tuple[int, ...]:
@@ -112,15 +114,10 @@ def score_depth(
         held_bytes=layers.held_bytes,
         memory_bytes=scoring.memory_bytes,
     )
-    scoring.claim(
-        {
-            "what": "depth", "model": spec.name, "layers": len(spec.layers), "samples": calibration.fingerprint, "rows": rows,
-            "drop": drop, "attention": attention, "metric": metric, "greedy": greedy,
-        }
-    )  # fmt: skip
+    scoring.claim("depth", spec, calibration, rows, drop=drop, attention=attention, metric=metric, greedy=greedy)
     order: list[int] = []
     rounds: list[tuple[LayerScore, ...]] = []
-    full = 0.0
+    full: float | None = None
     while len(order) < drop:
         if greedy or not rounds:
             tried = candidates_of(spec, order, drop, attention) if greedy else tuple(range(len(spec.layers)))
@@ -133,7 +130,7 @@ def score_depth(
 
             found = _sum(list(scoring.chunks(f"round-{len(rounds)}", len(calibration), rows, score)))
             rounds.append(_scores(found, tried, calibration.learned))
-            full = full or _perplexity(found["full_nll"], calibration.learned)
+            full = _perplexity(found["full_nll"], calibration.learned)
         allowed = candidates_of(spec, order, drop, attention)
         best = min((one for one in rounds[-1] if one.layer in allowed), key=lambda one: (one.of(metric), one.layer))
         order.append(best.layer)
@@ -230,7 +227,6 @@ def _scores(found: dict[str, Any], tried: Sequence[int], learned: int) -> tuple[
     )
 
 
-def _perplexity(nll: float, learned: int) -> float:
-    """Of tokens with labels; without any, or where exp overflows, infinite."""
+def _perplexity(nll: float, learned: int) -> float | None:
     mean = nll / learned if learned else math.inf
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(mean) if mean < _LARGEST else None

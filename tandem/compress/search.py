@@ -266,7 +266,7 @@ class _Search:
         held, found = self.budget.held(self.spec), self.predict and self.predict(self.spec)
         rate = found.tokens_per_s.value if isinstance(found, Prediction) else 0.0
         slow = self.budget.tokens_per_s is not None and rate < self.budget.tokens_per_s
-        if not slow and all(held[name] <= limit for name, limit in self.limits.items()):
+        if not slow and self.budget.allows(self.spec):
             said = ", ".join(f"{name} {held[name]:,} of {limit:,}" for name, limit in self.limits.items())
             raise SpecError(
                 f"budget: {self.spec.name} is within it already ({said or f'{rate:,.1f} tokens/s'}); nothing to prune"

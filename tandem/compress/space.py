@@ -140,6 +140,11 @@ class Budget:
         )
         return {"total_bytes": held, "parameters": spec.parameters, "active_parameters": spec.active_parameters}
 
+    def allows(self, spec: ModelSpec) -> bool:
+        """Whether a model is within the limits that are stated in numbers."""
+        held = self.held(spec)
+        return all(held[name] <= limit for name, limit in self.limits(spec).items())
+
     def limits(self, teacher: ModelSpec) -> dict[str, int]:
         """The largest that each may be, of those that are stated."""
         found = {name: getattr(self, name) for name in ("total_bytes", "parameters", "active_parameters")}

@@ -71,7 +71,7 @@ def run_cut(stage: Stage, cut: Cut) -> dict[str, Any]:
     """Score, choose a shape within the budget, cut; what was decided and by what, and what is left (`kl`, `nll`: `held_out`).
 
     Where memory has a bound, teacher and student are not held to be compared.
-    A model that is within the budget already is not cut in width, and says so.
+    A model that is within the budget already is not cut in width, and says so (`within_budget`).
     """
     recipe = stage.recipe
     calibration = stage.data.calibration(recipe.calibration.samples, recipe.calibration.length, _POST_SHARE, recipe.seed)
@@ -141,18 +141,22 @@ def _width(
     scores = score_width(layers, calibration, scoring=scoring)
     units = _by_size(scores)
     search = _width_search(stage)
+    if search.budget.allows(spec) and search.budget.tokens_per_s is None:
+        kept = whole_layers(spec, tuple(range(len(spec.layers))))
+        return kept, {**_chosen(kept, units), "within_budget": True}
     found = search_recipe(search, teacher=spec, quality=kept_importance(spec, units))
     losses = _ranked(stage, decoder, scores, found)
     if losses:
         found = search_recipe(search, teacher=spec, quality=kept_importance(spec, units), losses=losses)
     kept = choose(spec, found.candidates[0].shape, scores, group_aware=not stage.recipe.without.groups)
-    return kept, {
-        "shape": kept.shape.to_json(),
-        "scores": units,
-        "kept": {"hidden": kept.hidden.tolist(), "layers": {i: some.to_json() for i, some in kept.units.items()}},
-        "ranking": [{**shape.to_json(), "kl": loss} for shape, loss in losses.items()],
-        "search": found.to_json(),
-    }
+    ranking = [{**shape.to_json(), "kl": loss} for shape, loss in losses.items()]
+    return kept, {**_chosen(kept, units), "ranking": ranking, "search": found.to_json()}
+
+
+def _chosen(kept: Kept, units: dict[str, dict[int, list[float]]]) -> dict[str, Any]:
+    """What stays, by which scores."""
+    indices = {"hidden": kept.hidden.tolist(), "layers": {i: some.to_json() for i, some in kept.units.items()}}
+    return {"shape": kept.shape.to_json(), "scores": units, "kept": indices}
 
 
 def _width_search(stage: Stage) -> CompressRecipe:

@@ -61,9 +61,7 @@ def score_width(layers: Layers, calibration: Calibration, *, scoring: Scoring | 
         held_bytes=layers.held_bytes,
         memory_bytes=scoring.memory_bytes,
     )
-    scoring.claim(
-        {"what": "width", "model": spec.name, "layers": len(spec.layers), "samples": calibration.fingerprint, "rows": rows}
-    )
+    scoring.claim("width", spec, calibration, rows)
 
     def score(begin: int, end: int) -> dict[str, Any]:
         return _chunk(layers, calibration.rows(begin, end), scoring.folder if spill else None)

@@ -295,3 +295,16 @@ def test_settings_that_cannot_be_are_refused() -> None:
         Scoring(ranks=Ranks(rank=0, world=2))
     with pytest.raises(SpecError, match=r"labels=\[3, 23\]: must be shaped as input_ids, \[3, 24\]"):
         Calibration(input_ids=given.input_ids, labels=given.labels[:, 1:])
+
+
+def test_what_is_beyond_all_numbers_is_no_number() -> None:
+    """JSON knows no infinity: a model that is certain of the wrong token, and samples without labels."""
+    decoder, given = shaken(HYBRID), samples(HYBRID)
+    unlabelled = Calibration(input_ids=given.input_ids, labels=torch.full_like(given.labels, IGNORED))
+    found = score_depth(LoadedLayers(decoder), unlabelled, drop=1)
+    assert (found.perplexity, found.rounds[0][0].perplexity) == (None, None)
+    with torch.no_grad():
+        decoder.lm_head.weight *= 1e5
+    found = score_depth(LoadedLayers(decoder), given, drop=1)
+    assert found.perplexity is None
+    assert found.rounds[0][0].of("perplexity") == float("inf")

@@ -177,3 +177,16 @@ def test_what_a_study_leaves_out(tmp_path: Path, teacher: Path, data: Path) -> N
     ends = {name: reports["distil-2"]["metrics"] for name, reports in found.items()}
     assert ends["whole"]["kl"] < ends["scratch"]["kl"]
     assert ends["whole"]["course"][0]["loss"] < 2 < ends["cross-entropy"]["course"][0]["loss"]
+
+
+@pytest.mark.slow
+def test_a_model_that_fits_after_its_depth_is_not_cut_in_width(tmp_path: Path, teacher: Path, data: Path) -> None:
+    recipe = recipe_of(tmp_path, teacher, ranking=None)
+    budget = replace(recipe.budget, share=0.97)
+    recipe = replace(recipe, budget=budget, stages={name: recipe.stages[name] for name in ("depth", "width")})
+    done = run_recipe(recipe, tmp_path / "run", assess=nothing, date="2026-01-01", data_folder=data)
+    assert done is not None
+    depth, width = (done.metrics["reports"][name] for name in ("depth", "width"))
+    assert width["metrics"]["within_budget"] is True
+    assert width["held"] == depth["held"]
+    assert width["metrics"]["kl"] == depth["metrics"]["kl"] > 0
