@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def recipe_of(variant: str, scale: float, problems: int) -> dict[str, Any]:
 
 
 def rescale(stage: dict[str, Any], scale: float) -> None:
-    """Multiply what a stage learns from: conversations, questions, steps. A batch of prompts is the least of GRPO."""
+    """Multiply what a stage learns from: conversations, questions, steps (at least 10, and a batch of prompts)."""
 
     def count(value: int, least: int = 1) -> int:
         return max(least, round(value * scale)) if value else 0
@@ -85,7 +86,7 @@ def rescale(stage: dict[str, Any], scale: float) -> None:
             part["pairs"]["asks"] |= {kind: count(part["pairs"]["asks"][kind]) for kind in _ASKED}
     for part in (sft, grpo, stage["dpo"], stage["reward_model"]):
         if part is not None and part["train"]["steps"] is not None:
-            part["train"]["steps"] = count(part["train"]["steps"], 2)
+            part["train"]["steps"] = count(part["train"]["steps"], 10)
 
 
 def write_recipe(out: Path, variant: str, scale: float, problems: int) -> tuple[Path, AlignRecipe]:
@@ -120,7 +121,7 @@ def align(out: Path, variant: str, seed: int, recipe: Path, changes: Sequence[st
     print(f"{variant}, seed {seed}", flush=True)
     began = time.perf_counter()
     log = out / f"{variant}-{seed}.log"
-    found = json.loads(tandem("align", str(recipe), f"seed={seed}", *changes, "--out", str(folder), "--json", log=log))
+    found = json.loads(tandem("align", str(recipe), *changes, "--out", str(folder), "--json", log=log))
     shares = {
         f"{suite}, {mode}": tasks["all"]["accuracy"]
         for suite, modes in found["metrics"]["evaluation"].items()
@@ -129,6 +130,19 @@ def align(out: Path, variant: str, seed: int, recipe: Path, changes: Sequence[st
     }
     right = "; ".join(f"{asked} {share:.0%}" for asked, share in shares.items())
     print(f"  {right}; {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
+
+
+def share_stages(out: Path, seed: int, recipe: AlignRecipe) -> None:
+    """What the hybrid of this seed learned before the truncation stage is what `no-truncation` would: it is taken over."""
+    source, folder = place(out, HYBRID, seed), place(out, NO_TRUNCATION, seed)
+    before = list(recipe.stages)[: list(recipe.stages).index(TRUNCATION)]
+    if folder.exists() or not all((source / name / "report.json").is_file() for name in before):
+        return
+    folder.mkdir(parents=True)
+    write_whole(folder / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
+    shutil.copyfile(source / "base.json", folder / "base.json")
+    for name in before:
+        shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("checkpoints"))
 
 
 def ask_budgets(out: Path, variant: str, seed: int, recipe: AlignRecipe, budgets: Sequence[int]) -> None:
@@ -215,7 +229,10 @@ def main() -> None:
     for seed in range(options.seeds):  # seed by seed, so that whatever is there when time ends can be compared
         for name, (file, recipe) in recipes.items():
             base = [] if options.bases is None else [f"base={(place(options.bases, BASES[name], seed) / 'model').resolve()}"]
-            align(options.out, name, seed, file, [*base, *options.set])
+            changes = [f"seed={seed}", *base, *options.set]
+            if name == NO_TRUNCATION:
+                share_stages(options.out, seed, load_recipe(file, changes))
+            align(options.out, name, seed, file, changes)
             if name != TRANSFORMER:
                 ask_budgets(options.out, name, seed, recipe, budgets)
     aligned = {name: place(options.out, name, 0) for name in (HYBRID, TRANSFORMER)}
