@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tandem.study.alignment_claims import average, faster, longest, more, ratios, setting_named, told_points, verdict
-from tandem.study.alignment_runs import Throughput
-from tandem.study.compression_runs import TEACHER, CompressionRun
+from tandem.study.alignment_runs import Question, Throughput
+from tandem.study.compression_runs import TEACHER, CompressionRun, StageResult
 from tandem.study.result import Claim
 from tandem.study.seeds import Paired, claim_of_runs, differences, paired, told
 
@@ -180,20 +180,17 @@ def _recovery(runs: Runs) -> Claim | None:
 def _near(runs: Runs) -> Claim | None:
     here = runs.get(WHOLE, {})
 
-    def beside(measure: Callable[[CompressionRun, str], float | None]) -> Paired | None:
-        return differences(
-            {seed: measure(run, TEACHER) for seed, run in here.items()},
-            {seed: measure(run, list(run.stages)[-1]) for seed, run in here.items()},
-        )
+    def beside(measure: Callable[[StageResult], float | None]) -> Paired | None:
+        teachers = {seed: measure(run.teacher) for seed, run in here.items()}
+        return differences(teachers, {seed: measure(run.last) for seed, run in here.items()})
 
-    found = beside(lambda run, stage: run.stages[stage].overall)
+    def answered(question: Question) -> str:
+        return f"{', '.join(question)}: {told_points(beside(lambda model: model.right(question)))}"
+
+    found = beside(lambda model: model.overall)
     if found is None:
         return None
-    asked = list(dict.fromkeys(question for run in here.values() for question in run.teacher.accuracy))
-    each = [
-        f"{', '.join(question)}: {told_points(beside(lambda run, stage, q=question: run.stages[stage].right(q)))}"
-        for question in asked
-    ]
+    each = [answered(question) for question in dict.fromkeys(q for run in here.values() for q in run.teacher.accuracy)]
     holds = within(found, NEAR)
     return claim_of_runs(
         "C6", f"the compressed model answers within {100 * NEAR:.0f} points of its teacher, over all suites", None,
