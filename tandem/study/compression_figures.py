@@ -58,7 +58,7 @@ def figures_of(runs: Runs, throughput: Throughput | None) -> dict[str, Figure]:
 
 
 def path_of(run: CompressionRun) -> dict[int, float]:
-    """Held-out loss by tokens distilled on so far, over all distillations; where one begins, that after the cut."""
+    """Held-out loss by tokens distilled on so far, over all distillations; the later one where they meet."""
     found: dict[int, float] = {}
     before = 0
     for stage in run.stages.values():
