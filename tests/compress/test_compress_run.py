@@ -20,6 +20,7 @@ from tandem.model.tokenizer import load_tokenizer
 from tandem.spec.catalog import load_spec
 from tandem.spec.errors import SpecError
 from tandem.spec.model import MLP, Attention, Mamba2, ModelSpec
+from tandem.study.compression_runs import read_run
 
 MAMBA = Mamba2(num_heads=4, head_dim=8, state_dim=8, groups=2)
 MLP_LAYER = MLP(ffn_size=64, gated=False)
@@ -98,6 +99,7 @@ def test_a_compression_from_beginning_to_end(tmp_path: Path, teacher: Path, data
     distances = [reports[name]["metrics"]["kl"] for name in ("depth", "distil-1", "width", "distil-2")]
     assert distances[1] < distances[0]
     assert distances[3] < distances[2]
+    assert read_run(tmp_path / "run", "whole", 0).last.kl == reports["distil-2"]["metrics"]["kl"]
     ranked = reports["width"]["metrics"]["ranking"]
     chosen = reports["width"]["metrics"]["shape"]
     assert len(ranked) == 2
