@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from tandem.compress.calibration import Calibration, Scoring
 from tandem.compress.layers import Layers
+from tandem.compress.space import Metric
 from tandem.compress.streams import Streams, rows_within, segments_of, streams_in
 from tandem.model.span import Span
 from tandem.spec.errors import SpecError
@@ -24,7 +25,6 @@ from tandem.spec.model import Attention, ModelSpec
 from tandem.spec.units import require_int
 from tandem.train.data.packing import IGNORED
 
-Metric = Literal["logit-mse", "hidden-mse", "perplexity", "block-influence"]
 _FULL, _NOW = "full", "now"
 _LARGEST = 700.0
 """Nats of which a double can hold the exponential."""

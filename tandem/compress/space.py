@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from math import floor, prod
+from typing import Literal, get_args
 
 from tandem.compress.shape import Shape, total_bytes
 from tandem.spec.design import Precision
@@ -13,6 +14,8 @@ from tandem.spec.errors import SpecError
 from tandem.spec.model import MLA, MLP, Attention, ModelSpec
 from tandem.spec.units import require_int, require_number
 
+Metric = Literal["logit-mse", "hidden-mse", "perplexity", "block-influence"]
+"""What a layer is missed by: see `tandem.compress.depth`."""
 MAX_SHAPES = 100_000
 """Shapes that one search may look at: about a minute at 60 layers."""
 
@@ -31,6 +34,10 @@ class Depth:
     """Layers that leave together; 2 keeps the blocks of a Transformer (attention, MLP) whole."""
     joint: bool = False
     """Every depth with every width, instead of the best depth first that some width fits the budget at."""
+    metric: Metric = "logit-mse"
+    """What decides which layers leave where they are scored (paper A: the logits' mean square error)."""
+    greedy: bool = True
+    """Whether layers are scored anew after each one that leaves."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -39,6 +46,8 @@ class Depth:
             require_int("depth.layers", count)
         for i in self.order:
             require_int("depth.order", i, low=0)
+        if self.metric not in get_args(Metric):
+            raise SpecError(f"depth.metric={self.metric!r}: must be one of {', '.join(get_args(Metric))}")
         if len(set(self.order)) < len(self.order):
             raise SpecError(f"depth.order={list(self.order)}: names a layer twice")
         require_int("depth.block", self.block)

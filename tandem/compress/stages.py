@@ -113,7 +113,13 @@ def _depth(stage: Stage, layers: Layers, calibration: Calibration, scoring: Scor
     recipe, depth = stage.recipe, stage.recipe.depth
     assert depth is not None
     scores = score_depth(
-        layers, calibration, drop=len(layers.spec.layers) - min(depth.layers), attention=depth.attention_layers, scoring=scoring
+        layers,
+        calibration,
+        drop=len(layers.spec.layers) - min(depth.layers),
+        attention=depth.attention_layers,
+        metric=depth.metric,
+        greedy=depth.greedy,
+        scoring=scoring,
     )
     found = search_recipe(recipe, teacher=layers.spec, order=_whole_order(scores))
     chosen = found.candidates[0].shape.layers
