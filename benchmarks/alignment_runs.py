@@ -47,8 +47,8 @@ SETTINGS = ((32, 64, 256), (32, 512, 448), (128, 64, 256))
 ROUNDS = 5
 
 
-def recipe_of(variant: str, scale: float, problems: int) -> dict[str, Any]:
-    """A variant's recipe as plain data, `scale` applied."""
+def recipe_of(variant: str, scale: float, problems: int, until: str | None = None) -> dict[str, Any]:
+    """A variant's recipe as plain data, `scale` applied, up to a stage where one is named."""
     recipe = load_recipe(VARIANTS[variant])
     data: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     data["evaluate"]["problems"] = problems
@@ -57,9 +57,11 @@ def recipe_of(variant: str, scale: float, problems: int) -> dict[str, Any]:
         if recipe.stages[name].merge is not None:
             inside = [alpha for alpha in stage["merge"]["alphas"] if 0 < alpha < 1]
             stage["merge"]["alphas"] = [*inside, 0.0, 1.0]  # of equal ones the first is taken: one inside
-    if variant == NO_TRUNCATION:
+    last = TRUNCATION if variant == NO_TRUNCATION else until
+    if last is not None:
         names = list(data["stages"])
-        data["stages"] = {name: data["stages"][name] for name in names[: names.index(TRUNCATION) + 1]}
+        data["stages"] = {name: data["stages"][name] for name in names[: names.index(last) + 1]}
+    if variant == NO_TRUNCATION:
         data["stages"][TRUNCATION]["sft"]["data"]["truncated"] = 0.0
         data["evaluate"]["budgets"] = []  # asked after the truncation stage, of both variants alike
     data["name"] = VARIANTS[variant] if variant != NO_TRUNCATION else f"{VARIANTS[variant]}-{NO_TRUNCATION}"
@@ -89,11 +91,11 @@ def rescale(stage: dict[str, Any], scale: float) -> None:
             part["train"]["steps"] = count(part["train"]["steps"], 10)
 
 
-def write_recipe(out: Path, variant: str, scale: float, problems: int) -> tuple[Path, AlignRecipe]:
+def write_recipe(out: Path, variant: str, scale: float, problems: int, until: str | None) -> tuple[Path, AlignRecipe]:
     """The variant's recipe as a file, and as it is read from there."""
     file = out / "recipes" / f"{variant}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, yaml.safe_dump(recipe_of(variant, scale, problems), sort_keys=False, width=120))
+    write_whole(file, yaml.safe_dump(recipe_of(variant, scale, problems, until), sort_keys=False, width=120))
     return file, load_recipe(file)
 
 
@@ -218,13 +220,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=0.25, help="Of what stages learn from.")
     parser.add_argument("--problems", type=int, default=100, help="Held-out ones of each task.")
+    parser.add_argument("--until", help="The last stage that is run; without it all are.")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--bases", type=Path, help="Runs of pre-training: each seed begins from BASES/VARIANT/seed-K/model.")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD.PATH=VALUE", help="Changes to every run.")
     options = parser.parse_args()
     if not 0 < options.scale < math.inf:
         raise SystemExit(f"scale={options.scale}: must be above 0")
-    recipes = {name: write_recipe(options.out, name, options.scale, options.problems) for name in options.only}
+    recipes = {name: write_recipe(options.out, name, options.scale, options.problems, options.until) for name in options.only}
     budgets = load_recipe(VARIANTS[HYBRID]).evaluate.budgets
     for seed in range(options.seeds):  # seed by seed, so that whatever is there when time ends can be compared
         for name, (file, recipe) in recipes.items():
