@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tandem.cli.assessing import assess
 from tandem.cli.needed import need
 
 if TYPE_CHECKING:
@@ -59,20 +60,14 @@ def align(
 
 def _assess(recipe: AlignRecipe, folder: Path, last: bool) -> dict[str, Any]:
     """Held-out questions of a recipe, put to a checkpoint; to the last one at every thinking budget too."""
-    from tandem.evaluation.run import evaluate_models
-    from tandem.evaluation.settings import EvaluationSettings
-    from tandem.model.tokenizer import load_tokenizer
-
-    part, chat = recipe.evaluate, load_tokenizer(folder).template is not None
-    settings = EvaluationSettings(
-        suites=("reasoning", "instructions", "tools") if chat else ("reasoning",),
+    part = recipe.evaluate
+    return assess(
+        folder,
         tasks=recipe.tasks,
         problems=part.problems,
-        budgets=part.budgets if last else (),
         max_tokens=part.max_tokens,
+        budgets=part.budgets if last else (),
     )
-    metrics: dict[str, Any] = evaluate_models([str(folder)], settings)["models"][0]["metrics"]
-    return metrics
 
 
 def _list(recipes: list[AlignRecipe], json_out: bool) -> None:

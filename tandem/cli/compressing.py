@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tandem.cli.assessing import assess
 from tandem.cli.needed import need
 from tandem.spec.files import require_folder, write_whole
 
@@ -97,21 +98,9 @@ def _run(recipe: CompressRecipe, out: Path | None, command: str, report: Path | 
 
 def _assess(folder: Path, recipe: CompressRecipe) -> dict[str, Any]:
     """Held-out questions of a recipe, put to a checkpoint."""
-    from tandem.evaluation.run import evaluate_models
-    from tandem.evaluation.settings import EvaluationSettings
-    from tandem.model.tokenizer import load_tokenizer
-
-    part, chat = recipe.evaluate, load_tokenizer(folder).template is not None
+    part = recipe.evaluate
     assert part is not None
-    settings = EvaluationSettings(
-        suites=("reasoning", "instructions", "tools") if chat else ("reasoning",),
-        tasks=part.tasks,
-        problems=part.problems,
-        budgets=(),
-        max_tokens=part.max_tokens,
-    )
-    metrics: dict[str, Any] = evaluate_models([str(folder)], settings)["models"][0]["metrics"]
-    return metrics
+    return assess(folder, tasks=part.tasks, problems=part.problems, max_tokens=part.max_tokens)
 
 
 def _list(recipes: list[CompressRecipe], json_out: bool) -> None:
