@@ -92,7 +92,7 @@ def distil_recipe(recipe: CompressRecipe, part: DistilPart, prepared: Prepared, 
         batch=batch,
         optimiser=replace(base.optimiser, lr=part.lr, min_lr=part.final_lr, warmup=warmup, decay=1 - warmup, schedule="wsd"),
         precision=replace(base.precision, linears=part.linears),
-        evaluate=replace(base.evaluate, every=max(1, batch.steps // 20), batches=4, samples=(), tasks=(), needles=()),
+        evaluate=replace(base.evaluate, every=max(1, batch.steps // 10), batches=2, samples=(), tasks=(), needles=()),
     )
 
 

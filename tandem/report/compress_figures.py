@@ -232,14 +232,14 @@ def recovery_figure(reports: Mapping[str, Mapping[str, Any]]) -> go.Figure:
             continue
         figure.add_scatter(
             x=[(before + point["tokens"]) / unit[0] for point in metrics["course"]],
-            y=[point["kl"] for point in metrics["course"]], mode="lines+markers", name=escape(name), showlegend=True,
+            y=[point["loss"] for point in metrics["course"]], mode="lines+markers", name=escape(name), showlegend=True,
             line={"color": PALETTE[number % len(PALETTE)], "width": 2}, marker={"size": 6},
             hovertemplate="%{x:.4g}: %{y:.4g}<extra>" + escape(name) + "</extra>",
         )  # fmt: skip
         before += metrics["tokens"]
         number += 1
     figure.update_xaxes(title=f"tokens of all distillations, {unit[1]}", rangemode="tozero")
-    found = [point["kl"] for report in reports.values() for point in report.get("metrics", {}).get("course", ())]
+    found = [point["loss"] for report in reports.values() for point in report.get("metrics", {}).get("course", ())]
     figure.update_yaxes(title="held-out KL, nats a token", **_logarithmic(found))
     return figure
 

@@ -96,8 +96,8 @@ def run() -> dict[str, Any]:
         "kept": {"hidden": [0, 1, 2, 3], "layers": {"0": {"heads": [0, 1]}, "1": {"ffn": [3, 4, 5]}}},
         "search": search(shorter, small, smaller),
     }  # fmt: skip
-    first = [{"tokens": 1000, "kl": 0.5, "by_source": {}}, {"tokens": 2000, "kl": 0.25, "by_source": {}}]
-    second = [{"tokens": 1500, "kl": 0.4, "by_source": {}}, {"tokens": 3000, "kl": 0.125, "by_source": {}}]
+    first = [{"tokens": 1000, "loss": 0.5, "by_source": {}}, {"tokens": 2000, "loss": 0.25, "by_source": {}}]
+    second = [{"tokens": 1500, "loss": 0.4, "by_source": {}}, {"tokens": 3000, "loss": 0.125, "by_source": {}}]
     reports = {
         "teacher": {"stage": "teacher", "model": "six", "held": held(1000)},
         "depth": {"what": "cut in depth", "held": held(900), "metrics": depth},
