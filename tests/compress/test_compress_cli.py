@@ -102,7 +102,7 @@ except SystemExit as end:
     [
         (("nosuch", "--plan"), "recipe='nosuch': no such recipe"),
         (("nano-compress", "--plan", "budget.share=0.1"), "budget.share=0.1: allows 832,458; the least of 72 shapes is"),
-        (("nano-compress", "--plan", "budget.share=1.0"), "budget: nano-hybrid is within it already"),
+        (("nano-compress", "--plan", "budget.share=1.0"), "budget: nano-align-hybrid is within it already"),
         (("nano-compress", "--plan", "width.neurons=[1]"), "width.neurons: no such field"),
         (("nano-compress", "--plan", "--objective", "cluster"), "objective.kind='cluster': objective.cluster must be stated"),
         (("nano-compress", "--plan", "--objective", "luck"), "objective.kind='luck': must be one of fixed-batch, cluster"),
