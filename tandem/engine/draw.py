@@ -95,7 +95,8 @@ class _Ranking:
 
     @cached_property
     def _bins(self) -> Ids:
-        return np.minimum(self._below * np.float32(-_BINS_PER_NAT), np.float32(_BINS - 1)).astype(np.intp)
+        near = np.maximum(self._below, np.float32(-_BINS / _BINS_PER_NAT))  # what lies far below would overflow
+        return np.minimum(near * np.float32(-_BINS_PER_NAT), np.float32(_BINS - 1)).astype(np.intp)
 
     @cached_property
     def _bin_masses(self) -> Masses:

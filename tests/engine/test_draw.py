@@ -165,3 +165,11 @@ def test_numbers_do_not_change_between_versions() -> None:
 
 
 EXPECTED = [14064357905213993380, 12706949211605362168, 17967553737876683215, 1005428015693107692]
+
+
+def test_logits_as_far_apart_as_floats_go_are_drawn_without_a_warning() -> None:
+    """The largest of a coldest row, however many of its tokens are kept: numpy's overflow would be an error here."""
+    row = np.array([-3e38, 0.0, -1e30, -5.0, -np.inf], dtype=np.float32)
+    for temperature in (1e-30, 1e-3, 1.0):
+        for top_k in (None, 1, 2, 4):
+            assert draw(row, number=2**63, temperature=temperature, top_k=top_k, top_p=0.5) == 1
