@@ -227,6 +227,9 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 < options.scale < math.inf:
         raise SystemExit(f"scale={options.scale}: must be above 0")
+    stages = load_recipe(VARIANTS[HYBRID]).stages
+    if options.until is not None and options.until not in stages:
+        raise SystemExit(f"until={options.until!r}: must be one of {', '.join(stages)}")
     recipes = {name: write_recipe(options.out, name, options.scale, options.problems, options.until) for name in options.only}
     budgets = load_recipe(VARIANTS[HYBRID]).evaluate.budgets
     for seed in range(options.seeds):  # seed by seed, so that whatever is there when time ends can be compared

@@ -13,6 +13,7 @@ import typer
 from tandem.cli.assessing import assess
 from tandem.cli.needed import need
 from tandem.spec.files import require_folder, write_whole
+from tandem.spec.units import require_number
 
 if TYPE_CHECKING:
     from tandem.compress.recipe import CompressRecipe
@@ -48,7 +49,7 @@ def compress(
         return _list([load_recipe(name) for name in recipe_names()], json_out)
     chosen = load_recipe(recipe, [*(changes or ()), *([f"objective.kind={objective}"] if objective is not None else ())])
     if memory is not None:
-        chosen = replace(chosen, memory_bytes=round(memory * 2**30))
+        chosen = replace(chosen, memory_bytes=round(require_number("memory", memory, high=1e6) * 2**30))
     if not plan:
         return _run(chosen, out, shlex.join(["tandem", "compress", recipe, *(changes or ())]), report, json_out)
     with text.progress("searching") as step:

@@ -46,6 +46,16 @@ class PostPart:
     no_think: float = 0.1
     """Share without thoughts."""
 
+    def __post_init__(self) -> None:
+        for name in ("reasoning", "instructions", "tools"):
+            require_int(f"data.post.{name}", getattr(self, name), low=0)
+        if not self.reasoning + self.instructions + self.tools:
+            raise SpecError("data.post.reasoning=0: there are no conversations; state how many of a kind, or leave post out")
+        if not self.tasks:
+            raise SpecError("data.post.tasks=[]: name one at least")
+        if not 0 <= self.no_think <= 1:
+            raise SpecError(f"data.post.no_think={self.no_think!r}: must be from 0 to 1")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataPart:
@@ -79,18 +89,20 @@ class DistilPart:
     """The teacher's largest probabilities of each token, kept on disk for whoever reads the same batches; None: all, anew."""
 
     def __post_init__(self) -> None:
-        require_int("distil.tokens", self.tokens, high=10**15)
-        require_int("distil.length", self.length)
-        require_int("distil.rows", self.rows)
-        require_number("distil.lr", self.lr, high=10.0)
-        require_number("distil.final_lr", self.final_lr, high=self.lr)
-        require_int("distil.warmup_steps", self.warmup_steps, low=0)
+        require_int("tokens", self.tokens, high=10**15)
+        require_int("length", self.length)
+        require_int("rows", self.rows)
+        require_number("lr", self.lr, high=10.0)
+        require_number("final_lr", self.final_lr, high=self.lr)
+        require_int("warmup_steps", self.warmup_steps, low=0)
         if not 0 <= self.post_share <= 1:
-            raise SpecError(f"distil.post_share={self.post_share!r}: must be from 0 to 1")
+            raise SpecError(f"post_share={self.post_share!r}: must be from 0 to 1")
         if self.top_k is not None:
-            require_int("distil.top_k", self.top_k)
+            require_int("top_k", self.top_k)
+        if self.micro is not None and (require_int("micro", self.micro) > self.rows or self.rows % self.micro):
+            raise SpecError(f"micro={self.micro}: must divide rows={self.rows}")
         if self.tokens < self.length * self.rows:
-            raise SpecError(f"distil.tokens={self.tokens}: must be one step at least, {self.length * self.rows:,}")
+            raise SpecError(f"tokens={self.tokens}: must be one step at least, {self.length * self.rows:,}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -106,6 +106,11 @@ except SystemExit as end:
         (("nano-compress", "--plan", "width.neurons=[1]"), "width.neurons: no such field"),
         (("nano-compress", "--plan", "--objective", "cluster"), "objective.kind='cluster': objective.cluster must be stated"),
         (("nano-compress", "--plan", "--objective", "luck"), "objective.kind='luck': must be one of fixed-batch, cluster"),
+        (("nano-compress", "--plan", "--memory", "nan"), "memory=nan: must be a number above 0"),
+        (("nano-compress", "--plan", "--memory", "-1"), "memory=-1.0: must be a number above 0"),
+        (("nano-compress", "--plan", "data.post.tools=-1"), "data.post.tools=-1: must be"),
+        (("nano-compress", "--plan", "stages.distil-1.distil.micro=3"), "stages.distil-1.distil.micro=3: must divide rows=4"),
+        (("nano-compress", "--plan", "stages.distil-1.distil.linears=int3"), "stages.distil-1.distil.linears='int3'"),
         (("12b-to-9b",), "recipe='12b-to-9b': it takes a cluster, the 12B's weights"),
     ],
 )

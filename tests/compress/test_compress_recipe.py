@@ -99,9 +99,9 @@ DISTIL = "stages.distil-2.distil"
         ("stages.width={}", "stages.width.stage: must state one of cut"),
         ("teacher=''", "teacher='': name a model"),
         ("calibration.samples=0", "calibration.samples=0"),
-        (f"{DISTIL}.final_lr=1.0", f"{DISTIL}.distil.final_lr=1.0"),
-        (f"{DISTIL}.tokens=10", f"{DISTIL}.distil.tokens=10: must be one step at least"),
-        (f"{DISTIL}.post_share=1.5", f"{DISTIL}.distil.post_share=1.5"),
+        (f"{DISTIL}.final_lr=1.0", f"{DISTIL}.final_lr=1.0"),
+        (f"{DISTIL}.tokens=10", f"{DISTIL}.tokens=10: must be one step at least"),
+        (f"{DISTIL}.post_share=1.5", f"{DISTIL}.post_share=1.5"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_field(change: str, said: str) -> None:
