@@ -177,7 +177,8 @@ def run_grpo(
     given, so a run is gone on with from the same beginning. Events `{"kind": "step", ...}` have, beside those of every stage:
     reward, reward_std, kl (nats a token), entropy, clip_share (of tokens), finished (share of answers), length (tokens an
     answer), forced_share (of tokens), flat_groups (all rewards equal: nothing to learn), logprob_gap (nats, trainer against
-    generator), rollout_s, rollout_tokens_per_s, rollout_share (of the step's time). Raises SpecError for too few asks and for
+    generator), rollout_s, rollout_tokens_per_s, rollout_share (of the step's time); kl, entropy, clip_share and logprob_gap are
+    of the answers that are learned from, those of groups that are not flat. Raises SpecError for too few asks and for
     rewards that are no numbers, Diverged where the model's numbers overflow.
     """
     if len(asks) < settings.prompts:

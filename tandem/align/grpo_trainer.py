@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class RolloutTrainer(LocalTrainer, GRPOTrainer):
-    """TRL's trainer with a reference that is given, a leave-one-out baseline and more figures."""
+    """TRL's trainer with a reference that is given, a leave-one-out baseline and more figures.
+
+    Groups whose rewards are all equal have nothing to teach: no forward pass is spent on them after their rewards, so they are
+    neither in the loss, beyond its count of tokens, nor in its figures.
+    """
 
     def take(self, settings: GrpoSettings, reference: TandemForCausalLM, rollouts: Rollouts) -> None:
         """What TRL's constructor has no arguments for."""
@@ -37,34 +41,42 @@ class RolloutTrainer(LocalTrainer, GRPOTrainer):
         return found
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.beta = 0.0  # so that TRL leaves the reference's log-probabilities to what follows
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         settings, count = self._settings, self._settings.generations
+        self.beta = settings.beta
         for name, value in {**self._rollouts.figures, "flat_groups": float(self._flat.sum())}.items():
             self._metrics["train"][f"tandem/{name}"].append(value)
         # Rounding of the mean would leave equal rewards a trace, which the standard deviation of almost 0 makes large.
         flat = self._flat.repeat_interleave(count)[self.accelerator.process_index * len(inputs) :][: len(inputs)]
         output["advantages"] = output["advantages"].masked_fill(flat, 0.0)
         output["advantages"] *= count / (count - 1)  # r - mean of the others = (r - mean of all) * n / (n - 1)
-        if (
-            "ref_per_token_logps" not in output
-        ):  # TRL leaves it out where `beta` is 0; the KL divergence is reported all the same
-            ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
-            mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
-            with torch.no_grad():
-                output["ref_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                    self.ref_model, ids, mask, output["completion_ids"].shape[1], batch_size=settings.pass_rows
-                )
+        learned = self._learned(flat)
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
+        mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
+        output["ref_per_token_logps"] = torch.zeros_like(output["completion_mask"], dtype=torch.float32)
+        with torch.no_grad():
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                self.ref_model, ids[learned], mask[learned], output["completion_ids"].shape[1], batch_size=settings.pass_rows
+            )
+        output["ref_per_token_logps"][learned] = logps
+        output["learned"] = learned
         return output
+
+    def _learned(self, flat: Tensor) -> Tensor:
+        """Which answers are learned from: (answers,), those of flat groups not, but one a forward pass at least."""
+        passes = self.args.steps_per_generation
+        lacking = max(0, passes - int((~flat).sum()))
+        filled: Tensor = ~flat
+        filled[flat.nonzero()[:lacking, 0]] = True
+        return filled
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before or not self.model.training:
             return inputs
-        passes = self.args.gradient_accumulation_steps
-        batches: list[dict[str, Any]] = self._buffered_inputs
-        updates = [batches[i : i + passes] for i in range(0, len(batches), passes)]
-        self._buffered_inputs = [part for some in updates for part in _by_length(some, self.args.train_batch_size)]
+        self._buffered_inputs = _passes(self._buffered_inputs, self._settings.updates)
         return self._buffered_inputs[self._step % len(self._buffered_inputs)]
 
     def _get_per_token_logps_and_entropies(
@@ -109,14 +121,16 @@ class RolloutTrainer(LocalTrainer, GRPOTrainer):
         return loss
 
 
-def _by_length(batches: Sequence[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
-    """The batches of one step of the optimiser with their answers sorted by length, so that little of each is padding."""
+def _passes(batches: Sequence[dict[str, Any]], updates: int) -> list[dict[str, Any]]:
+    """As many batches of the answers that are learned from; those of an update sorted by length, so that little is padding."""
     whole = {
         name: value if not isinstance(value, Tensor) or value.dim() == 0 else torch.cat([batch[name] for batch in batches])
         for name, value in batches[0].items()
     }
-    order = (whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)).argsort(stable=True)
+    length = whole["prompt_mask"].sum(1) + whole["completion_mask"].sum(1)
+    learned = whole.pop("learned").nonzero()[:, 0]
     return [
         {name: value[some] if isinstance(value, Tensor) and value.dim() else value for name, value in whole.items()}
-        for some in order.split(rows)
+        for update in learned.tensor_split(updates)
+        for some in update[length[update].argsort(stable=True)].tensor_split(len(batches) // updates)
     ]

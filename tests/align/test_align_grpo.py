@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from grpo_cases import ASKS, CLOSING, FIRST, QUICK, TOKENIZER, Interrupted, Tabl
 from tandem.align import grpo
 from tandem.align.grpo import GrpoSettings, Reward
 from tandem.align.grpo_trainer import RolloutTrainer
+from tandem.align.rollout import Rollout
+from tandem.align.sample import Ask
 from tandem.model.hybrid import Decoder
 from tandem.spec.errors import SpecError
 from tandem.train.loop import Diverged
@@ -233,6 +235,48 @@ def test_equal_rewards_teach_nothing_and_are_counted(tmp_path: Path) -> None:
     assert [event["flat_groups"] for event in heard] == [2, 2]
     assert [event["grad_norm"] for event in heard] == [0, 0]
     assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
+
+
+@pytest.mark.parametrize(("micro", "passes"), [(4, 2), (1, 8)])
+def test_no_pass_is_spent_on_answers_that_teach_nothing(
+    caught: Callable[..., dict[str, Any]], tmp_path: Path, micro: int, passes: int
+) -> None:
+    """The gradient is the formula's all the same, with the tokens of all answers in its mean."""
+    rows, compute = [], RolloutTrainer.compute_loss
+
+    def watched(trainer: Any, model: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        rows.append(len(batch["completion_ids"]))
+        return compute(trainer, model, batch, *args, **kwargs)
+
+    def half(asks: Sequence[Ask], answers: Sequence[Rollout]) -> list[float]:
+        return [0.0] * 4 + [answer.completion_ids[0] / 100 for answer in answers[4:]]
+
+    rewards = [Reward(name="half", score=half)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RolloutTrainer, "compute_loss", watched)
+        small, heard = decoder_of(), []
+        settings = replace(QUICK, micro=micro, steps=1)
+        run(small, tmp_path / "small", settings, rewards=rewards, generator=Table(small), listen=heard.append)
+    assert rows == [max(1, 4 // passes)] * passes  # a pass has an answer at least
+    assert heard[0]["flat_groups"] == 1
+    decoder = decoder_of()
+    whole = caught(decoder, tmp_path / "whole", QUICK, rewards=rewards, generator=Table(decoder))
+    batch = whole["batch"]
+    assert len(batch["advantages"]) == 4
+    assert bool((batch["advantages"] != 0).all())
+    decoder.zero_grad()
+    logps = log_probabilities(decoder, batch, 1.0)
+    counted = batch["completion_mask"] * batch["tool_mask"]
+    ratio = (logps - logps.detach()).exp()
+    loss = -(ratio * batch["advantages"][:, None] * counted).sum() / batch["num_items_in_batch"]
+    assert batch["num_items_in_batch"] > counted.sum()
+    loss.backward()
+    norm = 0.0
+    for name, p in decoder.named_parameters():
+        assert p.grad is not None
+        assert torch.allclose(whole["gradients"][name], p.grad, atol=1e-5, rtol=1e-3), name
+        norm += float(p.grad.square().sum())
+    assert heard[0]["grad_norm"] == pytest.approx(norm**0.5, rel=1e-3)
 
 
 def test_rewards_are_added_by_weight(tmp_path: Path) -> None:
