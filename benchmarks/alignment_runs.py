@@ -47,13 +47,16 @@ SETTINGS = ((32, 64, 256), (32, 512, 448), (128, 64, 256))
 ROUNDS = 5
 
 
-def recipe_of(variant: str, scale: float, problems: int, until: str | None = None) -> dict[str, Any]:
-    """A variant's recipe as plain data, `scale` applied, up to a stage where one is named."""
+def recipe_of(
+    variant: str, scale: float, problems: int, until: str | None = None, learned: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A variant's recipe as plain data, `scale` applied but to stages that are `learned`, up to a stage where one is named."""
     recipe = load_recipe(VARIANTS[variant])
     data: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
     data["evaluate"]["problems"] = problems
     for name, stage in data["stages"].items():
-        rescale(stage, scale)
+        if name not in learned:
+            rescale(stage, scale)
         if recipe.stages[name].merge is not None:
             inside = [alpha for alpha in stage["merge"]["alphas"] if 0 < alpha < 1]
             stage["merge"]["alphas"] = [*inside, 0.0, 1.0]  # of equal ones the first is taken: one inside
@@ -91,11 +94,13 @@ def rescale(stage: dict[str, Any], scale: float) -> None:
             part["train"]["steps"] = count(part["train"]["steps"], 10)
 
 
-def write_recipe(out: Path, variant: str, scale: float, problems: int, until: str | None) -> tuple[Path, AlignRecipe]:
+def write_recipe(
+    out: Path, variant: str, scale: float, problems: int, until: str | None, learned: Sequence[str]
+) -> tuple[Path, AlignRecipe]:
     """The variant's recipe as a file, and as it is read from there."""
     file = out / "recipes" / f"{variant}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, yaml.safe_dump(recipe_of(variant, scale, problems, until), sort_keys=False, width=120))
+    write_whole(file, yaml.safe_dump(recipe_of(variant, scale, problems, until, learned), sort_keys=False, width=120))
     return file, load_recipe(file)
 
 
@@ -134,10 +139,15 @@ def align(out: Path, variant: str, seed: int, recipe: Path, changes: Sequence[st
     print(f"  {right}; {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
 
 
-def share_stages(out: Path, seed: int, recipe: AlignRecipe) -> None:
-    """What the hybrid of this seed learned before the truncation stage is what `no-truncation` would: it is taken over."""
-    source, folder = place(out, HYBRID, seed), place(out, NO_TRUNCATION, seed)
-    before = list(recipe.stages)[: list(recipe.stages).index(TRUNCATION)]
+def before_truncation(recipe: AlignRecipe) -> list[str]:
+    """Its stages before the truncation stage."""
+    names = list(recipe.stages)
+    return names[: names.index(TRUNCATION)]
+
+
+def share_stages(source: Path, folder: Path, recipe: AlignRecipe) -> None:
+    """What a run has learned before the truncation stage is taken over by another that would learn the same."""
+    before = before_truncation(recipe)
     if folder.exists() or not all((source / name / "report.json").is_file() for name in before):
         return
     folder.mkdir(parents=True)
@@ -222,22 +232,30 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=100, help="Held-out ones of each task.")
     parser.add_argument("--until", help="The last stage that is run; without it all are.")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument(
+        "--learned", type=Path, help="Runs LEARNED/hybrid and LEARNED/transformer: every seed goes on from their sft-2."
+    )
     parser.add_argument("--bases", type=Path, help="Runs of pre-training: each seed begins from BASES/VARIANT/seed-K/model.")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD.PATH=VALUE", help="Changes to every run.")
     options = parser.parse_args()
     if not 0 < options.scale < math.inf:
         raise SystemExit(f"scale={options.scale}: must be above 0")
-    stages = load_recipe(VARIANTS[HYBRID]).stages
-    if options.until is not None and options.until not in stages:
-        raise SystemExit(f"until={options.until!r}: must be one of {', '.join(stages)}")
-    recipes = {name: write_recipe(options.out, name, options.scale, options.problems, options.until) for name in options.only}
-    budgets = load_recipe(VARIANTS[HYBRID]).evaluate.budgets
+    whole = load_recipe(VARIANTS[HYBRID])
+    if options.until is not None and options.until not in whole.stages:
+        raise SystemExit(f"until={options.until!r}: must be one of {', '.join(whole.stages)}")
+    learned = () if options.learned is None else before_truncation(whole)
+    recipes = {
+        name: write_recipe(options.out, name, options.scale, options.problems, options.until, learned) for name in options.only
+    }
+    budgets = whole.evaluate.budgets
     for seed in range(options.seeds):  # seed by seed, so that whatever is there when time ends can be compared
         for name, (file, recipe) in recipes.items():
             base = [] if options.bases is None else [f"base={(place(options.bases, BASES[name], seed) / 'model').resolve()}"]
             changes = [f"seed={seed}", *base, *options.set]
-            if name == NO_TRUNCATION:
-                share_stages(options.out, seed, load_recipe(file, changes))
+            if options.learned is not None:
+                share_stages(options.learned / BASES[name], place(options.out, name, seed), load_recipe(file, changes))
+            elif name == NO_TRUNCATION:
+                share_stages(place(options.out, HYBRID, seed), place(options.out, name, seed), load_recipe(file, changes))
             align(options.out, name, seed, file, changes)
             if name != TRANSFORMER:
                 ask_budgets(options.out, name, seed, recipe, budgets)

@@ -306,16 +306,26 @@ def _merge(runs: Runs) -> Claim | None:
 
 def _on_par(runs: Runs) -> Claim | None:
     both = runs.get(TRANSFORMER, {}), runs.get(HYBRID, {})
-    found = paired(*both, lambda run: run.overall(FINAL))
+    at = _last_of_both(*both)
+    found = paired(*both, lambda run: run.overall(at))
     if found is None:
         return None
-    asked = list(dict.fromkeys(question for run in both[1].values() for question in run.accuracy[FINAL]))
-    parts = [f"{suite}, {mode}: {told_points(paired(*both, accuracy_at(FINAL, (suite, mode))))}" for suite, mode in asked]
+    asked = list(dict.fromkeys(question for run in both[1].values() for question in run.accuracy[at]))
+    parts = [f"{suite}, {mode}: {told_points(paired(*both, accuracy_at(at, (suite, mode))))}" for suite, mode in asked]
     holds = no_less(found, PAR)
     return claim_of_runs(
         "A12", "at equal parameters and conversations the aligned hybrid is on par with the aligned Transformer or better",
-        "on par or better", told_points(found), holds, f"{'; '.join(parts)}; {verdict(holds)}", PAPER_A, accuracy=found,
+        "on par or better", told_points(found), holds, f"after {at}: {'; '.join(parts)}; {verdict(holds)}", PAPER_A,
+        accuracy=found,
     )  # fmt: skip
+
+
+def _last_of_both(*sides: Mapping[int, AlignmentRun]) -> str:
+    """The last model where both variants end alike, else the last stage that all of their runs have."""
+    every = [run for side in sides for run in side.values()]
+    if len({run.after.get(FINAL) for run in every}) <= 1:
+        return FINAL
+    return [stage for stage in every[0].stages if all(stage in run.accuracy for run in every) and stage != FINAL][-1]
 
 
 def longest(throughput: Throughput, *names: str) -> ThroughputSetting | None:

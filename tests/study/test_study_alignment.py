@@ -114,6 +114,23 @@ def test_one_seed_decides_nothing_and_says_so(tmp_path: Path) -> None:
     assert any("no-truncation (3)" in line and "throughput (1)" in line for line in lines)
 
 
+def test_variants_are_compared_after_the_last_stage_that_both_have(tmp_path: Path) -> None:
+    """A Transformer without the stages after dpo is not set beside a hybrid that had them."""
+    for seed in range(3):
+        write_run(tmp_path, "hybrid", seed)
+        write_run(tmp_path, "transformer", seed, ask=False, last="dpo")
+
+    def better(metrics: dict[str, Any]) -> None:
+        for tasks in metrics["reports"]["final"]["evaluation"]["tools"].values():
+            tasks["all"]["accuracy"] = 1.0
+
+    for seed in range(3):
+        edit(tmp_path / "hybrid" / f"seed-{seed}", better)
+    claim = next(claim for claim in study_alignment(tmp_path).claims if claim.id == "A12")
+    assert claim.values["accuracy"]["mean"] == pytest.approx(0.0)
+    assert "after dpo" in claim.why
+
+
 def test_what_seeds_disagree_on_is_not_decided(tmp_path: Path) -> None:
     for seed in range(3):
         write_run(tmp_path, "hybrid", seed, off=0.1 * (seed - 1) + 0.05)
