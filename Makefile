@@ -29,6 +29,7 @@ bench: $(VENV)/.test  ## speed, as ratios to a peer measured in the same run
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/serve.py
+	$(BIN)/python benchmarks/compress.py
 
 clean:
 	rm -rf $(VENV) site out .pytest_cache .mypy_cache .ruff_cache .hypothesis

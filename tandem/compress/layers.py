@@ -12,6 +12,7 @@ from torch import nn
 from tandem.model.checkpoint import Filling, fill, placed_tensors
 from tandem.model.hybrid import Decoder, Layer
 from tandem.model.linear import Linear
+from tandem.model.memory import return_freed_memory
 from tandem.model.naming import check_format
 from tandem.model.norm import RMSNorm
 from tandem.spec.catalog import find_weights, load_spec, read_json
@@ -128,6 +129,7 @@ class StreamedLayers:
             yield
         finally:
             self._decoder.get_submodule(prefix.rstrip(".")).to("meta")
+            return_freed_memory()
 
 
 def checkpoint_folder(name_or_path: str | Path) -> Path:

@@ -104,7 +104,7 @@ def _chunk(layers: Layers, samples: Calibration, spill: Path | None) -> dict[str
 
 def _squares(values: Float[Tensor, "rows time *unit"]) -> Float[Tensor, "*unit"]:
     """Mean of absolute values over each sample's tokens, squared and added over samples, fp64."""
-    return values.abs().mean(1, dtype=torch.float64).square().sum(0)
+    return values.abs().mean(1).double().square().sum(0)
 
 
 @contextmanager
