@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def score(folder: Path) -> dict[str, Any]:
     given = calibration(LARGE_SAMPLES, LARGE_LENGTH, LARGE.vocab_size)
     found: dict[str, Any] = {"layer_bytes": layers.held_bytes}
     score_width(layers, calibration(1, 8, LARGE.vocab_size))  # what is loaded at first use is there
-    runs = {
+    runs: dict[str, tuple[int, Callable[..., object]]] = {
         "width": (1, partial(score_width, layers, given)),
         "depth": (len(LARGE.layers) + 2, partial(score_depth, layers, given, drop=1)),
     }
