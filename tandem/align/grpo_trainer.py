@@ -65,7 +65,7 @@ class RolloutTrainer(LocalTrainer, GRPOTrainer):
 
     def _learned(self, flat: Tensor) -> Tensor:
         """Which answers are learned from: (answers,), those of flat groups not, but one a forward pass at least."""
-        passes = self.args.steps_per_generation
+        passes = self.args.gradient_accumulation_steps * self._settings.updates
         lacking = max(0, passes - int((~flat).sum()))
         filled: Tensor = ~flat
         filled[flat.nonzero()[:lacking, 0]] = True

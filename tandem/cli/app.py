@@ -10,7 +10,7 @@ from typing import Annotated, Any, Never
 
 import typer
 
-from tandem.cli import aligning, compressing, evaluating, generating, serving, simulating, studies, training
+from tandem.cli import aligning, benching, compressing, evaluating, generating, serving, simulating, studies, training
 from tandem.spec.errors import SpecError, TandemError
 
 app = typer.Typer(
@@ -153,6 +153,7 @@ def inspect(
 
 app.command()(generating.generate)
 app.command()(serving.serve)
+app.command()(benching.bench)
 app.command()(simulating.simulate)
 app.command()(training.train)
 app.command()(aligning.align)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem.cli.served import served
 from tandem.spec.design import Estimate
 from tandem.spec.errors import Infeasible, SpecError, TandemError
 
@@ -34,6 +31,7 @@ ASKED = 3
 """Times, after one that warms up; of TTFT and TPOT the medians count."""
 OUTPUT_TOKENS = 32
 START_S = 120.0
+SERVED = ("--dtype", DTYPE, "--cache-bytes", str(1 << 29), "--prefill", "1", "--decode", "1", "--max-context", "2048")
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def serve_and_ask() -> Served | Infeasible:
             model, random = MODEL, False
         except TandemError:
             model, random = random_model(Path(folder) / "random-hybrid"), True
-        with _server(model) as ready:
+        with served(model, SERVED) as ready:
             seen = [_ask(ready, number) for number in range(1 + ASKED)][1:]
             handoff_bytes = _metric(ready["url"], "tandem_handoff_bytes_total")
         threads = torch.get_num_threads()
@@ -109,29 +107,6 @@ class _Seen:
     osl: int
     ttft_s: float
     tpot_s: float
-
-
-@contextmanager
-def _server(model: str) -> Iterator[dict[str, Any]]:
-    """A server of its own process, ready; stopped at the end."""
-    words = [sys.executable, "-m", "tandem.cli", "serve", model, "--port", "0", "--dtype", DTYPE, "--cache-bytes", str(1 << 29)]
-    words += ["--prefill", "1", "--decode", "1", "--max-context", "2048", "--drain", "1"]
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True) as process,
-    ):
-        try:
-            line = process.stdout.readline() if process.stdout is not None else ""
-            if not line:
-                log.seek(0)
-                raise SpecError(f"the server did not start: {' '.join(log.read().split())[-300:]}")
-            yield json.loads(line)
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 def _ask(ready: dict[str, Any], number: int) -> _Seen:
