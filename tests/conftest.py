@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+os.environ["TANDEM_DATA"] = str(Path(__file__).parent / "no-data")  # what a user's machine was found to be is not tested
 
 LOGGERS = ("tandem", "uvicorn.error", "asyncio", "py.warnings")
 

@@ -327,6 +327,24 @@ def calibrate_serving(
     calibrating.run_serving(rows, given | _given(tp=tp, pp=pp, ep=ep, dp=dp), out, json_out)
 
 
+@calibrate.command("host")
+def calibrate_host(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Model to measure steps of; repeat it. Default: nano-hybrid and nano-transformer."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Format of weights: float32, float16 or bfloat16.")] = "float32",
+    threads: Annotated[
+        list[int] | None, typer.Option(help="Threads of a worker; repeat it. Default: all cores, and half of them.")
+    ] = None,
+    json_out: Json = False,
+) -> None:
+    """Measure this machine and Tandem's engine on it, so that `--hardware host` predicts what is served here."""
+    from tandem.cli import calibrating_host
+
+    calibrating_host.run(model, dtype, threads, json_out)
+
+
 @app.command()
 def validate(
     rows: Rows = None,

@@ -1,24 +1,32 @@
 """This machine as the performance model sees a GPU: what its cores and memory reach in the engine's own products.
 
-A quick look of about a second, for a first prediction of what the server will do here.
+`measure_host` is a quick look of about a second, for a first prediction of what the server will do here; `calibrate_host`
+measures steps of the engine too, for predictions that can be trusted (tandem.perf.host).
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tandem.engine.config import free_memory_bytes
+from tandem.engine.config import EngineConfig, free_memory_bytes
+from tandem.engine.engine import Engine
+from tandem.engine.types import EngineRequest, SamplingParams
 from tandem.model import native
+from tandem.model.hybrid import Decoder
 from tandem.model.linear import Linear
 from tandem.model.native.int8 import Int8Linear
 from tandem.model.precision import compute_dtype
-from tandem.perf.efficiency import find_fit
+from tandem.perf.efficiency import ROOFLINE, find_fit
+from tandem.perf.host import HostCalibration, StepRow, fit_steps
 from tandem.spec.design import Precision
+from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 
 _FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
@@ -48,6 +56,93 @@ def measure_host(weights: torch.dtype = torch.float32) -> HardwareSpec:
     nbytes, flops = _ROWS * _COLS * weights.itemsize, 2 * 256 * _ROWS * _COLS
     efficiency = find_fit(_spec(1.0, 1.0), "gemm", "bf16")[0].compute_efficiency
     return _spec(nbytes / read_s, flops / compute_s / efficiency)
+
+
+def calibrate_host(models: Sequence[Decoder], *, threads: int, name: str, tell: Callable[[str], None]) -> HostCalibration:
+    """Peaks of this machine with so many threads, and coefficients of the engine for each model.
+
+    Raises SpecError for a model whose context leaves no room to measure at.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tell("memory and products")
+        quick = measure_host(torch.float32)
+        flops = quick.peak("bf16") * find_fit(quick, "gemm", "bf16")[0].compute_efficiency  # `_spec` has divided by it
+        hardware = replace(
+            quick,
+            name=name,
+            title=f"this machine, {threads} of {os.cpu_count()} threads a worker",
+            fits_from=ROOFLINE,
+            peak_flops={"bf16": flops, "fp16": flops, "fp32": flops, "int8": flops},
+            scale_up_gpus=max(1, (os.cpu_count() or 1) // threads),
+        )
+        fits = []
+        for model in models:
+            tell(f"steps of {model.spec.name}")
+            weights = next(p.dtype for n, p in model.named_parameters() if n.endswith("_proj.weight"))
+            fits.append(fit_steps(model.spec, hardware, host_precision(weights), measure_steps(model)))
+        tell("hand-off")
+        return HostCalibration(hardware=hardware, threads=threads, handoff_bytes_per_s=_handoff_bytes_per_s(), fits=tuple(fits))
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_steps(model: Decoder) -> list[StepRow]:
+    """Steps of an engine on this model, each the median of some: decoding batches at contexts, and prompts alone."""
+    config = EngineConfig(max_batch=max(_BATCHES), threads=torch.get_num_threads())
+    room = model.spec.max_context - _STEPS - max(_BATCHES) - 2
+    contexts = [length for length in _CONTEXTS if length <= room]
+    if len(contexts) < 2:
+        raise SpecError(f"model={model.spec.name!r}: its context of {model.spec.max_context} tokens is too short to measure at")
+    rows = [StepRow(batch=0, context=0, isl=isl, seconds=_prompt_s(model, config, isl)) for isl in contexts]
+    return rows + [_decode_row(model, config, batch, context) for context in contexts for batch in _BATCHES]
+
+
+_BATCHES, _CONTEXTS = (1, 2, 4, 8, 16, 32), (32, 128, 256, 512, 900)
+_STEPS, _PROMPTS = 12, 5
+"""Steps and prompts of which a row is the median."""
+
+
+def _prompt_s(model: Decoder, config: EngineConfig, isl: int) -> float:
+    """Seconds from an idle engine's prompt to its first token."""
+    seconds = []
+    for number in range(_PROMPTS):
+        engine = Engine(model, config=replace(config, prefix_cache_bytes=0))
+        engine.add(_request(str(number), isl, number, osl=1))
+        began = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _decode_row(model: Decoder, config: EngineConfig, batch: int, isl: int) -> StepRow:
+    """A step in which `batch` sequences decode and nothing else happens."""
+    engine = Engine(model, config=config)
+    for number in range(batch):
+        engine.add(_request(str(number), isl, 0, osl=_STEPS + batch + 1))  # one prompt, which is kept: only the first is read
+    tokens: dict[str, int] = {}
+    while len(tokens) < batch:
+        tokens |= {output.request_id: output.index + len(output.token_ids) for output in engine.step().outputs}
+    seconds = []
+    for _ in range(_STEPS):
+        started = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - started)
+    context = isl + sum(tokens.values()) / batch + _STEPS / 2
+    return StepRow(batch=batch, context=round(context), isl=0, seconds=statistics.median(seconds))
+
+
+def _request(id: str, isl: int, seed: int, *, osl: int) -> EngineRequest:
+    drawn = torch.randint(100, 1000, (isl,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return EngineRequest(id=id, prompt_ids=tuple(drawn), sampling=SamplingParams(max_tokens=osl, ignore_eos=True))
+
+
+def _handoff_bytes_per_s() -> float:
+    """Bytes/s of a copy between two buffers larger than caches, as a hand-off through shared memory is one to either side."""
+    source, sink = torch.ones(1 << 24), torch.empty(1 << 24)
+    return source.nbytes / _best_s(lambda: sink.copy_(source)) / 2
 
 
 def _product(weights: torch.dtype) -> nn.Module:

@@ -22,6 +22,9 @@ from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 
 SHARPNESS = (1, 2, 4)
+ROOFLINE = "roofline"
+"""In place of a GPU's name in `HardwareSpec.fits_from`: its peaks are what products reach, and the coefficients of the backend,
+fitted on this machine, have all the rest (tandem.perf.host)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +117,8 @@ _REFERENCE = "h100-sxm"
 
 def find_fit(hardware: HardwareSpec, op: OpClass, dtype: str) -> tuple[OpFit, Evidence]:
     """The nearest measured curve: this GPU's own, else that of the GPU it borrows from, else the reference GPU's."""
+    if hardware.fits_from == ROOFLINE:
+        return _roofline(op, dtype), "calibrated"
     fits = load_fits()
     for system in (hardware.name, hardware.fits_from, _REFERENCE):
         for candidate in _FALLBACK.get(dtype, (dtype, "bf16")):
@@ -122,6 +127,14 @@ def find_fit(hardware: HardwareSpec, op: OpClass, dtype: str) -> tuple[OpFit, Ev
                 own = system == hardware.name and candidate == dtype
                 return fit, "calibrated" if own else "transferred"
     raise SpecError(f"op={op!r}, dtype={dtype!r}: no fit for {hardware.name} and none to borrow")
+
+
+@cache
+def _roofline(op: OpClass, dtype: str) -> OpFit:
+    return OpFit(
+        system=ROOFLINE, op=op, dtype=dtype, num_rows=0, t0_s=0.0, compute_efficiency=1.0, bandwidth_efficiency=1.0,
+        sharpness=1, ratio_p10=1.0, ratio_p90=1.0, median_ape=0.0,
+    )  # fmt: skip
 
 
 def compute_dtype(op: OpClass, dtype: str) -> str:

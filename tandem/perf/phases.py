@@ -15,8 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.backend import PHYSICS, BackendFit, ServingFits, load_serving_fits
+from tandem.perf.backend import KERNELS_ONLY, PHYSICS, BackendFit, ServingFits, load_serving_fits
 from tandem.perf.costs import Layout, StepLoad
+from tandem.perf.efficiency import ROOFLINE
+from tandem.perf.host import load_host
 from tandem.perf.memory import MemoryModel
 from tandem.perf.ops import Array, attended_pairs
 from tandem.perf.step import KernelTime, StepPricer, weakest
@@ -118,8 +120,16 @@ class PerfModel:
         """Sizes what a GPU must hold."""
         return MemoryModel(self.model, self.precision, self.hardware)
 
+    @property
+    def _on_host(self) -> bool:
+        """Whether coefficients are those of `tandem calibrate host`."""
+        return self.fits is None and self.backend == "tandem" and self.hardware.fits_from == ROOFLINE
+
     @cached_property
     def _found(self) -> tuple[BackendFit, Evidence]:
+        if self._on_host:
+            host = load_host(self.hardware.name)
+            return (KERNELS_ONLY, "roofline") if host is None else host.find(self.model, self.precision.weights)
         fits = self.fits or load_serving_fits()
         return fits.find(self.backend, self.hardware, self.model, self.precision.weights, self.split)
 
@@ -146,7 +156,7 @@ class PerfModel:
 
     def fit_for(self, label: Evidence) -> BackendFit:
         """The backend's fit with the percentiles of predictions whose backend is known so well."""
-        if self.given_fit is not None or label == self._found[1] or self._found[1] == "roofline":
+        if self.given_fit is not None or label == self._found[1] or self._found[1] == "roofline" or self._on_host:
             return self.backend_fit
         fits = self.fits or load_serving_fits()
         return fits.find(self.backend, self.hardware, self.model, self.precision.weights, self.split, label)[0]

@@ -24,6 +24,7 @@ from tandem.spec.errors import SpecError
 from tandem.spec.gguf import read_gguf_spec, read_header
 from tandem.spec.hardware import HardwareSpec, read_hardware
 from tandem.spec.huggingface import read_config
+from tandem.spec.local import host_file, is_host
 from tandem.spec.model import ModelSpec
 
 OWN_FORMAT = "tandem"
@@ -119,11 +120,23 @@ def load_hardware(name_or_path: str | Path) -> HardwareSpec:
     key = HARDWARE_NICKNAMES.get(key, key)
     if key in hardware_names():
         return _catalogue_hardware(key)
+    if is_host(key):
+        return _host_hardware(key)
     path = os.path.expanduser(text)
     if os.path.isfile(path):
         return read_hardware(_parse_yaml(_read_text(Path(path)), text))
     known = (*hardware_names(), *HARDWARE_NICKNAMES)
     raise _unknown("hardware", text, known, "`tandem hardware` lists all")
+
+
+def _host_hardware(name: str) -> HardwareSpec:
+    """This machine, as `tandem calibrate host` found it."""
+    file = host_file()
+    data = read_json(file) if file.is_file() else {}
+    if name not in data:
+        other = f"; {file} has {', '.join(sorted(map(str, data)))}" if data else ""
+        raise SpecError(f"hardware={name!r}: this machine was not measured so{other}; run `tandem calibrate host`")
+    return read_hardware(data[name].get("hardware") if isinstance(data[name], dict) else None)
 
 
 @cache

@@ -1,0 +1,207 @@
+"""This machine as a GPU: what its cores and memory reach, and what Tandem's engine makes of it, model by model.
+
+    decode step = step + sequence*b + gemm*G + attention*A + other*O       (backend.py; b sequences)
+    prefill     = host + prompt*P
+
+G, A, O and P are the work of the step by class on a plain roofline (ROOFLINE) with the measured FLOP/s and bytes/s; the
+coefficients, none of them negative, are fitted to steps of the engine, each by its relative error. `tandem calibrate host`
+measures and fits; `load_host` finds what it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tandem.perf.backend import KERNELS_ONLY, PHYSICS, BackendFit, fingerprint
+from tandem.perf.costs import Layout, StepLoad
+from tandem.perf.step import StepPricer
+from tandem.spec.catalog import read_json
+from tandem.spec.design import Evidence, Precision
+from tandem.spec.errors import SpecError
+from tandem.spec.files import write_whole
+from tandem.spec.hardware import HardwareSpec, read_hardware
+from tandem.spec.local import host_file
+from tandem.spec.model import ModelSpec
+
+ONE = Layout(1.0, 1.0, 1.0, 1.0, 1.0)
+LEAST_SPREAD = 0.1
+"""Intervals are at least so wide to either side: steps that were fitted are easier than steps that were not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRow:
+    """One measured step: `batch` sequences that decode at `context` tokens, or one prompt of `isl` tokens (batch 0)."""
+
+    batch: int
+    context: int
+    isl: int
+    seconds: float
+
+    @property
+    def load(self) -> StepLoad:
+        """The same for the performance model."""
+        if self.batch:
+            return StepLoad(decode_seqs=float(self.batch), context=float(self.context))
+        return StepLoad(prefill_seqs=1.0, isl=float(self.isl))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFit:
+    """The engine's coefficients for one model in one format of weights."""
+
+    model: str
+    arch: str
+    """`tandem.perf.backend.fingerprint`: models whose steps cost the same share it."""
+    precision: Precision
+    fit: BackendFit
+    decode_ape: float
+    """Median error of the fitted decode steps, as a share; `prefill_ape` that of prompts."""
+    prefill_ape: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What `_fit_from` reads."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCalibration:
+    """This machine with so many threads a worker."""
+
+    hardware: HardwareSpec
+    threads: int
+    handoff_bytes_per_s: float
+    """Of a state from one process to another."""
+    fits: tuple[HostFit, ...]
+
+    def find(self, model: ModelSpec, weights: str) -> tuple[BackendFit, Evidence]:
+        """Coefficients for a model: `calibrated` where its steps were measured in this format, `transferred` from the model
+        measured last in it, else from any; KERNELS_ONLY and `roofline` where none was."""
+        own = [one for one in self.fits if (one.arch, one.precision.weights) == (fingerprint(model), weights)]
+        if own:
+            return own[-1].fit, "calibrated"
+        near = [one for one in self.fits if one.precision.weights == weights] or list(self.fits)
+        return (near[-1].fit, "transferred") if near else (KERNELS_ONLY, "roofline")
+
+    def to_json(self) -> dict[str, Any]:
+        """An object of the file."""
+        return {
+            "hardware": self.hardware.to_json(),
+            "threads": self.threads,
+            "handoff_bytes_per_s": self.handoff_bytes_per_s,
+            "fits": [one.to_json() for one in self.fits],
+        }
+
+
+def fit_steps(model: ModelSpec, hardware: HardwareSpec, precision: Precision, rows: Sequence[StepRow]) -> HostFit:
+    """Coefficients out of measured steps: of a batch, of a context and of a prompt at least two each.
+
+    Raises SpecError for fewer.
+    """
+    from scipy.optimize import nnls
+
+    pricer = StepPricer(model, hardware, precision)
+    decode, prompts = [row for row in rows if row.batch], [row for row in rows if not row.batch]
+    for name, values in (
+        ("batches", {row.batch for row in decode}),
+        ("contexts", {row.context for row in decode}),
+        ("prompts", {row.isl for row in prompts}),
+    ):
+        if len(values) < 2:
+            raise SpecError(f"rows: have {len(values)} {name}; two or more tell a fixed time from one that grows")
+
+    def solved(columns: list[list[float]], measured: Sequence[StepRow]) -> tuple[list[float], NDArray[np.float64]]:
+        seconds = np.array([row.seconds for row in measured])
+        table = np.array(columns) / seconds[:, None]
+        found = nnls(table, np.ones(len(seconds)))[0]
+        return [float(value) for value in found], table @ found  # predicted over measured
+
+    def classes(row: StepRow) -> tuple[float, float, float]:
+        work = {name: float(value) for name, value in pricer.classes(ONE, row.load)[1].items()}
+        return sum(work[name] for name in ("gemm", "quantised_gemm", "moe", "moe_compute")), work["attention"], work["other"]
+
+    (step_s, sequence_s, gemm, attention, other), steps = solved([[1.0, row.batch, *classes(row)] for row in decode], decode)
+    (host_s, prompt), prefills = solved([[1.0, sum(classes(row))] for row in prompts], prompts)
+    intervals = {}
+    for metric, ratios in (("tpot", steps), ("ttft", prefills)):
+        low, high = np.percentile(1 / ratios, (10, 90))
+        intervals[f"{metric}_p10"] = min(float(low), 1 - LEAST_SPREAD)
+        intervals[f"{metric}_p90"] = max(float(high), 1 + LEAST_SPREAD)
+    return HostFit(
+        model=model.name,
+        arch=fingerprint(model),
+        precision=precision,
+        fit=BackendFit(
+            step_s=step_s,
+            sequence_s=sequence_s,
+            launch=0.0,
+            gemm=gemm,
+            quantised_gemm=gemm,
+            moe=gemm,
+            moe_compute=gemm,
+            attention=attention,
+            other=other,
+            prefill=prompt,
+            prompt=prompt,
+            burst=PHYSICS.burst * prompt,
+            host_s=host_s,
+            num_rows=len(rows),
+            sequences_max=max(row.batch for row in decode),
+            isl_max=max(row.isl for row in prompts),
+            gpus_max=1.0,
+            **intervals,
+        ),
+        decode_ape=float(np.median(np.abs(steps - 1))),
+        prefill_ape=float(np.median(np.abs(prefills - 1))),
+    )
+
+
+def load_host(name: str) -> HostCalibration | None:
+    """The calibration of `host` or `host-N`; None where there is none. Raises SpecError for a file that is not one."""
+    path = host_file()
+    if not path.is_file():
+        return None
+    data = read_json(path)
+    try:
+        return None if name not in data else _calibration_from(data[name])
+    except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+        raise SpecError(f"{path}: is no calibration of this version ({wrong}); run `tandem calibrate host` again") from None
+
+
+def keep_host(found: Mapping[str, HostCalibration]) -> Path:
+    """Write calibrations by name into the user's file, in place of those of the same names; where it lies."""
+    path = host_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        data: dict[str, Any] = dict(read_json(path)) if path.is_file() else {}
+    except SpecError:
+        data = {}  # what cannot be read is made anew
+    write_whole(path, json.dumps({**data, **{name: one.to_json() for name, one in found.items()}}, indent=1) + "\n")
+    return path
+
+
+def _calibration_from(data: Mapping[str, Any]) -> HostCalibration:
+    return HostCalibration(
+        hardware=read_hardware(data["hardware"]),
+        threads=int(data["threads"]),
+        handoff_bytes_per_s=float(data["handoff_bytes_per_s"]),
+        fits=tuple(_fit_from(one) for one in data["fits"]),
+    )
+
+
+def _fit_from(data: Mapping[str, Any]) -> HostFit:
+    known = {field.name for field in fields(BackendFit)}
+    return HostFit(
+        model=str(data["model"]),
+        arch=str(data["arch"]),
+        precision=Precision(**data["precision"]),
+        fit=BackendFit(**{name: value for name, value in data["fit"].items() if name in known}),
+        decode_ape=float(data["decode_ape"]),
+        prefill_ape=float(data["prefill_ape"]),
+    )
