@@ -12,6 +12,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (SI un
 Out = Annotated[Path | None, typer.Option(help="Folder for the HTML report and claims.json.")]
 
 
+@study.command("paper-a")
+def study_paper_a(
+    reruns: Annotated[
+        list[Path] | None,
+        typer.Option("--with", help="claims.json of `study pretraining`, `alignment` or `compression`; repeat it for several."),
+    ] = None,
+    out: Out = None,
+    json_out: Json = False,
+) -> None:
+    """Nemotron Nano 2: sizes, memory, the search for the 9B, throughput; with --with also what was trained here."""
+    from tandem.cli import studying
+
+    studying.run_paper_a(reruns or [], out, json_out)
+
+
 @study.command("paper-b")
 def study_paper_b(
     out: Out = None,

@@ -16,6 +16,12 @@ from tandem.spec.files import write_whole
 if TYPE_CHECKING:
     from rich.table import Table
 
+PAPER_A_TITLE = "Nemotron Nano 2, re-derived"
+PAPER_A_LEAD = (
+    "Paper A (arXiv 2508.14444) makes a 9B hybrid of a 12B so that 128k tokens fit one 22 GiB GPU, up to 6 times as fast as a "
+    "Transformer of its size. Every number that can be re-derived stands beside the printed one, priced without a GPU."
+)
+
 PAPER_B_TITLE = "Beyond the Buzz, re-derived"
 PAPER_B_LEAD = (
     "Paper B (arXiv 2506.05508) asks when prefill and decode should be served on separate GPUs. Every finding is set beside "
@@ -56,6 +62,16 @@ COMPRESSION_LEAD = (
     "one thing each: what its weights, the teacher and the groups of Mamba heads are worth, depth beside width, and how far "
     "the compressed model is from its teacher. Differences are taken seed by seed."
 )
+
+
+def run_paper_a(reruns: list[Path], out: Path | None, json_out: bool) -> None:
+    """Run the study of paper A; the exit code does not depend on which claims hold."""
+    from tandem.study.paper_a import study_paper_a
+
+    _require_new_folder(out)
+    with text.progress("studying") as step:
+        data = study_paper_a(reruns, progress=step).to_json()
+    _finish("paper-a", PAPER_A_TITLE, PAPER_A_LEAD, data, out, json_out)
 
 
 def run_paper_b(out: Path | None, json_out: bool) -> None:

@@ -140,8 +140,8 @@ class Computing:
 
 
 def step_times(spec: ModelSpec, options: ServeOptions) -> StepTimes:
-    """What steps take on this machine, for routing: as `tandem calibrate host` found for so many threads a worker, else predicted
-    from a quick measure of it; on a GPU from round numbers."""
+    """What steps take on this machine, for routing: as `tandem calibrate host` found with so many threads a worker, else
+    predicted from a quick measure of it; on a GPU from round numbers."""
     if options.on_gpu:
         return MeasuredTimes(prefill_s_per_token=1e-4, decode_s_per_step=2e-2)
     dtype = resolve_dtype(options.dtype, options.device)
