@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: demo test quick check docs bench clean
+.PHONY: demo test quick check web docs bench clean
 
 demo: $(VENV)/.demo  ## the tour, in under two minutes; it ends with a model served here
 	$(BIN)/tandem demo --out out/demo
@@ -20,6 +20,10 @@ check: $(VENV)/.check  ## formatting, lint, types, import rules
 	$(BIN)/ruff check tandem tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+web:  ## the explorer's page, from web/ into tandem/explore/page.html (needs Node 20)
+	cd web && npm ci --no-audit --no-fund && npm run build
+	cp web/dist/index.html tandem/explore/page.html
 
 docs: $(VENV)/.docs  ## the documentation site, into site/
 	$(BIN)/mkdocs build --strict

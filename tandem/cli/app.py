@@ -10,7 +10,18 @@ from typing import Annotated, Any, Never
 
 import typer
 
-from tandem.cli import aligning, benching, compressing, evaluating, generating, serving, simulating, studies, training
+from tandem.cli import (
+    aligning,
+    benching,
+    compressing,
+    evaluating,
+    exploring,
+    generating,
+    serving,
+    simulating,
+    studies,
+    training,
+)
 from tandem.spec.errors import SpecError, TandemError
 
 app = typer.Typer(
@@ -154,6 +165,7 @@ def inspect(
 app.command()(generating.generate)
 app.command()(serving.serve)
 app.command()(benching.bench)
+app.command()(exploring.explore)
 app.command()(simulating.simulate)
 app.command()(training.train)
 app.command()(aligning.align)

@@ -1,0 +1,72 @@
+"""The explorer over HTTP: the page, and what it asks. Nothing can be changed through it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI, Query
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from tandem.explore.answers import Query as Asked
+from tandem.explore.answers import answer, catalogue
+from tandem.explore.page import page
+from tandem.spec.errors import SpecError
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+"""The page is one file and asks only where it came from."""
+
+
+def router() -> APIRouter:
+    """Routes of the explorer, relative to where they are mounted."""
+    routes = APIRouter()
+
+    @routes.get("/", response_class=HTMLResponse)
+    def index() -> HTMLResponse:
+        return HTMLResponse(page(), headers=HEADERS)
+
+    @routes.get("/api/catalogue")
+    def everything() -> JSONResponse:
+        return JSONResponse(catalogue())
+
+    @routes.get("/api/plan")
+    def plan(
+        model: str = Query(max_length=200),
+        hardware: str = Query(max_length=100),
+        gpus: int = 8,
+        isl: int = 1024,
+        osl: int = 256,
+        ttft_s: float | None = None,
+        tpot_s: float | None = None,
+        backend: str = Query("vllm", max_length=20),
+    ) -> JSONResponse:
+        """A plan for where the sliders stand; 400 with one line where none can be."""
+        known = catalogue_names()
+        for name, value in (("model", model), ("hardware", hardware)):
+            if value not in known[name]:
+                return JSONResponse({"error": f"{name}={value[:80]!r}: not in the catalogue"}, 400)
+        try:
+            asked = Asked(
+                model=model, hardware=hardware, gpus=gpus, isl=isl, osl=osl, ttft_s=ttft_s, tpot_s=tpot_s, backend=backend
+            )
+        except SpecError as wrong:
+            return JSONResponse({"error": str(wrong)}, 400)
+        found = answer(asked)
+        return JSONResponse(found, 400 if "error" in found else 200)
+
+    return routes
+
+
+def catalogue_names() -> dict[str, set[str]]:
+    """Names that may be asked for: no path of this machine's is among them."""
+    found = catalogue()
+    return {"model": {row["name"] for row in found["models"]}, "hardware": {row["name"] for row in found["hardware"]}}
+
+
+def create_app() -> FastAPI:
+    """The explorer alone."""
+    app = FastAPI(title="Tandem explorer", docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(router())
+    return app

@@ -1,0 +1,114 @@
+"""The explorer: answers are the planner's, the API refuses in one line, the page is one file that escapes what it carries."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+import tandem
+from tandem.explore import page as pages
+from tandem.explore.answers import GRID_ISL, GRID_OSL, GRID_TPOT_S, Query, answer, catalogue, exported
+from tandem.spec.errors import SpecError
+from tandem.spec.workload import Slo, Workload
+
+pytest.importorskip("fastapi", reason="pip install tandem-lm[explore]")
+from fastapi.testclient import TestClient
+
+from tandem.explore.app import create_app
+
+QWEN = Query(model="Qwen/Qwen3-8B", hardware="h100-sxm", gpus=4, isl=1024, osl=128, ttft_s=1.0, tpot_s=0.02)
+PARAMS = {name: getattr(QWEN, name) for name in QWEN.__dataclass_fields__}
+
+
+@pytest.fixture(scope="module")
+def client() -> TestClient:
+    return TestClient(create_app())
+
+
+def test_an_answer_is_the_plan() -> None:
+    plan = tandem.find_plan(
+        model=QWEN.model, hardware=QWEN.hardware, gpus=4, workload=Workload.fixed(1024, 128), slo=Slo(ttft_s=1.0, tpot_s=0.02)
+    )
+    found = json.loads(json.dumps(answer(QWEN), allow_nan=False))
+    assert found["recommended"] == plan.recommended.to_json()
+    assert found["best"]["tokens_per_s"] == plan.best.tokens_per_s
+    assert len(found["frontier"]) == len(plan.frontier)
+    for row, option in zip(found["frontier"], plan.frontier, strict=True):
+        assert (row["mode"], row["gpu"]) == (option.deployment.mode, option.tokens_per_s_per_gpu.value)
+        assert row["low"] <= row["gpu"] <= row["high"]
+        assert row["what"].count(" x ") == len(option.deployment.pools)
+    held = found["best"]["memory"]
+    assert all(sum(v for k, v in pool.items() if k != "usable_bytes") <= pool["usable_bytes"] for pool in held.values())
+    assert found["why"][0].startswith("recommended: ")
+
+
+def test_what_cannot_be_served_is_one_line() -> None:
+    found = answer(Query(model="meta-llama/Meta-Llama-3.1-70B", hardware="a10g", gpus=1, isl=1024, osl=128))
+    assert list(found) == ["error"]
+    assert "\n" not in found["error"]
+    with pytest.raises(SpecError, match="gpus=0"):
+        Query(model=QWEN.model, hardware=QWEN.hardware, gpus=0, isl=1, osl=2)
+
+
+def test_the_catalogue_can_be_chosen_from() -> None:
+    found = catalogue()
+    assert {"Qwen/Qwen3-8B", "nvidia/NVIDIA-Nemotron-Nano-9B-v2"} <= {row["name"] for row in found["models"]}
+    assert "h100-sxm" in {row["name"] for row in found["hardware"]}
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_api_answers_and_refuses(client: TestClient) -> None:
+    done = client.get("/api/plan", params=PARAMS)
+    assert done.status_code == 200
+    assert {**done.json(), "seconds": 0, "why": 0} == {**answer(QWEN), "seconds": 0, "why": 0}
+    assert client.get("/api/catalogue").json() == json.loads(json.dumps(catalogue()))
+    for changes, told in (
+        ({"model": "/etc/passwd"}, "not in the catalogue"),
+        ({"hardware": "host.yaml"}, "not in the catalogue"),
+        ({"gpus": 0}, "gpus=0"),
+        ({"tpot_s": -1}, "tpot_s=-1"),
+        ({"osl": 1}, "osl=1"),
+        ({"backend": "other"}, "backend='other'"),
+        ({"model": "meta-llama/Meta-Llama-3.1-70B", "hardware": "a10g", "gpus": 1}, "a10g"),
+    ):
+        refused = client.get("/api/plan", params={**PARAMS, **changes})
+        assert refused.status_code == 400
+        assert told in refused.json()["error"]
+        assert "\n" not in refused.json()["error"]
+    assert client.get("/api/plan", params={**PARAMS, "gpus": "many"}).status_code == 422
+    assert client.get("/api/plan", params={**PARAMS, "model": "x" * 201}).status_code == 422
+
+
+def test_nothing_can_be_changed(client: TestClient) -> None:
+    for path in ("/", "/api/plan", "/api/catalogue"):
+        for method in ("post", "put", "delete", "patch"):
+            assert getattr(client, method)(path).status_code == 405
+
+
+def test_the_page_is_one_file_that_asks_nobody_else(client: TestClient) -> None:
+    served = client.get("/")
+    policy = served.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "connect-src 'self'" in policy
+    text = served.text
+    assert text == pages.page()
+    assert text.count(pages.MARK) == 1
+    assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", text)
+    assert not re.search(r"https?://(?!www\.w3\.org/)", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
+
+
+def test_an_exported_page_holds_its_answers_and_escapes_them() -> None:
+    found = exported(QWEN)
+    assert len(found["answers"]) == len(GRID_ISL) * len(GRID_OSL) * len(GRID_TPOT_S)
+    assert set(found["answers"]) >= {"512/128/", "512/128/0.02", "32768/8192/0.1"}
+    asked = Query(**{**PARAMS, "isl": 2048, "osl": 512, "tpot_s": 0.02})
+    assert found["answers"]["2048/512/0.02"]["recommended"] == answer(asked)["recommended"]
+    text = pages.exported_page({**found, "catalogue": {"models": [{"name": "</script><script>alert(1)</script>"}]}})
+    assert text.count("</script>") == pages.page().count("</script>")
+    inside = re.search(r'<script type="application/json" id="answers">(.*?)</script>', text, re.DOTALL)
+    assert inside is not None
+    assert json.loads(inside[1])["catalogue"]["models"][0]["name"] == "</script><script>alert(1)</script>"
+    with pytest.raises(SpecError, match="no-such-model"):
+        exported(Query(**{**PARAMS, "model": "no-such-model"}))

@@ -1,0 +1,84 @@
+// What tandem/explore/answers.py sends.
+
+export interface Estimate {
+  value: number;
+  low: number;
+  high: number;
+  evidence: string;
+}
+
+export interface Point {
+  mode: string;
+  user: number;
+  gpu: number;
+  low: number;
+  high: number;
+  ttft_s: number;
+  what: string;
+}
+
+export interface Best {
+  mode: string;
+  gpus: number;
+  ttft_s: Estimate;
+  tpot_s: Estimate;
+  tokens_per_s_per_gpu: Estimate;
+  tokens_per_s_per_user: Estimate;
+  tokens_per_s: number;
+  memory: Record<string, Record<string, number>>;
+  time_by_class: Record<string, Record<string, Record<string, number>>>;
+}
+
+export interface Answer {
+  error?: string;
+  recommended: Record<string, unknown>;
+  gain: number | null;
+  best: Best;
+  usable_bytes: number;
+  price_per_hour_usd: number;
+  frontier: Point[];
+  why: string[];
+  changes: string[];
+  points: number;
+  seconds: number;
+}
+
+export interface Model {
+  name: string;
+  parameters: number;
+  family: string;
+  max_context: number;
+}
+
+export interface Hardware {
+  name: string;
+  title: string;
+  memory_bytes: number;
+  price_per_hour_usd: number;
+}
+
+export interface Catalogue {
+  models: Model[];
+  hardware: Hardware[];
+  backends: string[];
+}
+
+export interface Query {
+  model: string;
+  hardware: string;
+  gpus: number;
+  isl: number;
+  osl: number;
+  ttft_s: number | null;
+  tpot_s: number | null;
+  backend: string;
+}
+
+export interface Exported {
+  query: Query;
+  isl: number[];
+  osl: number[];
+  tpot_s: (number | null)[];
+  catalogue: Catalogue;
+  answers: Record<string, Answer>;
+}
