@@ -38,6 +38,17 @@ def study_paper_b(
     studying.run_paper_b(out, json_out)
 
 
+@study.command("joint")
+def study_joint(
+    out: Out = None,
+    json_out: Json = False,
+) -> None:
+    """Which model, deployed how: paper A's compression candidates with paper B's best deployment of each; elastic on top."""
+    from tandem.cli import studying
+
+    studying.run_joint(out, json_out)
+
+
 @study.command("hybrids")
 def study_hybrids(
     out: Out = None,

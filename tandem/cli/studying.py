@@ -28,6 +28,12 @@ PAPER_B_LEAD = (
     "the printed number, priced by Tandem's performance model without a GPU; a claim that fails is explained with arithmetic."
 )
 
+JOINT_TITLE = "Which model, deployed how?"
+JOINT_LEAD = (
+    "Paper A searches for a smaller model, paper B for a deployment. Here every shape of paper A's search has the best "
+    "deployment of its own, under traffic and bounds: what the two decisions do to each other, which neither paper asks."
+)
+
 HYBRIDS_TITLE = "Hybrids: should prefill and decode be split?"
 HYBRIDS_LEAD = (
     "Four Mamba-2 hybrids beside Transformers of their size on H100: what splitting prefill from decode gains each, in which "
@@ -82,6 +88,16 @@ def run_paper_b(out: Path | None, json_out: bool) -> None:
     with text.progress("studying") as step:
         data = study_paper_b(progress=step).to_json()
     _finish("paper-b", PAPER_B_TITLE, PAPER_B_LEAD, data, out, json_out)
+
+
+def run_joint(out: Path | None, json_out: bool) -> None:
+    """Run the joint study; the exit code does not depend on which claims hold."""
+    from tandem.study.joint import study_joint
+
+    _require_new_folder(out)
+    with text.progress("studying") as step:
+        data = study_joint(progress=step).to_json()
+    _finish("joint", JOINT_TITLE, JOINT_LEAD, data, out, json_out)
 
 
 def run_hybrids(out: Path | None, json_out: bool) -> None:
