@@ -25,6 +25,8 @@ export interface Slice {
   name: string;
   value: number;
   told: string;
+  /** Drawn as what is left. */
+  rest?: boolean;
 }
 
 /** A bar of named parts, with the same as a table for whoever cannot see it. */
@@ -35,10 +37,11 @@ export function bar(title: string, parts: Slice[], total: number): HTMLElement {
   const legend = element("dl", "");
   parts.forEach((part, i) => {
     const share = total > 0 ? (100 * part.value) / total : 0;
-    const slice = element("span", "", { class: `part c${i % 8}`, title: `${part.name}: ${part.told}` });
+    const colour = part.rest ? "rest" : `c${i % 7}`;
+    const slice = element("span", "", { class: `part ${colour}`, title: `${part.name}: ${part.told}` });
     slice.style.width = `${share}%`;
     strip.append(slice);
-    const name = element("dt", part.name, { class: `c${i % 8}` });
+    const name = element("dt", part.name, { class: colour });
     legend.append(name, element("dd", part.told));
   });
   box.append(strip, legend);

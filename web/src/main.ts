@@ -180,7 +180,8 @@ function memoryBar(pool: string, bytes: Record<string, number>, usable: number):
     .filter(([name]) => (bytes[name] ?? 0) > 0)
     .map(([name, text]) => ({ name: text, value: bytes[name] ?? 0, told: gib(bytes[name] ?? 0) }));
   const held = parts.reduce((sum, part) => sum + part.value, 0);
-  parts.push({ name: "free", value: Math.max(0, usable - held), told: gib(Math.max(0, usable - held)) });
+  const free = Math.max(0, usable - held);
+  parts.push({ name: "free", value: free, told: gib(free), rest: true });
   return bar(`${pool}: ${gib(held)} of ${gib(usable)}`, parts, usable);
 }
 
