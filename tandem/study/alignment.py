@@ -7,6 +7,7 @@ Nothing is trained here: `benchmarks/alignment_runs.py` makes the runs, hours of
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def study_alignment(folder: Path) -> StudyResult:
         study="alignment",
         claims=claims_of(runs, throughput),
         figures=figures_of(runs, throughput),
-        assumptions=assumptions(throughput),
+        assumptions=assumptions(runs, throughput),
         errata=(),
         findings={
             "runs": rows,
@@ -61,6 +62,7 @@ def changes(runs: Runs) -> list[dict[str, Any]]:
     found = []
     for variant, by_seed in runs.items():
         stages = list(dict.fromkeys(stage for run in by_seed.values() for stage in run.after))
+        alike = one_model(by_seed)
         for stage in stages:
             asked = list(dict.fromkeys(q for run in by_seed.values() for q in run.accuracy.get(stage, {})))
             for question in asked:
@@ -71,8 +73,20 @@ def changes(runs: Runs) -> list[dict[str, Any]]:
                 pair = change(by_seed, stage, right)
                 after = [share for run in by_seed.values() if (share := right(run, stage)) is not None]
                 numbers = {"b": after, "mean": None, "half": None} if pair is None else pair.to_json()
+                if stage in alike:
+                    numbers |= {"half": None}
                 found.append({"variant": variant, "stage": stage, "question": ", ".join(question), **numbers})
     return found
+
+
+def one_model(by_seed: Mapping[int, AlignmentRun]) -> tuple[str, ...]:
+    """Stages after which several seeds answer exactly alike: they were taken over from one run and have no interval."""
+    every = list(by_seed.values())
+    return tuple(
+        stage
+        for stage in every[0].after
+        if len(every) > 1 and all(run.accuracy.get(stage) == every[0].accuracy.get(stage) for run in every)
+    )
 
 
 def rates(throughput: Throughput | None, a: str = TRANSFORMER, b: str = HYBRID) -> list[dict[str, Any]]:
@@ -85,8 +99,10 @@ def rates(throughput: Throughput | None, a: str = TRANSFORMER, b: str = HYBRID) 
     return rows
 
 
-def assumptions(throughput: Throughput | None) -> tuple[str, ...]:
+def assumptions(runs: Runs, throughput: Throughput | None) -> tuple[str, ...]:
     """What the comparisons rest on."""
+    alike = list(dict.fromkeys(stage for by_seed in runs.values() for stage in one_model(by_seed)))
+    shared = (f"all seeds have the same model after {', '.join(alike)}: what another would change is not in the intervals",)
     rates_of = "it was not measured" if throughput is None else f"measured on {throughput.machine}"
     return (
         "a seed sets conversations, their order and every draw of a run, alike for all variants; differences are taken seed "
@@ -94,6 +110,7 @@ def assumptions(throughput: Throughput | None) -> tuple[str, ...]:
         "a claim holds or fails where the whole interval says so; where it does not, the runs are too few to say",
         "all seeds of a variant begin from the same base model unless the runs were made with bases of their own, so what "
         "another pre-training would change is not in the intervals",
+        *(shared if alike else ()),
         "held-out questions are greedy and verified by programs; they come from the generators that training uses too, with "
         "problems that training leaves out",
         "up to the truncation stage both variants see as many conversations in as many steps; only the cut thoughts differ",
