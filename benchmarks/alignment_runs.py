@@ -148,8 +148,11 @@ def before_truncation(recipe: AlignRecipe) -> list[str]:
 def share_stages(source: Path, folder: Path, recipe: AlignRecipe) -> None:
     """What a run has learned before the truncation stage is taken over by another that would learn the same."""
     before = before_truncation(recipe)
-    if folder.exists() or not all((source / name / "report.json").is_file() for name in before):
+    if folder.exists():
         return
+    missing = next((name for name in before if not (source / name / "report.json").is_file()), None)
+    if missing is not None:
+        raise SystemExit(f"{source}: has no finished {missing} to go on from")
     folder.mkdir(parents=True)
     write_whole(folder / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n")
     shutil.copyfile(source / "base.json", folder / "base.json")
@@ -254,7 +257,7 @@ def main() -> None:
             changes = [f"seed={seed}", *base, *options.set]
             if options.learned is not None:
                 share_stages(options.learned / BASES[name], place(options.out, name, seed), load_recipe(file, changes))
-            elif name == NO_TRUNCATION:
+            elif name == NO_TRUNCATION and place(options.out, HYBRID, seed).exists():
                 share_stages(place(options.out, HYBRID, seed), place(options.out, name, seed), load_recipe(file, changes))
             align(options.out, name, seed, file, changes)
             if name != TRANSFORMER:

@@ -63,6 +63,8 @@ def bench(
 
     for option, path in (("--report", report), ("--learn", learn)):
         require_folder(option, path)
+    if percentile != 50.0 and ttft is None and tpot is None:
+        raise SpecError(f"--percentile={percentile!r}: changes nothing without --ttft or --tpot")
     require_int("warmup", warmup, low=0, high=1000)
     require_number("timeout", timeout, high=1e6)
     if learn is not None:

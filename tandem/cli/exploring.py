@@ -27,6 +27,7 @@ def explore(
     from tandem.cli.app import emit
     from tandem.report import text
     from tandem.spec.files import require_folder, write_whole
+    from tandem.spec.units import require_int
 
     if export is not None:
         from tandem.explore.answers import Query, exported
@@ -47,6 +48,7 @@ def explore(
         return text.console().print(
             f"{export}: {answered} of {len(found['answers'])} combinations can be served", soft_wrap=True, markup=False
         )
+    require_int("port", port, low=0, high=65535)
     need("fastapi", "uvicorn", doing="explore", extra="explore")
     import socket
 

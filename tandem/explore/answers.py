@@ -44,15 +44,19 @@ class Query:
         Slo(ttft_s=self.ttft_s, tpot_s=self.tpot_s)
 
 
+def hardware_choices() -> tuple[str, ...]:
+    """GPUs of the catalogue, and this machine where it was measured."""
+    return (*hardware_names(), *(("host",) if host_file().is_file() else ()))
+
+
 def catalogue() -> dict[str, Any]:
     """Models, GPUs and backends to choose from; names that cannot be read are left out."""
     models = []
     for name in model_names():
         spec = load_spec(name)
         models.append({"name": name, "parameters": spec.parameters, "family": spec.family, "max_context": spec.max_context})
-    names = [*hardware_names(), *(["host"] if host_file().is_file() else [])]
     hardware = []
-    for name in names:
+    for name in hardware_choices():
         try:
             gpu = load_hardware(name)
         except TandemError:
@@ -114,13 +118,13 @@ def _slim(plan: Plan) -> dict[str, Any]:
 def _what(pools: Any) -> str:
     parts = []
     for pool in pools:
-        sizes = ", ".join(f"{name} {size}" for name, size in vars_of(pool.parallelism).items() if size > 1)
+        sizes = ", ".join(f"{name} {size}" for name, size in _ways(pool.parallelism).items() if size > 1)
         parts.append(f"{pool.replicas} x {pool.role} of {pool.parallelism.gpus} GPU{'s' * (pool.parallelism.gpus > 1)}"
                      f"{f' ({sizes})' if sizes else ''}, batch {pool.batch}")  # fmt: skip
     return "; ".join(parts)
 
 
-def vars_of(parallelism: Any) -> dict[str, int]:
+def _ways(parallelism: Any) -> dict[str, int]:
     """Ways of parallelism by name."""
     return {name: int(getattr(parallelism, name)) for name in ("tp", "pp", "ep", "dp", "cpp")}
 

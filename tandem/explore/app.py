@@ -6,8 +6,9 @@ from fastapi import APIRouter, FastAPI, Query
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from tandem.explore.answers import Query as Asked
-from tandem.explore.answers import answer, catalogue
+from tandem.explore.answers import answer, catalogue, hardware_choices
 from tandem.explore.page import page
+from tandem.spec.catalog import model_names
 from tandem.spec.errors import SpecError
 
 HEADERS = {
@@ -43,9 +44,8 @@ def router() -> APIRouter:
         backend: str = Query("vllm", max_length=20),
     ) -> JSONResponse:
         """A plan for where the sliders stand; 400 with one line where none can be."""
-        known = catalogue_names()
-        for name, value in (("model", model), ("hardware", hardware)):
-            if value not in known[name]:
+        for name, value, known in (("model", model, model_names()), ("hardware", hardware, hardware_choices())):
+            if value not in known:  # no path of this machine's is among them
                 return JSONResponse({"error": f"{name}={value[:80]!r}: not in the catalogue"}, 400)
         try:
             asked = Asked(
@@ -57,12 +57,6 @@ def router() -> APIRouter:
         return JSONResponse(found, 400 if "error" in found else 200)
 
     return routes
-
-
-def catalogue_names() -> dict[str, set[str]]:
-    """Names that may be asked for: no path of this machine's is among them."""
-    found = catalogue()
-    return {"model": {row["name"] for row in found["models"]}, "hardware": {row["name"] for row in found["hardware"]}}
 
 
 def create_app() -> FastAPI:

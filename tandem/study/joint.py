@@ -93,11 +93,9 @@ def _claim(id: str, title: str, ours: str, holds: bool | None, why: str, printed
     )  # fmt: skip
 
 
-def best_in(shapes: Shapes, cell: Cell, least_parameters: int = 0) -> Candidate | None:
-    """The shape that serves most a GPU in a cell, of those with so many parameters at least."""
-    there = [
-        (rate, c) for c in shapes.values() if (rate := c.per_gpu(cell)) is not None and c.spec.parameters >= least_parameters
-    ]
+def best_in(shapes: Shapes, cell: Cell) -> Candidate | None:
+    """The shape that serves most a GPU in a cell."""
+    there = [(rate, c) for c in shapes.values() if (rate := c.per_gpu(cell)) is not None]
     return max(there, key=lambda pair: pair[0])[1] if there else None
 
 

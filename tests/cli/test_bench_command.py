@@ -64,6 +64,7 @@ def test_a_table_for_people(command: Command) -> None:
         ([*LOOP, "--repeats", "0"], "repeats=0"),
         ([*LOOP, "--warmup", "-1"], "warmup=-1"),
         ([*LOOP, "--timeout", "0"], "timeout=0"),
+        ([*LOOP, "--percentile", "90"], "--percentile=90.0: changes nothing without --ttft or --tpot"),
         ([*LOOP, "--ttft", "-1"], "ttft_s=-1"),
         ([*LOOP, "--report", "nowhere/page.html"], "create it first"),
         (["--trace", "azure-conversation-2023", "--concurrency", "2", "--learn", "rows.csv"], "--learn='rows.csv'"),
