@@ -23,7 +23,7 @@ check: $(VENV)/.check  ## formatting, lint, types, import rules
 
 web:  ## the explorer's page, from web/ into tandem/explore/page.html (needs Node 20)
 	cd web && npm ci --no-audit --no-fund && npm run build
-	cp web/dist/index.html tandem/explore/page.html
+	$(PYTHON) tools/explorer_page.py
 
 docs: $(VENV)/.docs  ## the documentation site, into site/
 	$(BIN)/mkdocs build --strict

@@ -3,49 +3,62 @@
     tandem calibrate host
     python benchmarks/host_prediction.py [MODEL] [--requests 4] [--json]
 
-Serves MODEL (nano-hybrid) with one worker of all cores, sends closed loops over HTTP (`tandem bench`), and prices each with
-`estimate` on the calibrated host. `--requests` are those for each in flight.
+Serves MODEL (nano-hybrid) with one worker of all cores, then with one that prefills and one that decodes, half of the cores
+each; sends closed loops over HTTP and prices each with `estimate` and `estimate_disaggregated` on the calibrated host. Lengths
+and numbers in flight are others than those that were fitted. `--requests` are those for each in flight.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import os
+from dataclasses import asdict
 from itertools import product
 from statistics import median
 from typing import Any
 
-from tandem.bench.client import Target
-from tandem.bench.load import Load, fixed_trace
-from tandem.bench.run import run
-from tandem.cli.served import served
-from tandem.perf.estimate import estimate
+from tandem.cli.calibrating_host import serve_grid
+from tandem.perf.estimate import EstimateResult, Instances, estimate, estimate_disaggregated
 from tandem.spec.catalog import find_weights, load_spec
+from tandem.spec.design import Parallelism
+from tandem.spec.local import host_name
+from tandem.spec.model import ModelSpec
 
-ISL, OSL, CONCURRENCY = (64, 256, 640), (32, 128), (1, 4, 16)
-PRECISION = "fp32/bf16/fp32"
+GRID = tuple(product((64, 256, 640), (32, 128), (1, 4, 16)))
 ASKED = {"tpot_s": 0.10, "ttft_s": 0.20}
 
 
-def points(model: str, requests: int) -> list[dict[str, Any]]:
+def predicted(spec: ModelSpec, split: bool, isl: int, osl: int, concurrency: int) -> EstimateResult:
+    """By the public functions, as a user would ask."""
+    common = {
+        "model": spec,
+        "isl": isl,
+        "osl": osl,
+        "concurrency": concurrency,
+        "precision": "fp32/bf16/fp32",
+        "backend": "tandem",
+    }
+    if not split:
+        return estimate(hardware="host", **common)
+    cores = os.cpu_count() or 1
+    one = Instances(parallelism=Parallelism(), batch=1)
+    decode = Instances(parallelism=Parallelism(), batch=concurrency)
+    return estimate_disaggregated(hardware=host_name(max(1, cores // 2), cores), prefill=one, decode=decode, **common)
+
+
+def points(model: str, requests: int, split: bool) -> list[dict[str, Any]]:
     """One row a setting: measured means, predictions, and their errors."""
-    spec, rows = load_spec(find_weights(model)), []
-    with served(model, ["--dtype", "float32"]) as ready:
-        target = Target(url=ready["url"], model=ready["model"])
-        for seed, (isl, osl, concurrency) in enumerate(product(ISL, OSL, CONCURRENCY)):
-            load = Load(trace=fixed_trace(isl, osl, requests * concurrency), concurrency=concurrency, seed=seed)
-            stats = asyncio.run(run(target, load, warmup=1)).stats()
-            found = estimate(
-                model=spec, hardware="host", isl=isl, osl=osl, concurrency=concurrency, precision=PRECISION, backend="tandem"
-            )
-            row: dict[str, Any] = {"isl": isl, "osl": osl, "concurrency": concurrency, "evidence": found.evidence}
-            for name, spread in (("ttft_s", stats.ttft_s), ("tpot_s", stats.tpot_s)):
-                if spread is None:
-                    raise SystemExit(f"{isl} + {osl} tokens, {concurrency} in flight: no request completed")
-                predicted = getattr(found, name)
-                row[name] = {"measured": spread.mean, "predicted": predicted.value, "error": predicted.value / spread.mean - 1}
-            rows.append(row)
+    spec, cores = load_spec(find_weights(model)), os.cpu_count() or 1
+    threads = max(1, cores // 2) if split else cores
+    rows = []
+    for measured in serve_grid(model, "float32", threads, split=split, grid=GRID, per_place=requests, seed=1000):
+        found = predicted(spec, split, measured.isl, measured.osl, measured.concurrency)
+        row: dict[str, Any] = asdict(measured) | {"pools": "1:1" if split else "one worker", "evidence": found.evidence}
+        for name in ASKED:
+            value = getattr(found, name).value
+            row[name] = {"measured": row[name], "predicted": value, "error": value / row[name] - 1}
+        rows.append(row)
     return rows
 
 
@@ -55,8 +68,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = points(options.model, options.requests)
-    errors = {name: median(abs(row[name]["error"]) for row in rows) for name in ASKED}
+    rows = [row for split in (False, True) for row in points(options.model, options.requests, split)]
+    errors = {
+        pools: {name: median(abs(row[name]["error"]) for row in rows if row["pools"] == pools) for name in ASKED}
+        for pools in dict.fromkeys(row["pools"] for row in rows)
+    }
     if options.json:
         return print(json.dumps({"points": rows, "median_error": errors}))
     for row in rows:
@@ -65,9 +81,11 @@ def main() -> None:
             f"({row[name]['error']:+.0%})"
             for name in ("ttft_s", "tpot_s")
         ]
-        print(f"{row['isl']:5} + {row['osl']:4} tokens, {row['concurrency']:3} in flight: {'; '.join(cells)}")
-    for name, error in errors.items():
-        print(f"{name}: median error {error:.0%} (asked: at most {ASKED[name]:.0%})")
+        where = f"{row['isl']:5} + {row['osl']:4} tokens, {row['concurrency']:3} in flight, {row['pools']:10}"
+        print(f"{where}: {'; '.join(cells)}")
+    for pools, found in errors.items():
+        for name, error in found.items():
+            print(f"{pools}, {name}: median error {error:.0%} (asked: at most {ASKED[name]:.0%})")
 
 
 if __name__ == "__main__":

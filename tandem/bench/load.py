@@ -10,7 +10,7 @@ from tandem.spec.errors import SpecError
 from tandem.spec.units import require_int
 from tandem.spec.workload import Trace
 
-FIRST_ID, LAST_ID = 100, 1000
+FIRST_ID, LAST_ID = 100, 256
 """Token ids of prompts lie from the first to below the last: small enough for any vocabulary, and none of them special."""
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from tandem.cli.app import emit
 from tandem.cli.needed import need
@@ -14,9 +16,22 @@ from tandem.spec.errors import SpecError
 from tandem.spec.local import host_name
 from tandem.spec.units import require_int
 
+if TYPE_CHECKING:
+    from tandem.bench.grid import Point
+    from tandem.perf.host import HostCalibration, ServedRow
+    from tandem.spec.model import ModelSpec
+
 MODELS = ("nano-hybrid", "nano-transformer")
 DTYPES = ("float32", "float16", "bfloat16")
 TERMS = ("step_s", "sequence_s", "gemm", "attention", "other", "prompt", "host_s")
+ERRORS = ("decode_ape", "prefill_ape", "ttft_ape", "tpot_ape")
+GRID = (
+    (96, 32, 1), (512, 96, 1), (96, 96, 4), (512, 32, 4), (512, 96, 4), (96, 32, 12), (96, 96, 12), (512, 32, 12),
+    (512, 96, 12),
+)  # fmt: skip
+"""Prompt tokens, output tokens and requests in flight of the loops that a server is measured with."""
+PER_PLACE = 3
+"""Requests of a loop for each in flight."""
 
 
 def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_out: bool) -> None:
@@ -37,22 +52,25 @@ def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_ou
     for count in wanted:
         require_int("threads", count, high=cores)
     started = time.perf_counter()
-    decoders = [load_model(name, dtype=getattr(torch, dtype)) for name in models or MODELS]
+    names = models or list(MODELS)
+    decoders = [load_model(name, dtype=getattr(torch, dtype)) for name in names]
     with text.progress("calibrating this machine") as step:
         found = {}
         for count in wanted:
             name = host_name(count, cores)
-            found[name] = calibrate_host(decoders, threads=count, name=name, tell=partial(_told, step, name))
+            tell = partial(_told, step, name)
+            engine = calibrate_host(decoders, threads=count, name=name, tell=tell)
+            found[name] = with_server(engine, names, [d.spec for d in decoders], dtype, tell) if can_serve() else engine
     path = keep_host(found)
     seconds = time.perf_counter() - started
     fits = [
         {"hardware": name, "model": one.model, "weights": one.precision.weights, **{t: getattr(one.fit, t) for t in TERMS},
-         "decode_ape": one.decode_ape, "prefill_ape": one.prefill_ape}
+         "decode_ape": one.decode_ape, "prefill_ape": one.prefill_ape, "ttft_ape": one.ttft_ape, "tpot_ape": one.tpot_ape}
         for name, calibration in found.items()
         for one in calibration.fits
     ]  # fmt: skip
     if json_out:
-        error = {key: max(fit[key] for fit in fits) for key in ("decode_ape", "prefill_ape")}
+        error = {key: max((fit[key] for fit in fits if fit[key] is not None), default=None) for key in ERRORS}
         machines = {
             name: one.hardware.to_json() | {"handoff_bytes_per_s": one.handoff_bytes_per_s} for name, one in found.items()
         }
@@ -61,6 +79,59 @@ def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_ou
     text.console().print(
         f"{path} in {seconds:.0f} s; now `--hardware host --backend tandem` means this machine", soft_wrap=True
     )
+
+
+def can_serve() -> bool:
+    """Whether the extras are here that serving and asking a server need."""
+    return all(find_spec(name) is not None for name in ("fastapi", "uvicorn", "aiohttp"))
+
+
+def with_server(
+    engine: HostCalibration, names: Sequence[str], specs: Sequence[ModelSpec], dtype: str, tell: Callable[[str], None]
+) -> HostCalibration:
+    """The same with what a server of each model adds to the engine: with one worker, and where cores allow with one that
+    prefills and one that decodes."""
+    from tandem.perf.host_served import fit_served
+    from tandem.perf.phases import PerfModel
+
+    fits = []
+    for name, spec, fit in zip(names, specs, engine.fits, strict=True):
+        perf = PerfModel(spec, engine.hardware, fit.precision, backend="tandem", given_fit=fit.fit)
+        tell(f"{spec.name}, served by one worker")
+        loops = serve_grid(name, dtype, engine.threads, split=False, grid=GRID, per_place=PER_PLACE)
+        served = fit_served(perf, loops)
+        pools, split_loops = None, []
+        if engine.hardware.scale_up_gpus > 1:
+            tell(f"{spec.name}, served by two workers")
+            split_loops = serve_grid(name, dtype, engine.threads, split=True, grid=GRID, per_place=PER_PLACE)
+            pools = fit_served(replace(perf, split=True), split_loops)
+        ttft, tpot = (max(getattr(one, key) for one in (served, pools or served)) for key in ("ttft_ape", "tpot_ape"))
+        split = None if pools is None else pools.fit
+        fits.append(
+            replace(
+                fit,
+                fit=served.fit,
+                split=split,
+                ttft_ape=ttft,
+                tpot_ape=tpot,
+                loops=tuple(loops),
+                split_loops=tuple(split_loops),
+            )
+        )
+    return replace(engine, fits=tuple(fits))
+
+
+def serve_grid(
+    model: str, dtype: str, threads: int, *, split: bool, grid: Sequence[Point], per_place: int, seed: int = 0
+) -> list[ServedRow]:
+    """The grid's loops against a server that is started for them: one worker of so many threads, or split two."""
+    from tandem.bench.client import Target
+    from tandem.bench.grid import measure_grid
+    from tandem.cli.served import served
+
+    options = ["--dtype", dtype, "--threads", str(threads), "--prefill", str(int(split)), "--decode", "1"]
+    with served(model, options) as ready:
+        return measure_grid(Target(url=ready["url"], model=ready["model"]), grid, per_place=per_place, seed=seed)
 
 
 def _told(step: Callable[[str], None], name: str, what: str) -> None:
@@ -78,12 +149,12 @@ def _show(found: dict[str, Any], fits: list[dict[str, Any]]) -> None:
     text.console().print(t)
     t = text.table(
         "The engine on it", "!", "model", "weights", ">step", ">a sequence", ">matmul", ">attention", ">other", ">prompt",
-        ">error, steps", ">prompts",
+        ">error, steps", ">prompts", ">TTFT served", ">TPOT served",
     )  # fmt: skip
     for fit in fits:
         t.add_row(
             fit["hardware"], fit["model"], fit["weights"], f"{fit['step_s'] * 1e3:.2f} ms", f"{fit['sequence_s'] * 1e6:.0f} us",
-            *(f"{fit[name]:.2f}x" for name in ("gemm", "attention", "other", "prompt")), f"{fit['decode_ape']:.1%}",
-            f"{fit['prefill_ape']:.1%}",
+            *(f"{fit[name]:.2f}x" for name in ("gemm", "attention", "other", "prompt")),
+            *("-" if fit[name] is None else f"{fit[name]:.1%}" for name in ERRORS),
         )  # fmt: skip
     text.console().print(t)

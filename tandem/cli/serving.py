@@ -42,6 +42,7 @@ def serve(
     ttft: Annotated[float | None, typer.Option(help="Largest time to first token that --scale aims at, seconds.")] = None,
     tpot: Annotated[float | None, typer.Option(help="Largest time per output token that --scale aims at, seconds.")] = None,
     drain: Annotated[float, typer.Option(help="Seconds that running requests get after SIGTERM.")] = 30.0,
+    explore: Annotated[bool, typer.Option(help="Serve the explorer too, at /explore/, with a view of these workers.")] = False,
     json_out: Annotated[bool, typer.Option("--json", help="Log in JSON lines on stderr.")] = False,
 ) -> None:
     """Serve a model through OpenAI's HTTP API (extra `[serve]`). One JSON line with the url says that it is ready."""
@@ -101,7 +102,14 @@ def serve(
     if plan is not None and emulate is None:
         options = launch.as_planned(options, plan)
     launch.log_to_stderr(as_json=json_out)
-    launch.run(options, on_ready=_print_ready)
+    launch.run(options, on_ready=_print_ready, routers=[_explorer] if explore else [])
+
+
+def _explorer(client_of: Any) -> Any:
+    """The explorer's paths; its questions need a key where answers do."""
+    from tandem.explore.app import router
+
+    return router(prefix="/explore", client_of=client_of, live="../pools")
 
 
 def _print_ready(data: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+from tandem.explore.measured import measured_rows
 from tandem.perf.estimate import perf_model
 from tandem.plan.planner import Plan, find_plan
 from tandem.report.text import change_sentences, plan_sentences
@@ -146,4 +147,5 @@ def exported(query: Query) -> dict[str, Any]:
         "tpot_s": GRID_TPOT_S,
         "catalogue": catalogue(),
         "answers": found,
+        "measured": measured_rows(),
     }

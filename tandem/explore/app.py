@@ -1,12 +1,16 @@
-"""The explorer over HTTP: the page, and what it asks. Nothing can be changed through it."""
+"""The explorer over HTTP: the page, and what it asks. None of these paths changes anything."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, FastAPI, Query
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Query
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from tandem.explore.answers import Query as Asked
 from tandem.explore.answers import answer, catalogue, hardware_choices
+from tandem.explore.measured import measured_rows
 from tandem.explore.page import page
 from tandem.spec.catalog import model_names
 from tandem.spec.errors import SpecError
@@ -20,19 +24,24 @@ HEADERS = {
 """The page is one file and asks only where it came from."""
 
 
-def router() -> APIRouter:
-    """Routes of the explorer, relative to where they are mounted."""
-    routes = APIRouter()
+async def _anybody() -> str:
+    return ""
+
+
+def router(*, prefix: str = "", client_of: Callable[..., Any] = _anybody, live: str | None = None) -> APIRouter:
+    """Paths of the explorer below `prefix`. What the page asks passes the dependency `client_of`; `live` is where, from the
+    page, a server tells of its workers."""
+    routes = APIRouter(prefix=prefix, include_in_schema=False)
 
     @routes.get("/", response_class=HTMLResponse)
     def index() -> HTMLResponse:
         return HTMLResponse(page(), headers=HEADERS)
 
-    @routes.get("/api/catalogue")
+    @routes.get("/api/catalogue", dependencies=[Depends(client_of)])
     def everything() -> JSONResponse:
-        return JSONResponse(catalogue())
+        return JSONResponse(catalogue() | {"live": live})
 
-    @routes.get("/api/plan")
+    @routes.get("/api/plan", dependencies=[Depends(client_of)])
     def plan(
         model: str = Query(max_length=200),
         hardware: str = Query(max_length=100),
@@ -55,6 +64,10 @@ def router() -> APIRouter:
             return JSONResponse({"error": str(wrong)}, 400)
         found = answer(asked)
         return JSONResponse(found, 400 if "error" in found else 200)
+
+    @routes.get("/api/measured", dependencies=[Depends(client_of)])
+    def nearness() -> JSONResponse:
+        return JSONResponse(measured_rows())
 
     return routes
 

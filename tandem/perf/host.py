@@ -52,6 +52,18 @@ class StepRow:
         return StepLoad(prefill_seqs=1.0, isl=float(self.isl))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedRow:
+    """What clients of a closed loop measured, means of its requests: `concurrency` in flight, prompts of `isl` and answers of
+    `osl` tokens."""
+
+    isl: int
+    osl: int
+    concurrency: int
+    ttft_s: float
+    tpot_s: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostFit:
     """The engine's coefficients for one model in one format of weights."""
@@ -61,9 +73,18 @@ class HostFit:
     """`tandem.perf.backend.fingerprint`: models whose steps cost the same share it."""
     precision: Precision
     fit: BackendFit
+    """Of one worker that prefills and decodes: as served where loops were measured (host_served.py), else the engine alone."""
     decode_ape: float
     """Median error of the fitted decode steps, as a share; `prefill_ape` that of prompts."""
     prefill_ape: float
+    split: BackendFit | None = None
+    """Of prefill and decode in workers of their own, where that was measured."""
+    ttft_ape: float | None = None
+    """Median error of the fitted loops of a server, where it was measured; `tpot_ape` likewise."""
+    tpot_ape: float | None = None
+    loops: tuple[ServedRow, ...] = ()
+    """What was measured of a server with one worker, and `split_loops` of one with two."""
+    split_loops: tuple[ServedRow, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `_fit_from` reads."""
@@ -80,14 +101,17 @@ class HostCalibration:
     """Of a state from one process to another."""
     fits: tuple[HostFit, ...]
 
-    def find(self, model: ModelSpec, weights: str) -> tuple[BackendFit, Evidence]:
-        """Coefficients for a model: `calibrated` where its steps were measured in this format, `transferred` from the model
-        measured last in it, else from any; KERNELS_ONLY and `roofline` where none was."""
+    def find(self, model: ModelSpec, weights: str, split: bool = False) -> tuple[BackendFit, Evidence]:
+        """Coefficients for a model, in pools where `split`: `calibrated` where it was measured in this format, `transferred`
+        from what was measured last in it, else from any; KERNELS_ONLY and `roofline` where nothing was. Pools that were not
+        measured take what one worker does."""
         own = [one for one in self.fits if (one.arch, one.precision.weights) == (fingerprint(model), weights)]
-        if own:
-            return own[-1].fit, "calibrated"
-        near = [one for one in self.fits if one.precision.weights == weights] or list(self.fits)
-        return (near[-1].fit, "transferred") if near else (KERNELS_ONLY, "roofline")
+        near = own or [one for one in self.fits if one.precision.weights == weights] or list(self.fits)
+        if not near:
+            return KERNELS_ONLY, "roofline"
+        pools = near[-1].split if split else None
+        known = bool(own) and (pools is not None or not split)
+        return pools or near[-1].fit, "calibrated" if known else "transferred"
 
     def to_json(self) -> dict[str, Any]:
         """An object of the file."""
@@ -196,12 +220,21 @@ def _calibration_from(data: Mapping[str, Any]) -> HostCalibration:
 
 
 def _fit_from(data: Mapping[str, Any]) -> HostFit:
-    known = {field.name for field in fields(BackendFit)}
     return HostFit(
         model=str(data["model"]),
         arch=str(data["arch"]),
         precision=Precision(**data["precision"]),
-        fit=BackendFit(**{name: value for name, value in data["fit"].items() if name in known}),
+        fit=_coefficients(data["fit"]),
         decode_ape=float(data["decode_ape"]),
         prefill_ape=float(data["prefill_ape"]),
+        split=None if data.get("split") is None else _coefficients(data["split"]),
+        ttft_ape=data.get("ttft_ape"),
+        tpot_ape=data.get("tpot_ape"),
+        loops=tuple(ServedRow(**row) for row in data.get("loops", ())),
+        split_loops=tuple(ServedRow(**row) for row in data.get("split_loops", ())),
     )
+
+
+def _coefficients(data: Mapping[str, Any]) -> BackendFit:
+    known = {field.name for field in fields(BackendFit)}
+    return BackendFit(**{name: value for name, value in data.items() if name in known})

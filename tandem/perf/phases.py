@@ -129,7 +129,7 @@ class PerfModel:
     def _found(self) -> tuple[BackendFit, Evidence]:
         if self._on_host:
             host = load_host(self.hardware.name)
-            return (KERNELS_ONLY, "roofline") if host is None else host.find(self.model, self.precision.weights)
+            return (KERNELS_ONLY, "roofline") if host is None else host.find(self.model, self.precision.weights, self.split)
         fits = self.fits or load_serving_fits()
         return fits.find(self.backend, self.hardware, self.model, self.precision.weights, self.split)
 

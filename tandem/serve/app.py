@@ -7,11 +7,11 @@ import logging
 import secrets
 import time
 from asyncio import to_thread
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -43,6 +43,7 @@ _REFUSALS = {
     400: "A field has a value that will not do; `param` names it.",
     401: "No API key, or one that is not known.",
     404: "The model is not served here.",
+    403: "A page of another site asks.",
     409: "There is no controller to pause.",
     408: "The body took too long to arrive.",
     413: "The body is too long.",
@@ -50,6 +51,7 @@ _REFUSALS = {
     500: "Something went wrong here.",
     503: "The server is starting or about to stop; Retry-After says how long to wait.",
 }
+MakeRouter = Callable[[Callable[..., Any]], APIRouter]
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 
 
@@ -64,9 +66,11 @@ def create_app(
     lifespan: Lifespan | None = None,
     workers: Pools | None = None,
     controller: Callable[[], Controller | None] = lambda: None,
+    routers: Sequence[MakeRouter] = (),
 ) -> FastAPI:
     """The application; `app.state.serving` is what `run_server` drains. `clock` counts seconds. With `workers` there are paths
-    that tell of them, and of the controller that scales them, if there is one.
+    that tell of them, and of the controller that scales them, if there is one. `routers` are more paths, each made with the
+    dependency that says who asks.
 
     Raises SpecError if `config` asks for a chat template that the model does not have.
     """
@@ -91,7 +95,9 @@ def create_app(
     _add_models(app, serving, config)
     _add_generation(app, serving, preparer, config)
     if workers is not None:
-        add_pool_paths(app, workers, controller, client_of=_client_of(config), refusals=_refusals(401, 409))
+        add_pool_paths(app, workers, controller, clock=clock, client_of=_client_of(config), refusals=_refusals(401, 403, 409))
+    for pages in routers:
+        app.include_router(pages(_client_of(config)))
     _describe(app)
     return app
 
@@ -210,7 +216,7 @@ def _described(body: type[Sampling], whole: type[responses.Answer]) -> dict[str,
     stream = {"text/event-stream": {"schema": event}}
     return {
         "response_model": whole,
-        "responses": {200: {"content": stream}, **_refusals(*(status for status in _REFUSALS if status != 409))},
+        "responses": {200: {"content": stream}, **_refusals(*(status for status in _REFUSALS if status not in (403, 409)))},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}},
     }
 

@@ -39,7 +39,18 @@ class Done:
 def workers_of(pools: Pools) -> list[dict[str, Any]]:
     """Workers as people and programs are told of them."""
     return [
-        {"id": m.id, "role": m.role, "up": m.up, "draining": m.draining, "running": m.view.running}
+        {
+            "id": m.id,
+            "role": m.role,
+            "up": m.up,
+            "draining": m.draining,
+            "running": m.view.running,
+            "waiting": 0 if m.stats is None else m.stats.engine.waiting + m.stats.deferred + m.stats.arriving,
+            "queued_tokens": m.view.queued_tokens,
+            "context_tokens": m.view.context_tokens,
+            "free_tokens": m.view.free_tokens,
+            "max_batch": m.view.max_batch,
+        }
         for m in pools.workers.values()
     ]
 
@@ -133,13 +144,13 @@ class Controller:
             await asyncio.wait(self._changes)
 
     def state(self) -> dict[str, Any]:
-        """For people and programs: workers, and what was decided last."""
+        """For people and programs: what was decided last."""
         decisions = [
             {"at_s": d.at_s, "targets": dict(d.decision.targets), "reason": d.decision.reason, "steps": list(d.steps)}
             for d in list(self.history)[-16:]
         ]
         mode = "dry-run" if self.dry_run else "paused" if self.paused else "running"
-        return {"mode": mode, "changing": self.changing, "workers": workers_of(self._pools), "decisions": decisions}
+        return {"mode": mode, "changing": self.changing, "decisions": decisions}
 
     async def _windows(self) -> None:
         while True:

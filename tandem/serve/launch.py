@@ -8,14 +8,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 
 from tandem.sched.route import LOCAL_TOKENS, Role, RoutingLimits
-from tandem.serve.app import create_app
+from tandem.serve.app import MakeRouter, create_app
 from tandem.serve.auth import ApiKeys
 from tandem.serve.config import ServeConfig
 from tandem.serve.controller import Controller
@@ -75,7 +75,7 @@ class _JsonLines(logging.Formatter):
 class Launched:
     """Workers and application of one server, made from its options. They start and end with the application."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, routers: Sequence[MakeRouter] = ()) -> None:
         self.options = o = options
         self._files = ExitStack()
         self.failure: Exception | None = None
@@ -108,6 +108,7 @@ class Launched:
             lifespan=self._lifespan,
             workers=self.pools,
             controller=lambda: self.controller,
+            routers=routers,
         )
 
     def ready_line(self, url: str) -> dict[str, Any]:
@@ -152,10 +153,10 @@ class Launched:
             self._files.close()
 
 
-def run(options: ServeOptions, *, on_ready: Callable[[dict[str, Any]], None]) -> None:
-    """Serve until SIGTERM or SIGINT, and return once all is drained."""
+def run(options: ServeOptions, *, on_ready: Callable[[dict[str, Any]], None], routers: Sequence[MakeRouter] = ()) -> None:
+    """Serve until SIGTERM or SIGINT, and return once all is drained; `routers` are more paths (`create_app`)."""
     open_socket(options.host, options.port).close()  # To say so before a model is loaded, if it cannot be had.
-    launched = Launched(options)
+    launched = Launched(options, routers)
 
     def listening(url: str) -> None:
         gc.collect()

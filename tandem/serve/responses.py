@@ -172,6 +172,11 @@ class PoolWorker(Answer):
     up: bool
     draining: bool
     running: int
+    waiting: int
+    queued_tokens: int
+    context_tokens: int
+    free_tokens: int
+    max_batch: int
 
 
 class ScalingDecision(Answer):
@@ -183,13 +188,32 @@ class ScalingDecision(Answer):
     steps: list[str]
 
 
+class Percentiles(Answer):
+    """Of a time in seconds."""
+
+    p50: float
+    p90: float
+
+
+class RecentRequests(Answer):
+    """Requests that ended in the last seconds, and what their clients felt."""
+
+    window_s: float
+    requests: int
+    tokens_per_s: float
+    ttft_s: Percentiles | None
+    tpot_s: Percentiles | None
+
+
 class PoolState(Answer):
     """Answer to GET /pools and to POST /pools/pause and /pools/resume."""
 
     mode: Literal["off", "running", "paused", "dry-run"]
     changing: bool
+    at_s: float
     workers: list[PoolWorker]
     decisions: list[ScalingDecision]
+    recent: RecentRequests
 
 
 class Status(Answer):

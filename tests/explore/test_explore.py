@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import tandem
 from tandem.explore import page as pages
 from tandem.explore.answers import GRID_ISL, GRID_OSL, GRID_TPOT_S, Query, answer, catalogue, exported
+from tandem.perf.backend import BackendFit, fingerprint
+from tandem.perf.efficiency import ROOFLINE
+from tandem.perf.host import HostCalibration, HostFit, ServedRow, keep_host
+from tandem.spec.catalog import load_hardware, load_spec
+from tandem.spec.design import Precision
 from tandem.spec.errors import SpecError
 from tandem.spec.workload import Slo, Workload
 
 pytest.importorskip("fastapi", reason="pip install tandem-lm[explore]")
+from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
-from tandem.explore.app import create_app
+from tandem.explore.app import create_app, router
 
 QWEN = Query(model="Qwen/Qwen3-8B", hardware="h100-sxm", gpus=4, isl=1024, osl=128, ttft_s=1.0, tpot_s=0.02)
 PARAMS = {name: getattr(QWEN, name) for name in QWEN.__dataclass_fields__}
@@ -63,7 +72,7 @@ def test_the_api_answers_and_refuses(client: TestClient) -> None:
     done = client.get("/api/plan", params=PARAMS)
     assert done.status_code == 200
     assert {**done.json(), "seconds": 0, "why": 0} == {**answer(QWEN), "seconds": 0, "why": 0}
-    assert client.get("/api/catalogue").json() == json.loads(json.dumps(catalogue()))
+    assert client.get("/api/catalogue").json() == {**json.loads(json.dumps(catalogue())), "live": None}
     for changes, told in (
         ({"model": "/etc/passwd"}, "not in the catalogue"),
         ({"hardware": "host.yaml"}, "not in the catalogue"),
@@ -82,7 +91,7 @@ def test_the_api_answers_and_refuses(client: TestClient) -> None:
 
 
 def test_nothing_can_be_changed(client: TestClient) -> None:
-    for path in ("/", "/api/plan", "/api/catalogue"):
+    for path in ("/", "/api/plan", "/api/catalogue", "/api/measured"):
         for method in ("post", "put", "delete", "patch"):
             assert getattr(client, method)(path).status_code == 405
 
@@ -97,6 +106,56 @@ def test_the_page_is_one_file_that_asks_nobody_else(client: TestClient) -> None:
     assert text.count(pages.MARK) == 1
     assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", text)
     assert not re.search(r"https?://(?!www\.w3\.org/)", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL))
+
+
+def test_the_page_was_built_from_the_sources_that_lie_here() -> None:
+    tools = Path(__file__).parents[2] / "tools" / "explorer_page.py"
+    found = runpy.run_path(str(tools))
+    assert pages.page().endswith(found["sources_mark"]()), "web/ was changed: run `make web`"
+
+
+def test_predictions_stand_beside_what_was_measured_here(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loops of this machine are priced by the fit that is kept; what another version wrote is left out."""
+    monkeypatch.setenv("TANDEM_DATA", str(tmp_path))
+    gpus = list(client.get("/api/measured").json().get("rows", ()))
+    loops = tuple(ServedRow(isl=isl, osl=64, concurrency=4, ttft_s=0.1, tpot_s=0.01) for isl in (64, 256))
+    model = load_spec("Qwen/Qwen3-8B")
+    fit = HostFit(
+        model=model.name, arch=fingerprint(model), precision=Precision(weights="fp32", kv="fp32"), fit=BackendFit(launch=0.0),
+        decode_ape=0.0, prefill_ape=0.0, loops=loops, split=BackendFit(launch=0.0), split_loops=loops[:1],
+    )  # fmt: skip
+    peaks = {"bf16": 1e13, "fp32": 1e13}
+    machine = replace(load_hardware("a10g"), name="host", fits_from=ROOFLINE, peak_flops=peaks, memory_bytes=2**38)
+    keep_host({"host": HostCalibration(hardware=machine, threads=2, handoff_bytes_per_s=1e9, fits=(fit,))})
+    rows = client.get("/api/measured").json()["rows"][len(gpus) :]
+    groups = ["this machine"] * 4 + ["this machine, two pools"] * 2
+    assert [row["group"] for row in rows] == groups
+    assert sorted(row["metric"] for row in rows) == ["tpot_s"] * 3 + ["ttft_s"] * 3
+    found = tandem.estimate(
+        model=model, hardware="host", isl=64, osl=64, concurrency=4, precision="fp32/bf16/fp32", backend="tandem"
+    )
+    assert next(row for row in rows if row["metric"] == "tpot_s")["predicted"] == pytest.approx(found.tpot_s.value)
+    (tmp_path / "host.json").write_text('{"host": {}}')
+    assert client.get("/api/measured").json().get("rows", []) == gpus
+
+
+def test_a_server_may_want_a_key_before_it_plans() -> None:
+    """The page is for everybody; what it asks goes through the server's own dependency."""
+
+    def nobody() -> str:
+        raise HTTPException(401)
+
+    app = FastAPI()
+    app.include_router(router(prefix="/explore", client_of=nobody, live="../pools"))
+    asks = TestClient(app)
+    assert asks.get("/explore/").status_code == 200
+    for path in ("catalogue", "plan", "measured"):
+        assert asks.get(f"/explore/api/{path}", params=PARAMS).status_code == 401
+    app = FastAPI()
+    app.include_router(router(prefix="/explore", live="../pools"))
+    assert TestClient(app).get("/explore/api/catalogue").json()["live"] == "../pools"
 
 
 def test_an_exported_page_holds_its_answers_and_escapes_them() -> None:

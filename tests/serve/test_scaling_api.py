@@ -161,6 +161,32 @@ def test_only_those_with_a_key_see_and_stop_it(tmp_path: Path) -> None:
         assert live.http.get("/pools/pause", headers=KEY).status_code == 405
 
 
+def test_pages_of_other_sites_change_nothing() -> None:
+    """A visitor's browser would send what a page tells it to; it names the page's site."""
+    with serving(options(Scaling(slo=SLO, mode="fixed", window_s=60.0))) as (live, _):
+        for path in ("/pools/pause", "/pools/resume"):
+            refused = live.http.post(path, headers={"origin": "http://elsewhere.example"})
+            assert refused.status_code == 403
+            assert refused.json()["error"]["code"] == "cross_site"
+        assert live.http.get("/pools").json()["mode"] == "running"
+        own = str(live.http.base_url).rstrip("/")
+        assert live.http.post("/pools/pause", headers={"origin": own}).json()["mode"] == "paused"
+
+
+def test_what_clients_felt_lately_is_told() -> None:
+    with serving(options(None)) as (live, _):
+        recent = live.http.get("/pools").json()["recent"]
+        assert (recent["requests"], recent["ttft_s"], recent["tpot_s"]) == (0, None, None)
+        fill(live, isl=100, osl=4, count=3)
+        state = live.http.get("/pools").json()
+        assert state["recent"]["requests"] == 3
+        assert state["recent"]["tokens_per_s"] == pytest.approx(12 / state["recent"]["window_s"])
+        for name in ("ttft_s", "tpot_s"):
+            assert 0 < state["recent"][name]["p50"] <= state["recent"][name]["p90"]
+        assert {worker["waiting"] for worker in state["workers"]} == {0}
+        assert all(worker["free_tokens"] > 0 and worker["max_batch"] > 0 for worker in state["workers"])
+
+
 def test_without_a_controller_there_is_nothing_to_pause() -> None:
     with serving(options(None)) as (live, _):
         assert live.http.get("/pools").json()["mode"] == "off"
@@ -168,7 +194,7 @@ def test_without_a_controller_there_is_nothing_to_pause() -> None:
         assert refused.status_code == 409
         assert "--scale" in refused.json()["error"]["message"]
         described = live.http.get("/openapi.json").json()["paths"]
-        assert set(described["/pools/pause"]["post"]["responses"]) == {"200", "401", "409"}
+        assert set(described["/pools/pause"]["post"]["responses"]) == {"200", "401", "403", "409"}
         assert "409" not in described["/v1/completions"]["post"]["responses"]
 
 

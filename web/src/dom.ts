@@ -21,6 +21,13 @@ export function list(id: string, lines: string[]): void {
   byId(id).replaceChildren(...lines.map((line) => element("li", line)));
 }
 
+/** A figure with what it is and how sure. */
+export function card(value: string, what: string, more: string): HTMLElement {
+  const box = element("div", "", { class: "card" });
+  box.append(element("b", value), element("span", what), element("small", more));
+  return box;
+}
+
 export interface Slice {
   name: string;
   value: number;

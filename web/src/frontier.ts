@@ -20,7 +20,8 @@ interface Line {
 let chart: uPlot | null = null;
 let shown: Line[] = [];
 
-function colour(name: string): string {
+/** A colour of the style sheet, as it is in this scheme. */
+export function colour(name: string): string {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 

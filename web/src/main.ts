@@ -1,11 +1,13 @@
 // Controls, and what is drawn of the answer to where they stand.
 
 import "./style.css";
-import { bar, byId, element, list, type Slice } from "./dom";
+import { bar, byId, card, element, list, type Slice } from "./dom";
 import { drawFrontier, resizeFrontier } from "./frontier";
-import { source } from "./source";
+import { watch } from "./live";
+import { drawMeasured } from "./measured";
+import { source, useKey, WantsKey } from "./source";
 import { billions, count, gib, MODES, ms, short } from "./text";
-import type { Answer, Catalogue, Query } from "./types";
+import type { Answer, Catalogue, Measured, Query } from "./types";
 
 const MEMORY: Record<string, string> = {
   weight_bytes: "weights",
@@ -169,12 +171,6 @@ function interval(e: { low: number; high: number }, form: (value: number) => str
   return `${form(e.low)} to ${form(e.high)}`;
 }
 
-function card(value: string, what: string, more: string): HTMLElement {
-  const box = element("div", "", { class: "card" });
-  box.append(element("b", value), element("span", what), element("small", more));
-  return box;
-}
-
 function memoryBar(pool: string, bytes: Record<string, number>, usable: number): HTMLElement {
   const parts: Slice[] = Object.entries(MEMORY)
     .filter(([name]) => (bytes[name] ?? 0) > 0)
@@ -194,12 +190,61 @@ function timeBar(pool: string, classes: Record<string, Record<string, number>>):
   return bar(`${pool}: ${ms(total)}`, parts, total);
 }
 
+/** The catalogue, once the server lets us in. */
+async function enter(): Promise<{ catalogue: Catalogue; locked: boolean }> {
+  for (let locked = false; ; locked = true) {
+    try {
+      return { catalogue: await from.catalogue(), locked };
+    } catch (wrong) {
+      if (!(wrong instanceof WantsKey)) throw wrong;
+      byId("headline").textContent = locked ? "That key is not known here." : "";
+      await keyGiven();
+    }
+  }
+}
+
+function keyGiven(): Promise<void> {
+  const form = byId<HTMLFormElement>("keys");
+  form.hidden = false;
+  byId("key").focus();
+  return new Promise((resolve) => {
+    const take = (event: Event): void => {
+      event.preventDefault();
+      useKey(byId<HTMLInputElement>("key").value.trim());
+      form.hidden = true;
+      resolve();
+    };
+    form.addEventListener("submit", take, { once: true });
+  });
+}
+
+/** Measured rows are asked for when somebody wants to see them: pricing them takes seconds. */
+function measuredRows(): void {
+  let found: Measured | null = null;
+  const draw = async (): Promise<void> => {
+    if (!byId<HTMLDetailsElement>("measured").open) return;
+    byId("nearness-told").textContent = found ? "" : "Pricing what was measured ...";
+    try {
+      found ??= await from.measured();
+      drawMeasured(found);
+    } catch (wrong) {
+      byId("nearness-told").textContent = wrong instanceof Error ? wrong.message : String(wrong);
+    }
+  };
+  byId("measured").addEventListener("toggle", () => void draw());
+  byId("metric").addEventListener("change", () => void draw());
+  addEventListener("resize", () => void draw());
+}
+
 async function begin(): Promise<void> {
   byId("mode").textContent = inside
     ? "Exported: answers were computed beforehand for the lengths and bounds that the sliders stop at."
     : "Every answer is the planner's own, computed as you move.";
+  byId("controls").addEventListener("submit", (event) => event.preventDefault());
   try {
-    controls(await from.catalogue());
+    const { catalogue, locked } = await enter();
+    controls(catalogue);
+    if (catalogue.live) watch(catalogue.live, locked);
   } catch (wrong) {
     return refuse(`The catalogue cannot be read: ${wrong instanceof Error ? wrong.message : String(wrong)}`);
   }
@@ -208,9 +253,9 @@ async function begin(): Promise<void> {
     cancelAnimationFrame(frame);
     frame = requestAnimationFrame(() => void ask());
   });
-  byId("controls").addEventListener("submit", (event) => event.preventDefault());
   addEventListener("resize", resizeFrontier);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => void ask());
+  measuredRows();
   await ask();
 }
 

@@ -1,11 +1,34 @@
 // Where answers come from: the server that the page came from, or the page itself where it was exported.
 
-import type { Answer, Catalogue, Exported, Query } from "./types";
+import type { Answer, Catalogue, Exported, Measured, Query } from "./types";
 
 export interface Source {
   readonly exported: Exported | null;
   catalogue(): Promise<Catalogue>;
   answer(query: Query, signal: AbortSignal): Promise<Answer>;
+  measured(): Promise<Measured>;
+}
+
+/** A server said 401: it wants a key, or another one. */
+export class WantsKey extends Error {}
+
+let key = "";
+
+/** The key to ask with from now on; it is kept nowhere else. */
+export function useKey(given: string): void {
+  key = given;
+}
+
+export async function ask(path: string, options: RequestInit = {}): Promise<Response> {
+  const response = await fetch(path, { ...options, headers: key ? { Authorization: `Bearer ${key}` } : {} });
+  if (response.status === 401) throw new WantsKey("the server wants an API key that it knows");
+  return response;
+}
+
+async function asked<T>(path: string): Promise<T> {
+  const response = await ask(path);
+  if (!response.ok) throw new Error(`the server answered ${response.status}`);
+  return (await response.json()) as T;
 }
 
 const KEPT = 200;
@@ -14,23 +37,25 @@ class Server implements Source {
   readonly exported = null;
   private readonly kept = new Map<string, Answer>();
 
-  async catalogue(): Promise<Catalogue> {
-    const answer = await fetch("api/catalogue");
-    if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
-    return (await answer.json()) as Catalogue;
+  catalogue(): Promise<Catalogue> {
+    return asked("api/catalogue");
+  }
+
+  measured(): Promise<Measured> {
+    return asked("api/measured");
   }
 
   async answer(query: Query, signal: AbortSignal): Promise<Answer> {
-    const asked = new URLSearchParams();
-    for (const [name, value] of Object.entries(query)) if (value !== null) asked.set(name, String(value));
-    const key = asked.toString();
-    const known = this.kept.get(key);
+    const params = new URLSearchParams();
+    for (const [name, value] of Object.entries(query)) if (value !== null) params.set(name, String(value));
+    const place = params.toString();
+    const known = this.kept.get(place);
     if (known) return known;
-    const response = await fetch(`api/plan?${key}`, { signal });
+    const response = await ask(`api/plan?${place}`, { signal });
     const found = (await response.json()) as Answer;
     if (!response.ok && !found.error) throw new Error(`the server answered ${response.status}`);
     if (this.kept.size >= KEPT) this.kept.delete(this.kept.keys().next().value as string);
-    this.kept.set(key, found);
+    this.kept.set(place, found);
     return found;
   }
 }
@@ -40,6 +65,10 @@ class Inside implements Source {
 
   catalogue(): Promise<Catalogue> {
     return Promise.resolve(this.exported.catalogue);
+  }
+
+  measured(): Promise<Measured> {
+    return Promise.resolve(this.exported.measured);
   }
 
   answer(query: Query): Promise<Answer> {

@@ -61,6 +61,42 @@ export interface Catalogue {
   models: Model[];
   hardware: Hardware[];
   backends: string[];
+  /** Where a server tells of its workers, seen from this page. */
+  live?: string | null;
+}
+
+export interface Worker {
+  id: string;
+  role: string;
+  up: boolean;
+  draining: boolean;
+  running: number;
+  waiting: number;
+  queued_tokens: number;
+  context_tokens: number;
+  free_tokens: number;
+  max_batch: number;
+}
+
+export interface Pools {
+  mode: "off" | "running" | "paused" | "dry-run";
+  changing: boolean;
+  at_s: number;
+  workers: Worker[];
+  decisions: { at_s: number; targets: Record<string, number>; reason: string; steps: string[] }[];
+  recent: {
+    window_s: number;
+    requests: number;
+    tokens_per_s: number;
+    ttft_s: { p50: number; p90: number } | null;
+    tpot_s: { p50: number; p90: number } | null;
+  };
+}
+
+export interface Measured {
+  error?: string;
+  source: string;
+  rows: { metric: string; group: string; what: string; measured: number; predicted: number }[];
 }
 
 export interface Query {
@@ -81,4 +117,5 @@ export interface Exported {
   tpot_s: (number | null)[];
   catalogue: Catalogue;
   answers: Record<string, Answer>;
+  measured: Measured;
 }
