@@ -28,7 +28,6 @@ app = typer.Typer(
     name="tandem",
     help="Which model, deployed how, serves this traffic best within this budget?",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

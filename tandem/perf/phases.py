@@ -143,16 +143,22 @@ class PerfModel:
         return self.basis(layout, load, as_measured=as_measured).evidence
 
     def basis(self, layout: Layout, load: StepLoad, *, as_measured: bool = True) -> Basis:
-        """What a prediction of this load rests on: the weaker of kernels and backend, the latter within twice the batch, length
-        and GPUs of its rows, no more pipeline stages and drafts than theirs, and served `as_measured`: at a fixed number of
-        requests in flight, prompts whole between decode steps or in pools of their own."""
+        """What a prediction of this load rests on; of several points the weakest."""
+        return Basis.weakest(self.bases(layout, load, as_measured=as_measured))
+
+    def bases(self, layout: Layout, load: StepLoad, *, as_measured: bool = True) -> list[Basis]:
+        """Of each point the weaker of kernels and backend, the latter within twice the batch, length and GPUs of its rows, no
+        more pipeline stages and drafts than theirs, and served `as_measured`: at a fixed number of requests in flight, prompts
+        whole between decode steps or in pools of their own."""
         fit, backend = self._found
-        seqs, tokens = np.max(load.decode_seqs), np.max(load.context) + np.max(load.isl)
-        beyond = seqs > 2 * fit.sequences_max or tokens > 2 * fit.isl_max or np.max(layout.gpus) > 2 * fit.gpus_max
-        beyond |= np.max(layout.pp * layout.cpp) > fit.pp_max or self.draft_tokens > fit.drafts_max
-        if backend == "calibrated" and (beyond or not as_measured):
-            backend = "transferred"
-        return Basis(weakest([self.pricer.evidence(layout, load), backend]), backend)
+        kernels = self.pricer.evidence(layout, load)
+        tokens = np.asarray(load.context) + np.asarray(load.isl)
+        beyond = np.asarray(load.decode_seqs) > 2 * fit.sequences_max
+        beyond = beyond | (tokens > 2 * fit.isl_max) | (np.asarray(layout.gpus) > 2 * fit.gpus_max)
+        beyond = beyond | (np.asarray(layout.pp * layout.cpp) > fit.pp_max) | (self.draft_tokens > fit.drafts_max)
+        lost = np.broadcast_to(beyond, len(kernels)) if backend == "calibrated" and as_measured else [True] * len(kernels)
+        known: list[Evidence] = ["transferred" if backend == "calibrated" and gone else backend for gone in lost]
+        return [Basis(weakest([kernel, label]), label) for kernel, label in zip(kernels, known, strict=True)]
 
     def fit_for(self, label: Evidence) -> BackendFit:
         """The backend's fit with the percentiles of predictions whose backend is known so well."""

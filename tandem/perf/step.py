@@ -133,12 +133,15 @@ class StepPricer:
                 row[key] += value
         return classes
 
-    def evidence(self, layout: Layout, load: StepLoad) -> Evidence:
-        """The weakest evidence among the operations that take at least a tenth of the step."""
-        seconds: dict[tuple[str, str], float] = {}
+    def evidence(self, layout: Layout, load: StepLoad) -> list[Evidence]:
+        """Of each design point the weakest evidence among the operations that take at least a tenth of its step."""
+        seconds: dict[tuple[str, str], Array] = {}
         for item in self._costs.step_items(layout, load):
             key = (item.op, item.dtype)
             launch = self._timer(item).fit.t0_s * item.count
-            seconds[key] = seconds.get(key, 0.0) + float(np.sum(launch + self._item_work_s(item)))
-        total = sum(seconds.values())
-        return weakest(["calibrated", *(self._timers[k].evidence for k, s in seconds.items() if s >= 0.1 * total)])
+            seconds[key] = seconds.get(key, 0.0) + launch + self._item_work_s(item)
+        total = np.atleast_1d(np.sum(np.broadcast_arrays(*seconds.values()), axis=0))
+        ranks = np.zeros(total.shape, dtype=int)
+        for (op, dtype), part in seconds.items():
+            ranks = np.maximum(ranks, np.where(part >= 0.1 * total, EVIDENCE_ORDER.index(self._timers[op, dtype].evidence), 0))
+        return [EVIDENCE_ORDER[rank] for rank in ranks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.estimate import intervals, memory_json
-from tandem.perf.ops import NETWORK
+from tandem.perf.ops import NETWORK, Array
 from tandem.perf.phases import Basis, PerfModel
 from tandem.perf.pools import exposed_transfer_s
 from tandem.plan.search import Choice, Priced, Searched
-from tandem.spec.design import Deployment, Estimate, Pool, Role
+from tandem.spec.design import Deployment, Estimate, Mode, Pool, Role
 
+MODES: tuple[Mode, ...] = ("colocated", "piggybacked", "disaggregated")
 MATCHED_LOW = 0.75
 """Real disaggregated systems reach 75 to 100 % of a rate-matched curve (TensorRT-LLM tech blog 5): the interval's lower end."""
 
@@ -72,22 +74,57 @@ class OptionMaker:
     def _perf(self) -> PerfModel:
         return self.searched.perf
 
-    def option(self, choice: Choice, *, detail: bool = True) -> Option:
-        """The option behind a choice; `detail` adds memory, time by class and what binds."""
+    def option(self, choice: Choice) -> Option:
+        """The option behind a choice, with its memory, time by class and what binds."""
+        pools = self._pools(choice)
+        return self._option(choice, pools, Basis.weakest([bases[0] for bases in self._bases([pools])]), detail=True)
+
+    def options(self, choices: Sequence[Choice]) -> list[Option]:
+        """Options without that detail: what many of them rest on is found at once."""
+        found = []
+        for mode in MODES:
+            chosen = [choice for choice in choices if choice.mode == mode]
+            pools = [self._pools(choice) for choice in chosen]
+            rests = zip(*self._bases(pools), strict=True)
+            found += [
+                self._option(choice, each, Basis.weakest(list(bases)), detail=False)
+                for choice, each, bases in zip(chosen, pools, rests, strict=True)
+            ]
+        return found
+
+    def _pools(self, choice: Choice) -> dict[Role, Pool]:
+        """The pools of a choice by what they do."""
+        s = self.searched
+        if choice.mode != "disaggregated":
+            return {"colocated": _pool(s.priced[choice.mode], choice.row, choice.replicas, "colocated")}
+        assert choice.prefill_row is not None
+        return {
+            "prefill": _pool(s.priced["prefill"], choice.prefill_row, choice.num_prefill, "prefill"),
+            "decode": _pool(s.priced["decode"], choice.row, choice.replicas, "decode"),
+        }
+
+    def _bases(self, deployments: Sequence[dict[Role, Pool]]) -> list[list[Basis]]:
+        """What each pool of equally built deployments rests on: a list for each role, in the deployments' order."""
+        found = []
+        for role in deployments[0] if deployments else ():
+            pools = [each[role] for each in deployments]
+            sizes = np.array([(p.tp, p.pp, p.ep, p.dp, p.cpp) for p in (pool.parallelism for pool in pools)], dtype=float)
+            layout = Layout(*sizes.T)
+            batch = np.array([float(pool.batch) for pool in pools])
+            chunk = np.array([np.inf if pool.chunk_tokens is None else float(pool.chunk_tokens) for pool in pools])
+            as_measured = role != "colocated" or pools[0].chunk_tokens is None
+            found.append(self._perf_of(role).bases(layout, self._load(role, layout, batch, chunk), as_measured=as_measured))
+        return found
+
+    def _option(self, choice: Choice, pools: dict[Role, Pool], basis: Basis, *, detail: bool) -> Option:
         s, split = self.searched, choice.mode == "disaggregated"
         main = s.priced["decode" if split else choice.mode]
-        pools = {}
         tables = {"colocated": (choice.mode, choice.row), "decode": ("decode", choice.row)}
+        ttft = float(main.ttft_s[choice.row])
         if split:
             assert choice.prefill_row is not None
-            prefill = s.priced["prefill"]
             tables["prefill"] = "prefill", choice.prefill_row
-            pools["prefill"] = _pool(prefill, choice.prefill_row, choice.num_prefill, "prefill")
-            pools["decode"] = _pool(main, choice.row, choice.replicas, "decode")
-            ttft = float(prefill.ttft_s[choice.prefill_row])
-        else:
-            pools["colocated"] = _pool(main, choice.row, choice.replicas, "colocated")
-            ttft = float(main.ttft_s[choice.row])
+            ttft = float(s.priced["prefill"].ttft_s[choice.prefill_row])
         deployment = Deployment(
             model=self._perf.model.name,
             hardware=self._perf.hardware.name,
@@ -99,7 +136,7 @@ class OptionMaker:
         rate = choice.requests_per_s
         return Option(
             deployment=deployment,
-            **self._estimates(deployment, ttft, tpot, rate),
+            **self._estimates(deployment, ttft, tpot, rate, basis),
             tokens_per_s=rate * s.workload.mean_osl,
             requests_per_s=rate,
             imbalance=choice.imbalance,
@@ -111,40 +148,38 @@ class OptionMaker:
             binds={role: self._binds(pool, main, choice) for role, pool in pools.items()} if detail else {},
         )
 
-    def _estimates(self, deployment: Deployment, ttft: float, tpot: float, rate: float) -> dict[str, Estimate]:
+    def _estimates(self, deployment: Deployment, ttft: float, tpot: float, rate: float, basis: Basis) -> dict[str, Estimate]:
         pool = deployment.decode or deployment.colocated
         assert pool is not None
-        as_measured = deployment.mode != "piggybacked"
-        bases = [
-            self._perf_of(p).basis(Layout.of(p.parallelism), self._load(p), as_measured=as_measured) for p in deployment.pools
-        ]
         return intervals(
-            self._perf_of(pool),
+            self._perf_of(pool.role),
             Layout.of(pool.parallelism),
-            self._load(pool),
+            self._load_of(pool),
             ttft_s=ttft,
             tpot_s=tpot,
             tokens_per_s_per_gpu=rate * self.searched.workload.mean_osl / deployment.gpus,
             margin=MATCHED_LOW if deployment.mode == "disaggregated" else 1.0,
-            basis=Basis.weakest(bases),
+            basis=basis,
         )
 
-    def _perf_of(self, pool: Pool) -> PerfModel:
-        return self._perf if pool.role == "colocated" else self.searched.pools_perf
+    def _perf_of(self, role: Role) -> PerfModel:
+        return self._perf if role == "colocated" else self.searched.pools_perf
 
-    def _load(self, pool: Pool) -> StepLoad:
-        layout = Layout.of(pool.parallelism)
-        if pool.role == "prefill":
-            seqs = float(np.ceil(pool.batch / (pool.parallelism.dp * pool.parallelism.pp)))
+    def _load_of(self, pool: Pool) -> StepLoad:
+        chunk = np.inf if pool.chunk_tokens is None else float(pool.chunk_tokens)
+        return self._load(pool.role, Layout.of(pool.parallelism), float(pool.batch), chunk)
+
+    def _load(self, role: Role, layout: Layout, batch: Array, chunk_tokens: Array) -> StepLoad:
+        if role == "prefill":
+            seqs = np.ceil(batch / (layout.dp * layout.pp))
             isl = self.searched.workload.mean_isl
-            chunks = 1.0 if pool.chunk_tokens is None else max(1.0, float(np.ceil(seqs * isl / pool.chunk_tokens)))
-            return StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks)
-        return self._perf.decode_load(layout, float(pool.batch), self.searched.workload)
+            return StepLoad(prefill_seqs=seqs, isl=isl, chunks=np.maximum(1.0, np.ceil(seqs * isl / chunk_tokens)))
+        return self._perf.decode_load(layout, batch, self.searched.workload)
 
     def _breakdown(self, pool: Pool) -> dict[str, dict[str, float]]:
-        load = self._load(pool)
+        load = self._load_of(pool)
         classes = self._perf.pricer.breakdown(Layout.of(pool.parallelism), load)
-        fit = self._perf_of(pool).backend_fit
+        fit = self._perf_of(pool.role).backend_fit
         host = fit.step_s + fit.sequence_s * (float(load.decode_seqs) + float(load.prefill_seqs))
         return {**classes, "host": {"seconds": host, "fixed": host, "compute": 0.0, "moved": 0.0}}
 

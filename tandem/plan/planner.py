@@ -10,7 +10,7 @@ from typing import Any
 from tandem.perf.backend import ServingFits
 from tandem.perf.phases import PerfModel
 from tandem.plan.frontier import frontier_choices
-from tandem.plan.option import Option, OptionMaker
+from tandem.plan.option import MODES, Option, OptionMaker
 from tandem.plan.search import Choice, Searched
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import BACKENDS, Deployment, Mode, Precision
@@ -23,7 +23,6 @@ from tandem.spec.workload import Slo, Workload
 WORTH_SPLITTING = 1.05
 """Disaggregation must serve this many times as much as the best co-located deployment to be recommended: less is below what
 any prediction here can tell apart, and two pools with a transfer between them are more to run."""
-MODES: tuple[Mode, ...] = ("colocated", "piggybacked", "disaggregated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +145,7 @@ def find_plan(
     maker = OptionMaker(searched)
     options = {mode: maker.option(choice) for mode, choice in choices.items()}
     best = options[_winner(choices)]
-    frontier = [maker.option(c, detail=False) for m in MODES for c in frontier_choices(searched, m, objective)]
+    frontier = maker.options([c for m in MODES for c in frontier_choices(searched, m, objective)])
     return Plan(
         model=spec,
         hardware=gpu,

@@ -17,7 +17,7 @@ from tandem.spec.errors import SpecError
 from tandem.study.paper_a_claims import BACKEND, TITLES, claims, largest_batch, rate_at
 from tandem.study.result import Claim, Figure, Panel, Series, StudyResult
 
-RERUNS = ("pretraining", "alignment", "compression")
+RERUNS = ("pretraining", "alignment", "compression", "headline")
 """Studies of runs at nano scale whose verdicts may stand beside the re-derived ones."""
 
 
