@@ -164,8 +164,15 @@ class PerfModel:
         """The backend's fit with the percentiles of predictions whose backend is known so well."""
         if self.given_fit is not None or label == self._found[1] or self._found[1] == "roofline" or self._on_host:
             return self.backend_fit
-        fits = self.fits or load_serving_fits()
-        return fits.find(self.backend, self.hardware, self.model, self.precision.weights, self.split, label)[0]
+        if label not in self._labelled:
+            fits = self.fits or load_serving_fits()
+            setting = self.backend, self.hardware, self.model, self.precision.weights, self.split
+            self._labelled[label] = fits.find(*setting, label)[0]
+        return self._labelled[label]
+
+    @cached_property
+    def _labelled(self) -> dict[Evidence, BackendFit]:
+        return {}
 
     def _host_s(self, seqs: Array) -> Array:
         fit = self.backend_fit
