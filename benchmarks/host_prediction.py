@@ -1,7 +1,7 @@
 """What was predicted for a model served here, beside what its clients felt: TTFT and TPOT over lengths and requests in flight.
 
     tandem calibrate host
-    python benchmarks/host_prediction.py [MODEL] [--requests 4] [--json]
+    python benchmarks/host_prediction.py [MODEL] [--requests 8] [--json]
 
 Serves MODEL (nano-hybrid) with one worker of all cores, then with one that prefills and one that decodes, half of the cores
 each; sends closed loops over HTTP and prices each with `estimate` and `estimate_disaggregated` on the calibrated host. Lengths
@@ -19,13 +19,16 @@ from statistics import median
 from typing import Any
 
 from tandem.cli.calibrating_host import serve_grid
+from tandem.perf.closed_loop import PER_PLACE
 from tandem.perf.estimate import EstimateResult, Instances, estimate, estimate_disaggregated
 from tandem.spec.catalog import find_weights, load_spec
 from tandem.spec.design import Parallelism
 from tandem.spec.local import host_name
 from tandem.spec.model import ModelSpec
 
-GRID = tuple(product((64, 256, 640), (32, 128), (1, 4, 16)))
+LENGTHS = {False: (64, 256, 640), True: (192, 384, 640)}
+"""Prompt tokens of one worker and of two: shorter ones decode workers may read themselves (tandem.sched.route)."""
+OSL, CONCURRENCY = (32, 128), (1, 4, 16)
 ASKED = {"tpot_s": 0.10, "ttft_s": 0.20}
 
 
@@ -52,7 +55,8 @@ def points(model: str, requests: int, split: bool) -> list[dict[str, Any]]:
     spec, cores = load_spec(find_weights(model)), os.cpu_count() or 1
     threads = max(1, cores // 2) if split else cores
     rows = []
-    for measured in serve_grid(model, "float32", threads, split=split, grid=GRID, per_place=requests, seed=1000):
+    grid = tuple((*point, requests) for point in product(LENGTHS[split], OSL, CONCURRENCY))
+    for measured in serve_grid(model, "float32", threads, split=split, grid=grid, seed=1000):
         found = predicted(spec, split, measured.isl, measured.osl, measured.concurrency)
         row: dict[str, Any] = asdict(measured) | {"pools": "1:1" if split else "one worker", "evidence": found.evidence}
         for name in ASKED:
@@ -65,7 +69,7 @@ def points(model: str, requests: int, split: bool) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="nano-hybrid")
-    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=PER_PLACE)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows = [row for split in (False, True) for row in points(options.model, options.requests, split)]

@@ -11,22 +11,23 @@ from tandem.bench.run import run
 from tandem.perf.host import ServedRow
 from tandem.spec.errors import SpecError
 
-Point = tuple[int, int, int]
-"""Prompt tokens, output tokens, requests in flight."""
+Point = tuple[int, int, int, int]
+"""Prompt tokens, output tokens, requests in flight, and requests for each of these."""
 
 
-def measure_grid(target: Target, points: Sequence[Point], *, per_place: int, seed: int = 0) -> list[ServedRow]:
-    """Each point as a loop of `per_place` requests for each in flight, after one that is not counted.
+def measure_grid(target: Target, points: Sequence[Point], *, seed: int = 0) -> list[ServedRow]:
+    """Each point as a closed loop. The last one is run before all others too, and not counted: a server that has just started
+    is slower.
 
     Raises SpecError where no request of a point completes, or only with one token.
     """
     rows = []
-    for number, (isl, osl, concurrency) in enumerate(points):
+    for number, (isl, osl, concurrency, per_place) in enumerate([points[-1], *points]):
         trace = fixed_trace(isl, osl, per_place * concurrency)
         load = Load(trace=trace, concurrency=concurrency, seed=seed + number)
         stats = asyncio.run(run(target, load)).stats()
         if stats.ttft_s is None or stats.tpot_s is None:
             raise SpecError(f"url={target.url!r}: no request of {isl} + {osl} tokens, {concurrency} in flight, gave its answer")
-        row = ServedRow(isl=isl, osl=osl, concurrency=concurrency, ttft_s=stats.ttft_s.mean, tpot_s=stats.tpot_s.mean)
-        rows.append(row)
-    return rows
+        times = {"ttft_s": stats.ttft_s.mean, "tpot_s": stats.tpot_s.mean}
+        rows.append(ServedRow(isl=isl, osl=osl, concurrency=concurrency, per_place=per_place, **times))
+    return rows[1:]

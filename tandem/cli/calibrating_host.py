@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.app import emit
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
 
 MODELS = ("nano-hybrid", "nano-transformer")
 DTYPES = ("float32", "float16", "bfloat16")
-TERMS = ("step_s", "sequence_s", "gemm", "attention", "other", "prompt", "host_s")
+TERMS = ("step_s", "sequence_s", "gemm", "attention", "other", "prompt", "prompt_s", "host_s")
 ERRORS = ("decode_ape", "prefill_ape", "ttft_ape", "tpot_ape")
-GRID = (
-    (96, 32, 1), (512, 96, 1), (96, 96, 4), (512, 32, 4), (512, 96, 4), (96, 32, 12), (96, 96, 12), (512, 32, 12),
-    (512, 96, 12),
-)  # fmt: skip
-"""Prompt tokens, output tokens and requests in flight of the loops that a server is measured with."""
-PER_PLACE = 3
-"""Requests of a loop for each in flight."""
+GRID = {
+    split: tuple(
+        (isl, *{1: (64, 1, 6), 4: (32, 4, 4), 12: (48, 12, 3)}[c])
+        for isl, c in product(lengths, (1, 4, 12))
+        if c == 1 or isl != 256
+    )
+    for split, lengths in ((False, (96, 256, 512)), (True, (160, 256, 512)))
+}
+"""The loops that a server is measured with, between pools or not."""
 
 
 def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_out: bool) -> None:
@@ -98,12 +101,12 @@ def with_server(
     for name, spec, fit in zip(names, specs, engine.fits, strict=True):
         perf = PerfModel(spec, engine.hardware, fit.precision, backend="tandem", given_fit=fit.fit)
         tell(f"{spec.name}, served by one worker")
-        loops = serve_grid(name, dtype, engine.threads, split=False, grid=GRID, per_place=PER_PLACE)
+        loops = serve_grid(name, dtype, engine.threads, split=False, grid=GRID[False])
         served = fit_served(perf, loops)
         pools, split_loops = None, []
         if engine.hardware.scale_up_gpus > 1:
             tell(f"{spec.name}, served by two workers")
-            split_loops = serve_grid(name, dtype, engine.threads, split=True, grid=GRID, per_place=PER_PLACE)
+            split_loops = serve_grid(name, dtype, engine.threads, split=True, grid=GRID[True])
             pools = fit_served(replace(perf, split=True), split_loops)
         ttft, tpot = (max(getattr(one, key) for one in (served, pools or served)) for key in ("ttft_ape", "tpot_ape"))
         split = None if pools is None else pools.fit
@@ -121,17 +124,16 @@ def with_server(
     return replace(engine, fits=tuple(fits))
 
 
-def serve_grid(
-    model: str, dtype: str, threads: int, *, split: bool, grid: Sequence[Point], per_place: int, seed: int = 0
-) -> list[ServedRow]:
+def serve_grid(model: str, dtype: str, threads: int, *, split: bool, grid: Sequence[Point], seed: int = 0) -> list[ServedRow]:
     """The grid's loops against a server that is started for them: one worker of so many threads, or split two."""
     from tandem.bench.client import Target
     from tandem.bench.grid import measure_grid
     from tandem.cli.served import served
 
     options = ["--dtype", dtype, "--threads", str(threads), "--prefill", str(int(split)), "--decode", "1"]
+    options += ["--workers", "processes"] if split else []
     with served(model, options) as ready:
-        return measure_grid(Target(url=ready["url"], model=ready["model"]), grid, per_place=per_place, seed=seed)
+        return measure_grid(Target(url=ready["url"], model=ready["model"]), grid, seed=seed)
 
 
 def _told(step: Callable[[str], None], name: str, what: str) -> None:

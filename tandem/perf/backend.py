@@ -78,6 +78,9 @@ class BackendFit:
     burst: float = 0.05
     queue: float = 1.0
     pause: float = 1.0
+    prompt_s: float = 0.0
+    """Of each PASS_TOKENS of a prompt beside their kernels, which those behind wait for too; fitted on this machine only
+    (host.py)."""
     num_rows: int = 0
     sequences_max: float = 0.0
     isl_max: float = 0.0
@@ -95,6 +98,8 @@ class BackendFit:
                 raise SpecError(f"{name}={getattr(self, name)}: must be >= 0")
 
 
+PASS_TOKENS = 256
+"""Prompt tokens that Tandem's engine reads at once (tandem.engine.config)."""
 PHYSICS = BackendFit()
 """The defaults of every coefficient: what a deviation of 0 means."""
 

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tandem.perf.backend import ServingFits
+from tandem.perf.closed_loop import Loop, engine_loop, pools_loop
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.divide import refuse_parallelism
 from tandem.perf.memory import MemoryUse
 from tandem.perf.open_loop import OpenLoop, open_loop, open_loop_pools
-from tandem.perf.phases import ACCEPTANCE, Basis, PerfModel
+from tandem.perf.phases import ACCEPTANCE, Basis, PerfModel, ServeTime
 from tandem.perf.pools import DecodePool, PrefillPool, SplitTime, pools_basis, split_times
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import BACKENDS, Estimate, Parallelism, Precision
@@ -193,6 +194,10 @@ def _colocated(
         served = perf.piggybacked(it.layout, batch, workload, np.array([float(max(PIGGYBACK_TOKENS, 2 * it.batch))]))
     else:
         served = perf.colocated(it.layout, batch, workload, closed_loop=True, waiting=float(waiting))
+        if perf.on_host and not waiting:
+            loop = Loop.of(perf, round(workload.mean_isl), round(workload.mean_osl), it.batch)
+            ttft_s, tpot_s, rate = (np.array([value]) for value in engine_loop(loop))
+            served = ServeTime(ttft_s, tpot_s, rate, served.feasible)
     load = perf.decode_load(it.layout, batch, workload)
     per_gpu = float(served.requests_per_s[0]) / it.parallelism.gpus * workload.mean_osl
     basis = perf.basis(it.layout, load, as_measured=mode == "colocated")
@@ -278,6 +283,12 @@ def estimate_disaggregated(
         batch, waiting = _requests(served, rate), 0
     else:
         served = split_times(perf, prompts, decoding, workload, np.array([float(asked)]))
+        if perf.on_host:
+            loop = pools_loop(
+                Loop.of(perf, isl, osl, asked), prefill=prefill.replicas, decode=decode.replicas, batch_limit=limit
+            )
+            decoded = loop.requests_per_s * loop.tpot_s * (osl - 1.0) / decode.replicas
+            served = SplitTime(*(np.array([value]) for value in (*loop, decoded)))
         rate, batch = float(served.requests_per_s[0]), max(1, round(float(served.batch[0])))
         waiting = max(0, asked - limit * decode.replicas)
     basis = pools_basis(perf, prompts, decode.layout, served.batch, workload, as_measured=requests_per_s is None)

@@ -1,7 +1,7 @@
 """This machine as a GPU: what its cores and memory reach, and what Tandem's engine makes of it, model by model.
 
     decode step = step + sequence*b + gemm*G + attention*A + other*O       (backend.py; b sequences)
-    prefill     = host + prompt*P
+    prefill     = prompt*(fixed*passes + P)
 
 G, A, O and P are the work of the step by class on a plain roofline (ROOFLINE) with the measured FLOP/s and bytes/s; the
 coefficients, none of them negative, are fitted to steps of the engine, each by its relative error. `tandem calibrate host`
@@ -11,6 +11,7 @@ measures and fits; `load_host` finds what it wrote.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.backend import KERNELS_ONLY, PHYSICS, BackendFit, fingerprint
+from tandem.perf.backend import KERNELS_ONLY, PASS_TOKENS, PHYSICS, BackendFit, fingerprint
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.step import StepPricer
 from tandem.spec.catalog import read_json
@@ -62,6 +63,8 @@ class ServedRow:
     concurrency: int
     ttft_s: float
     tpot_s: float
+    per_place: int = 8
+    """Requests for each in flight: the fewer, the more the first ones weigh, which all start together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +154,9 @@ def fit_steps(model: ModelSpec, hardware: HardwareSpec, precision: Precision, ro
         return sum(work[name] for name in ("gemm", "quantised_gemm", "moe", "moe_compute")), work["attention"], work["other"]
 
     (step_s, sequence_s, gemm, attention, other), steps = solved([[1.0, row.batch, *classes(row)] for row in decode], decode)
-    (host_s, prompt), prefills = solved([[1.0, sum(classes(row))] for row in prompts], prompts)
+    (fixed_s, prompt), prefills = solved([[math.ceil(row.isl / PASS_TOKENS), sum(classes(row))] for row in prompts], prompts)
+    if not prompt:
+        raise SpecError("rows: prompts take no longer when they are longer; measure on a quieter machine")
     intervals = {}
     for metric, ratios in (("tpot", steps), ("ttft", prefills)):
         low, high = np.percentile(1 / ratios, (10, 90))
@@ -173,8 +178,9 @@ def fit_steps(model: ModelSpec, hardware: HardwareSpec, precision: Precision, ro
             other=other,
             prefill=prompt,
             prompt=prompt,
+            prompt_s=fixed_s / prompt,
             burst=PHYSICS.burst * prompt,
-            host_s=host_s,
+            host_s=0.0,
             num_rows=len(rows),
             sequences_max=max(row.batch for row in decode),
             isl_max=max(row.isl for row in prompts),

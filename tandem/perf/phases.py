@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tandem.perf.backend import KERNELS_ONLY, PHYSICS, BackendFit, ServingFits, load_serving_fits
+from tandem.perf.backend import KERNELS_ONLY, PASS_TOKENS, PHYSICS, BackendFit, ServingFits, load_serving_fits
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.efficiency import ROOFLINE
 from tandem.perf.host import load_host
@@ -121,13 +121,13 @@ class PerfModel:
         return MemoryModel(self.model, self.precision, self.hardware)
 
     @property
-    def _on_host(self) -> bool:
-        """Whether coefficients are those of `tandem calibrate host`."""
+    def on_host(self) -> bool:
+        """Whether this is Tandem's engine on this machine: coefficients are those of `tandem calibrate host`."""
         return self.fits is None and self.backend == "tandem" and self.hardware.fits_from == ROOFLINE
 
     @cached_property
     def _found(self) -> tuple[BackendFit, Evidence]:
-        if self._on_host:
+        if self.on_host:
             host = load_host(self.hardware.name)
             return (KERNELS_ONLY, "roofline") if host is None else host.find(self.model, self.precision.weights, self.split)
         fits = self.fits or load_serving_fits()
@@ -162,7 +162,7 @@ class PerfModel:
 
     def fit_for(self, label: Evidence) -> BackendFit:
         """The backend's fit with the percentiles of predictions whose backend is known so well."""
-        if self.given_fit is not None or label == self._found[1] or self._found[1] == "roofline" or self._on_host:
+        if self.given_fit is not None or label == self._found[1] or self._found[1] == "roofline" or self.on_host:
             return self.backend_fit
         if label not in self._labelled:
             fits = self.fits or load_serving_fits()
@@ -209,9 +209,13 @@ class PerfModel:
     def prefill_kernels_s(
         self, layout: Layout, seqs: Array, isl: Array, chunks: Array, *, cached_up: bool = False, busy_groups: Array = 1.0
     ) -> Result:
-        """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each busy attention group, in chunks."""
+        """Kernel seconds of prefilling `seqs` prompts of `isl` tokens together in each busy attention group, in chunks, and
+        what each pass of a prompt takes beside them."""
         load = StepLoad(prefill_seqs=seqs, isl=isl, chunks=chunks, cached_up=cached_up, busy_groups=busy_groups)
-        return np.asarray(chunks * self._prompt_s(self.pricer.kernels(layout, load)))
+        passes = np.ceil(isl / PASS_TOKENS)
+        return np.asarray(
+            chunks * self._prompt_s(self.pricer.kernels(layout, load)) + seqs * passes * self.backend_fit.prompt_s
+        )
 
     @cached_property
     def prompt_cost(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -42,7 +43,7 @@ def made_up(fit: BackendFit, hardware: HardwareSpec = HOST) -> list[StepRow]:
         if row.batch:
             fixed = fit.step_s + fit.sequence_s * row.batch
             return fixed + fit.gemm * gemm + fit.attention * work["attention"] + fit.other * work["other"]
-        return fit.host_s + fit.prompt * (gemm + work["attention"] + work["other"])
+        return fit.prompt * (math.ceil(row.isl / 256) * fit.prompt_s + gemm + work["attention"] + work["other"])
 
     rows = [StepRow(batch=b, context=c, isl=0, seconds=1.0) for b, c in product((1, 2, 4, 8, 16, 32), (64, 256, 1024))]
     rows += [StepRow(batch=0, context=0, isl=isl, seconds=1.0) for isl in (32, 128, 512)]
@@ -58,7 +59,7 @@ def test_coefficients_of_steps_come_back(
     step: float, sequence: float, gemm: float, attention: float, other: float, host: float, prompt: float
 ) -> None:
     given_fit = BackendFit(
-        step_s=step, sequence_s=sequence, gemm=gemm, attention=attention, other=other, host_s=host, prompt=prompt
+        step_s=step, sequence_s=sequence, gemm=gemm, attention=attention, other=other, prompt_s=host, prompt=prompt
     )
     found = fit_steps(MODEL, HOST, FP32, made_up(given_fit))
     assert found.decode_ape < 1e-6

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tandem.perf.backend import BackendFit, fingerprint
 from tandem.perf.efficiency import ROOFLINE
@@ -30,9 +28,17 @@ HOST = replace(
     memory_bytes=2**38, scale_up_gpus=2,
 )  # fmt: skip
 ENGINE = BackendFit(
-    step_s=1e-3, sequence_s=1e-4, launch=0.0, host_s=1e-3, prompt=1.2, sequences_max=32.0, isl_max=900.0, gpus_max=1.0
+    step_s=1e-3,
+    sequence_s=1e-4,
+    launch=0.0,
+    host_s=1e-3,
+    prompt=1.2,
+    prompt_s=8e-3,
+    sequences_max=32.0,
+    isl_max=900.0,
+    gpus_max=1.0,
 )
-POINTS = tuple(product((64, 256, 640), (32, 128), (1, 4, 16)))
+POINTS = tuple(product((64, 256, 640), (32, 96), (1, 4, 12)))
 
 
 def perf(fit: BackendFit = ENGINE, *, split: bool = False) -> PerfModel:
@@ -41,51 +47,39 @@ def perf(fit: BackendFit = ENGINE, *, split: bool = False) -> PerfModel:
 
 def made_up(model: PerfModel) -> list[ServedRow]:
     """Loops that take exactly what a model says."""
-    rows = [ServedRow(isl=isl, osl=osl, concurrency=c, ttft_s=1.0, tpot_s=1.0) for isl, osl, c in POINTS]
+    rows = [ServedRow(isl=isl, osl=osl, concurrency=c, ttft_s=1.0, tpot_s=1.0, per_place=2) for isl, osl, c in POINTS]
     times = zip(rows, *predict_served(model, rows), strict=True)
     return [replace(row, ttft_s=float(ttft), tpot_s=float(tpot)) for row, ttft, tpot in times]
 
 
-def told(k: float, step_s: float, sequence_s: float, **terms: float) -> BackendFit:
+def told(k: float, step_s: float, sequence_s: float, prompt: float, **terms: float) -> BackendFit:
     """A server that multiplies the engine's steps by k, adds to each, and has these terms of its own."""
     kernels = dict.fromkeys(("gemm", "quantised_gemm", "moe", "moe_compute", "attention", "other"), k)
-    return replace(
-        ENGINE, **kernels, step_s=k * ENGINE.step_s + step_s, sequence_s=k * ENGINE.sequence_s + sequence_s, pause=0.5, **terms
-    )
+    more = {"step_s": k * ENGINE.step_s + step_s, "sequence_s": k * ENGINE.sequence_s + sequence_s}
+    return replace(ENGINE, **kernels, **more, prompt=prompt, prefill=prompt, **terms)
 
 
-@settings(deadline=None, max_examples=20)
-@given(
-    step_s=st.floats(0, 5e-3), sequence_s=st.floats(0, 1e-3), k=st.floats(0.9, 1.5), host_s=st.floats(2e-3, 5e-2),
-    burst=st.floats(0, 1), prefill=st.floats(0, 1.5),
-)  # fmt: skip
-def test_one_workers_coefficients_come_back(
-    step_s: float, sequence_s: float, k: float, host_s: float, burst: float, prefill: float
-) -> None:
-    truth = told(k, step_s, sequence_s, host_s=host_s, burst=burst, prefill=prefill)
-    rows = made_up(perf(truth))
-    found = fit_served(perf(), rows)
-    assert found.ttft_ape < 1e-6
-    assert found.tpot_ape < 1e-6
-    assert found.fit.prefill == pytest.approx(prefill, rel=1e-3, abs=1e-5)
-    assert found.fit.burst == pytest.approx(burst, rel=1e-3, abs=1e-5)
-
-
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(
-    ("step_s", "sequence_s", "k", "host_s", "burst"), [(2e-3, 2e-4, 1.1, 1e-2, 0.5), (0.0, 0.0, 1.0, 2e-3, 0.0)]
+    ("step_s", "sequence_s", "k", "prompt", "prompt_s", "host_s"),
+    [(2e-3, 2e-4, 1.1, 1.5, 1e-2, 1e-2), (0.0, 5e-4, 1.4, 1.6, 1.2e-2, 0.0)],
 )
-def test_two_pools_loops_are_met(step_s: float, sequence_s: float, k: float, host_s: float, burst: float) -> None:
-    rows = made_up(perf(told(k, step_s, sequence_s, host_s=host_s, burst=burst), split=True))
-    found = fit_served(perf(split=True), rows)
-    ttft, tpot = predict_served(perf(found.fit, split=True), rows)
-    assert np.allclose(ttft, [row.ttft_s for row in rows], rtol=0.02)
-    assert np.allclose(tpot, [row.tpot_s for row in rows], rtol=0.02)
+def test_served_loops_are_met(
+    split: bool, step_s: float, sequence_s: float, k: float, prompt: float, prompt_s: float, host_s: float
+) -> None:
+    rows = made_up(perf(told(k, step_s, sequence_s, prompt, prompt_s=prompt_s, host_s=host_s), split=split))
+    found = fit_served(perf(split=split), rows)
+    assert found.ttft_ape < 0.07  # a loop changes by whole steps, so the last percents have no slope to follow
+    assert found.tpot_ape < 0.07
+    ttft, _ = predict_served(perf(found.fit, split=split), rows)
+    assert np.median(np.abs(ttft / [row.ttft_s for row in rows] - 1)) == pytest.approx(found.ttft_ape)
+    assert found.fit.tpot_p10 <= 0.9 <= 1.1 <= found.fit.tpot_p90
 
 
 def test_predictions_are_those_of_the_public_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was fitted is what `estimate` says, in one worker and in pools; pools that were not measured are `transferred`."""
     monkeypatch.setenv("TANDEM_DATA", str(tmp_path))
-    pools = replace(ENGINE, host_s=0.02, burst=0.6)
+    pools = replace(ENGINE, host_s=0.02, prompt_s=0.01)
     one = HostFit(
         model=MODEL.name, arch=fingerprint(MODEL), precision=FP32, fit=ENGINE, decode_ape=0.0, prefill_ape=0.0, split=pools,
         ttft_ape=0.1, tpot_ape=0.1,
