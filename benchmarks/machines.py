@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ BRIDGE, NAMES = "tandem-br", ("tandem-a", "tandem-b")
 ADDRESSES = dict(zip(NAMES, ("10.77.0.1", "10.77.0.2"), strict=True))
 GATE = "10.77.0.254"
 RAY_PORT, HTTP_PORT = 6399, 8000
-REQUESTS, TOKENS = 6, 160
+REQUESTS, TOKENS = 8, 600
 
 
 def ip(*words: str, check: bool = True) -> None:
@@ -69,6 +70,7 @@ def remove() -> None:
         for pid in found.stdout.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
+        ip("link", "del", f"{name}-br", check=False)
         ip("netns", "del", name, check=False)
     ip("link", "del", BRIDGE, check=False)
 
@@ -105,7 +107,6 @@ def cluster(folder: Path) -> Iterator[str]:
     quiet = {
         "stdout": subprocess.DEVNULL,
         "stderr": (folder / "ray.log").open("w"),
-        "env": os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
     }
     head, other = NAMES
     address = f"{ADDRESSES[head]}:{RAY_PORT}"
@@ -148,7 +149,8 @@ def server(model: str, address: str, folder: Path) -> Iterator[str]:
 
 def ask(url: str, model: str, number: int) -> str:
     """One streamed answer, whole."""
-    body = {"model": model, "prompt": f"{number} cows and {number + 1} ants have", "max_tokens": TOKENS, "stream": True,
+    text = f"{number} cows and {number + 1} ants have legs. " * 30  # long enough not to be read where it is decoded
+    body = {"model": model, "prompt": text, "max_tokens": TOKENS, "stream": True,
             "temperature": 0, "ignore_eos": True}  # fmt: skip
     text, ended = "", None
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=600.0) as stream:
@@ -215,7 +217,7 @@ def serve_across(model: str, cuts: Sequence[float], folder: Path) -> None:
 
 def train_across(folder: Path) -> None:
     """Losses of a short run on both machines beside one process's."""
-    settings = ["schedule.tokens=65536", "batch.tokens=4096", "seed=0"]
+    settings = ["batch.tokens=65536", "data.sources.reasoning.documents=2000", "evaluate.problems=1"]
     losses: dict[str, list[float]] = {}
     data = folder / "data"
     for label in ("one", "two"):
@@ -251,6 +253,7 @@ def main() -> None:
     options = parser.parse_args()
     if os.geteuid() or shutil.which("ip") is None:
         raise SystemExit("needs root and `ip`: network namespaces are made and removed")
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with tempfile.TemporaryDirectory() as folder, machines():
         if options.only != "train":
             serve_across(options.model, (options.cut, options.long), Path(folder))

@@ -22,12 +22,17 @@ PREFILL_CHUNKS: NDArray[np.float64] = np.array([2048.0, 4096.0, 8192.0, 16384.0,
 PIGGYBACK_CHUNKS: NDArray[np.float64] = np.array([512.0, 1024.0, 2048.0, 4096.0, 8192.0])
 
 
+LARGEST_INSTANCE = 4096
+"""GPUs of one instance; what a larger budget has beyond it goes into replicas."""
+
+
 def _powers(limit: int) -> list[int]:
     return [2**i for i in range(limit.bit_length()) if 2**i <= limit]
 
 
 def parallelisms(model: ModelSpec, budget: int, *, phase: str) -> list[Parallelism]:
     """Every valid parallelism of at most `budget` GPUs, in powers of two; cpp in prefill, dp and ep with experts only."""
+    budget = min(budget, LARGEST_INSTANCE)
     has_experts = any(isinstance(m, MoE) for m, _ in model.mixers)
     found = []
     for tp in _powers(budget):

@@ -167,3 +167,9 @@ def test_batches_are_whole_rising_and_never_more_than_a_tenth_apart_beyond_small
     assert np.all(np.diff(BATCHES) > 0)
     large = BATCHES[BATCHES >= 16]
     assert np.all(large[1:] / large[:-1] < 1.1)
+
+
+def test_a_budget_beyond_the_largest_instance_goes_into_replicas() -> None:
+    """An instance has 4,096 GPUs at most, whatever the budget: more of them are replicas."""
+    model = load_spec("nvidia/NVIDIA-Nemotron-Nano-9B-v2")
+    assert parallelisms(model, 16_384, phase="prefill") == parallelisms(model, 4096, phase="prefill")
