@@ -48,7 +48,7 @@ def _commands(command: Any, words: str) -> Iterator[tuple[str, Any]]:
 def _row(parameter: Any) -> str:
     names = ", ".join((*parameter.opts, *parameter.secondary_opts))
     if parameter.param_type_name == "argument":
-        names = parameter.metavar or parameter.human_readable_name
+        names = parameter.metavar or str(parameter.name).upper()
     default = parameter.default
     told = "" if default is None or default is False or callable(default) or default == () else str(default)
     text = " ".join((getattr(parameter, "help", None) or "").split())
