@@ -15,7 +15,10 @@ import tandem
 from tandem.cli.app import app
 
 CLI, API = "cli.md", "api.md"
-OPTIONS = "    options: {show_root_heading: true, heading_level: 3, show_source: false, members_order: source}"
+OPTIONS = (
+    "    options: {show_root_heading: true, show_root_full_path: false, heading_level: 3, show_source: false, "
+    "show_labels: false}"
+)
 
 
 def on_files(files: Files, config: Any) -> Files:

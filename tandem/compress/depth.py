@@ -172,29 +172,43 @@ def _chunk(layers: Layers, samples: Calibration, gone: Sequence[int], tried: Seq
 
 
 def _compare(layers: Layers, samples: Calibration, tried: Sequence[int], streams: Streams) -> dict[str, Any]:
-    """Sums of squares between each stream's output and the full model's, and of negative log-likelihoods (nats)."""
+    """Sums of squares between each stream's output and the full model's, and of negative log-likelihoods (nats).
+
+    What a change d of the head's input does to the logits has the square d G d, G the head's weights times themselves: logits
+    are made for labelled tokens only.
+    """
     hidden, logits, nll = (dict.fromkeys(map(str, tried), 0.0) for _ in range(3))
     square = full_nll = 0.0
     labels = samples.labels.flatten()
     with layers.head() as (norm, head):
+        gram = _gram(head.weight)
         for begin in range(0, len(labels), _PIECE):
             wanted = labels[begin : begin + _PIECE]
+            known = wanted != IGNORED
             full = norm(streams[_FULL].flatten(0, 1)[begin : begin + _PIECE])
-            theirs = head(full)
-            square += float(theirs.double().square().sum())
-            full_nll += _nll(theirs, wanted)
+            square += float(((full.double() @ gram) * full).sum())
+            full_nll += _nll(head(full[known]), wanted[known])
             for name in hidden:
                 own = norm(streams[name].flatten(0, 1)[begin : begin + _PIECE])
-                out = head(own)
-                hidden[name] += float((own - full).double().square().sum())
-                logits[name] += float((out - theirs).double().square().sum())
-                nll[name] += _nll(out, wanted)
+                change = (own - full).double()
+                hidden[name] += float(change.square().sum())
+                logits[name] += float(((change @ gram) * change).sum())
+                nll[name] += _nll(head(own[known]), wanted[known])
     return {"hidden": hidden, "logits": logits, "nll": nll, "full_square": square, "full_nll": full_nll,
             "logits_a_token": layers.spec.vocab_size, "hidden_a_token": layers.spec.hidden_size}  # fmt: skip
 
 
+def _gram(weight: Tensor) -> Tensor:
+    """W^T W [hidden, hidden] in double precision, some rows of W at a time."""
+    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    for rows in torch.split(weight, _PIECE):
+        rows = rows.double()
+        total += rows.T @ rows
+    return total
+
+
 def _nll(logits: Tensor, labels: Tensor) -> float:
-    return float(functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum").double())
+    return float(functional.cross_entropy(logits.float(), labels, reduction="sum").double())
 
 
 def _sum(chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
