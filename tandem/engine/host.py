@@ -99,8 +99,8 @@ def measure_steps(model: Decoder) -> list[StepRow]:
     return rows + [_decode_row(model, config, batch, context) for context in contexts for batch in _BATCHES]
 
 
-_BATCHES, _CONTEXTS = (1, 2, 4, 8, 16, 32), (32, 128, 256, 512, 900)
-_STEPS, _PROMPTS = 12, 5
+_BATCHES, _CONTEXTS = (1, 2, 4, 8, 16, 32), (32, 128, 512, 900)
+_STEPS, _PROMPTS = 10, 5
 """Steps and prompts of which a row is the median."""
 
 

@@ -234,6 +234,7 @@ function measuredRows(): void {
   byId("measured").addEventListener("toggle", () => void draw());
   byId("metric").addEventListener("change", () => void draw());
   addEventListener("resize", () => void draw());
+  void draw(); // a browser may bring the page back with it open
 }
 
 async function begin(): Promise<void> {

@@ -68,7 +68,8 @@ export function drawMeasured(found: Measured): void {
   const values = rows.flatMap((row) => [row.measured, row.predicted]);
   const range = (): [number, number] => [Math.min(...values) / 1.3, Math.max(...values) * 1.3];
   const axis = { stroke: colour("--ink"), grid: { stroke: colour("--grid"), width: 1 }, font: "12px system-ui" };
-  const told = (_: uPlot, ticks: number[]): string[] => ticks.map((tick) => (Math.log10(tick) % 1 === 0 ? ms(tick) : ""));
+  const round = (tick: number): boolean => [1, 2, 5].includes(Number((tick / 10 ** Math.floor(Math.log10(tick) + 1e-9)).toFixed(3)));
+  const told = (_: uPlot, ticks: number[]): string[] => ticks.map((tick) => (round(tick) ? ms(tick) : ""));
   const facets = [{ scale: "x", auto: true }, { scale: "y", auto: true }];
   const options = {
     width: box.clientWidth,
