@@ -202,16 +202,19 @@ def measure(target: Path, folders: Mapping[str, Path]) -> None:
     write_whole(target, json.dumps({"machine": machine, "settings": measured}, indent=1) + "\n")
 
 
-def generation(model: Any, batch: int, isl: int, osl: int) -> Callable[[], float]:
-    """Tokens a second from when all prompts wait to when all answers are whole, prompts included."""
+def generation(
+    model: Any, batch: int, isl: int, osl: int, *, waves: int = 1, cache_bytes: int | None = None
+) -> Callable[[], float]:
+    """Tokens a second from when all prompts, `waves` times `batch`, wait to when all answers are whole, prompts included."""
     import torch
 
     from tandem.engine.config import EngineConfig
     from tandem.engine.engine import Engine
     from tandem.engine.types import EngineRequest, SamplingParams
 
-    engine = Engine(model, config=EngineConfig(max_batch=batch, threads=torch.get_num_threads(), prefix_cache_bytes=0))
-    drawn = torch.randint(32, model.spec.vocab_size, (batch, isl), generator=torch.Generator().manual_seed(0)).tolist()
+    config = EngineConfig(max_batch=batch, cache_bytes=cache_bytes, prefix_cache_bytes=0, threads=torch.get_num_threads())
+    engine, count = Engine(model, config=config), waves * batch
+    drawn = torch.randint(32, model.spec.vocab_size, (count, isl), generator=torch.Generator().manual_seed(0)).tolist()
     sampling = SamplingParams(max_tokens=osl, ignore_eos=True)
 
     def once() -> float:
@@ -220,8 +223,8 @@ def generation(model: Any, batch: int, isl: int, osl: int) -> Callable[[], float
             engine.add(EngineRequest(id=str(i), prompt_ids=tuple(prompt), sampling=sampling))
         while engine.has_work:
             tokens += sum(len(output.token_ids) for output in engine.step().outputs)
-        if tokens != batch * osl:
-            raise SystemExit(f"{tokens} tokens came, {batch * osl} were asked for")
+        if tokens != count * osl:
+            raise SystemExit(f"{tokens} tokens came, {count * osl} were asked for")
         return tokens / (time.perf_counter() - began)
 
     return once

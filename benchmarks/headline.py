@@ -19,12 +19,12 @@ import math
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment_runs import generation
 from model import ALLOCATOR
 
 if __name__ == "__main__" and not ALLOCATOR.keys() <= os.environ.keys():
@@ -33,8 +33,6 @@ if __name__ == "__main__" and not ALLOCATOR.keys() <= os.environ.keys():
 import torch
 
 from tandem.engine.config import EngineConfig, size_cache
-from tandem.engine.engine import Engine
-from tandem.engine.types import EngineRequest, SamplingParams
 from tandem.model.hybrid import Decoder
 from tandem.model.load import load_model
 from tandem.perf.costs import Layout
@@ -98,28 +96,12 @@ def batch_of(model: Decoder, at: Setting) -> int:
 
 
 def runs(model: Decoder, at: Setting, batch: int) -> Callable[[], float]:
-    """Output tokens a second of `batch` sequences at once, prompts included."""
-    config = EngineConfig(
-        max_batch=batch, cache_bytes=at.cap_bytes - weight_bytes(model), prefix_cache_bytes=0, threads=torch.get_num_threads()
-    )
-    engine = Engine(model, config=config)
-    if engine.size.total_bytes + weight_bytes(model) > at.cap_bytes:
-        raise SystemExit(f"{at.name}: the engine takes {engine.size.total_bytes:,} bytes beside the weights, over the cap")
-    count = WAVES * batch
-    drawn = torch.randint(100, model.spec.vocab_size, (count, at.isl), generator=torch.Generator().manual_seed(0)).tolist()
-    sampling = SamplingParams(max_tokens=at.osl, ignore_eos=True)
-
-    def once() -> float:
-        tokens, began = 0, time.perf_counter()
-        for number, prompt in enumerate(drawn):
-            engine.add(EngineRequest(id=str(number), prompt_ids=tuple(prompt), sampling=sampling))
-        while engine.has_work:
-            tokens += sum(len(output.token_ids) for output in engine.step().outputs)
-        if tokens != count * at.osl:
-            raise SystemExit(f"{tokens} tokens came, {count * at.osl} were asked for")
-        return tokens / (time.perf_counter() - began)
-
-    return once
+    """Output tokens a second of `batch` sequences at once, prompts included, within the cap."""
+    room = at.cap_bytes - weight_bytes(model)
+    size = size_cache(model.spec, EngineConfig(max_batch=batch, cache_bytes=room), model.state_dtype, free_bytes=1 << 40)
+    if size.total_bytes > room:
+        raise SystemExit(f"{at.name}: the cache takes {size.total_bytes:,} bytes beside the weights, over the cap")
+    return generation(model, batch, at.isl, at.osl, waves=WAVES, cache_bytes=room)
 
 
 def compare(names: tuple[str, str], at: Setting, models: dict[str, Decoder], rounds: int) -> dict[str, Any]:
