@@ -186,24 +186,23 @@ def _compare(layers: Layers, samples: Calibration, tried: Sequence[int], streams
             wanted = labels[begin : begin + _PIECE]
             known = wanted != IGNORED
             full = norm(streams[_FULL].flatten(0, 1)[begin : begin + _PIECE])
-            square += float(((full.double() @ gram) * full).sum())
+            square += float(((full @ gram) * full).double().sum())
             full_nll += _nll(head(full[known]), wanted[known])
             for name in hidden:
                 own = norm(streams[name].flatten(0, 1)[begin : begin + _PIECE])
-                change = (own - full).double()
-                hidden[name] += float(change.square().sum())
-                logits[name] += float(((change @ gram) * change).sum())
+                change = own - full
+                hidden[name] += float(change.square().double().sum())
+                logits[name] += float(((change @ gram) * change).double().sum())
                 nll[name] += _nll(head(own[known]), wanted[known])
     return {"hidden": hidden, "logits": logits, "nll": nll, "full_square": square, "full_nll": full_nll,
             "logits_a_token": layers.spec.vocab_size, "hidden_a_token": layers.spec.hidden_size}  # fmt: skip
 
 
 def _gram(weight: Tensor) -> Tensor:
-    """W^T W [hidden, hidden] in double precision, some rows of W at a time."""
-    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    """W^T W [hidden, hidden] in fp32, some rows of W at a time."""
+    total = torch.zeros(weight.shape[1], weight.shape[1])
     for rows in torch.split(weight, _PIECE):
-        rows = rows.double()
-        total += rows.T @ rows
+        total.addmm_(rows.float().T, rows.float())
     return total
 
 

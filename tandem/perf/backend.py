@@ -81,6 +81,8 @@ class BackendFit:
     prompt_s: float = 0.0
     """Of each PASS_TOKENS of a prompt beside their kernels, which those behind wait for too; fitted on this machine only
     (host.py)."""
+    beside: float = 0.0
+    """Share by which a decode step takes longer while the other pool reads a prompt on the same machine; fitted there only."""
     num_rows: int = 0
     sequences_max: float = 0.0
     isl_max: float = 0.0

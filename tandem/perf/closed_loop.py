@@ -52,6 +52,8 @@ class Loop:
     """From a client until a worker can begin."""
     transfer_s: float
     """Of a prompt's state to another worker."""
+    beside: float = 0.0
+    """Share by which a decode step takes longer while a prefill worker reads."""
 
     @classmethod
     def of(cls, perf: PerfModel, isl: int, osl: int, concurrency: int) -> Loop:
@@ -67,6 +69,7 @@ class Loop:
             token_s=fit.prompt * kernels_s / isl,
             pass_s=fit.prompt * fit.prompt_s,
             host_s=fit.host_s,
+            beside=fit.beside,
             transfer_s=float(perf.memory.sequence_bytes(ONE, float(isl))) / perf.hardware.scale_out_bytes_per_s,
         )
 
@@ -189,6 +192,7 @@ def pools_loop(
         worker.now_s = step_at
         while worker.arriving and worker.arriving[0][0] <= step_at and len(worker.running) < most:
             worker.running.append(worker.arriving.popleft()[1])
-        worker.now_s += loop.step_s[len(worker.running)]
+        crowded = 1.0 + loop.beside if max(readers) > step_at else 1.0
+        worker.now_s += crowded * loop.step_s[len(worker.running)]
         play.decode(worker)
     return play.times

@@ -5,6 +5,7 @@ Loops are played step by step (closed_loop.py), by one worker or by one that pre
     step   = k * (step of the engine alone) + step + sequence*g
     prompt = prompt * (kernels + fixed*passes), and host from a client to the engine and back
 
+and between pools steps that are a share longer while a prompt is read, as both use one memory.
 No coefficient is negative; errors are relative ones.
 """
 
@@ -81,18 +82,20 @@ def _fit_loops(perf: PerfModel, base: BackendFit, rows: Sequence[ServedRow]) -> 
     loops = [Loop.of(perf, row.isl, row.osl, row.concurrency) for row in rows]
 
     def built(found: Result) -> BackendFit:
-        k, step_s, sequence_s, prompt, fixed_s, host_s = (float(value) for value in found)
+        k, step_s, sequence_s, prompt, fixed_s, host_s, *beside = (float(value) for value in found)
         kernels = {name: k * getattr(base, name) for name in _KERNELS}
         kernels["step_s"] += step_s
         kernels["sequence_s"] += sequence_s
-        return replace(base, **kernels, prompt=prompt, prefill=prompt, prompt_s=fixed_s / prompt, host_s=host_s)
+        return replace(
+            base, **kernels, prompt=prompt, prefill=prompt, prompt_s=fixed_s / prompt, host_s=host_s, beside=sum(beside)
+        )
 
     def changed(loop: Loop, found: Result) -> Loop:
         """What `built` does to its times: nothing is priced again."""
-        k, step_s, sequence_s, prompt, fixed_s, host_s = (float(value) for value in found)
+        k, step_s, sequence_s, prompt, fixed_s, host_s, *beside = (float(value) for value in found)
         steps = [k * alone + step_s + sequence_s * number for number, alone in enumerate(loop.step_s)]
         token_s = loop.token_s * prompt / base.prompt
-        return replace(loop, step_s=(0.0, *steps[1:]), token_s=token_s, pass_s=fixed_s, host_s=host_s)
+        return replace(loop, step_s=(0.0, *steps[1:]), token_s=token_s, pass_s=fixed_s, host_s=host_s, beside=sum(beside))
 
     def errors(found: Result) -> Result:
         times = _play(perf.split, rows, [changed(loop, found) for loop in loops])
@@ -100,18 +103,19 @@ def _fit_loops(perf: PerfModel, base: BackendFit, rows: Sequence[ServedRow]) -> 
 
     measured = np.array([row.ttft_s for row in rows] + [row.tpot_s for row in rows])
     fixed_s = base.prompt * base.prompt_s
-    scale = np.array([1.0, 1e-3, 1e-4, base.prompt, 1e-2, 1e-2])
-    least = np.array([0.5, 0.0, 0.0, 0.2 * base.prompt, 0.0, 0.0])
+    count = 7 if perf.split else 6  # one worker reads and decodes in turns: nothing is beside it
+    scale = np.array([1.0, 1e-3, 1e-4, base.prompt, 1e-2, 1e-2, 0.3])[:count]
+    least = np.array([0.5, 0.0, 0.0, 0.2 * base.prompt, 0.0, 0.0, 0.0])[:count]
     found = []
     for prompt in (1.0, 1.6):  # a loop changes by whole steps, so there is more than one valley
-        start = np.array([1.0, 2e-4, 2e-5, prompt * base.prompt, prompt * fixed_s + 1e-3, base.host_s + 2e-3])
+        start = np.array([1.0, 2e-4, 2e-5, prompt * base.prompt, prompt * fixed_s + 1e-3, base.host_s + 2e-3, 0.1])[:count]
         found.append(
             least_squares(
                 errors,
                 start,
                 bounds=(least, np.inf),
                 x_scale=scale,
-                diff_step=np.full(6, 0.02),
+                diff_step=np.full(count, 0.02),
                 loss="soft_l1",
                 f_scale=0.1,
                 max_nfev=40,
