@@ -79,6 +79,10 @@ def match_rates(
     return Infeasible(f"no whole numbers of instances within {budget} GPUs balance better than {closest:.1%}")
 
 
+_SIZES = 256
+"""Decode pool sizes that are tried at once."""
+
+
 class Matches(NamedTuple):
     """Best pools for many pairs of instance kinds; num_prefill is 0 where nothing fits."""
 
@@ -109,22 +113,31 @@ def fill_budget(
     ratio = decode_rate / prefill_rate
     limit = MAX_UNIT if tolerance is not None else budget
     top = int(min(limit, (budget - np.min(prefill_gpus)) // np.min(decode_gpus)))
-    for n_d in range(1, top + 1):
-        for rounded in (np.floor(n_d * ratio), np.ceil(n_d * ratio)):
-            n_p = np.maximum(rounded, 1.0)
-            n_p = np.minimum(n_p, np.maximum((budget - n_d * decode_gpus) // prefill_gpus, 1.0))
-            unit = n_p * prefill_gpus + n_d * decode_gpus
-            copies = budget // unit
-            p_rate, d_rate = n_p * prefill_rate, n_d * decode_rate
-            slower = np.minimum(p_rate, d_rate)
-            off = np.maximum(p_rate, d_rate) / slower - 1.0
-            rate, gpus = copies * slower, copies * unit
-            better = (rate > best_rate * (1 + 1e-9)) | ((rate >= best_rate * (1 - 1e-9)) & (gpus < best_gpus))
-            better &= copies >= 1
-            if tolerance is not None:
-                better &= off <= tolerance
-            best_rate, best_gpus = np.where(better, rate, best_rate), np.where(better, gpus, best_gpus)
-            best_p = np.where(better, copies * n_p, best_p).astype(np.int64)
-            best_d = np.where(better, copies * n_d, best_d).astype(np.int64)
-            imbalance = np.where(better, off, imbalance)
+    for begin in range(1, top + 1, _SIZES):
+        n_d = np.arange(begin, min(begin + _SIZES, top + 1), dtype=np.float64).reshape(-1, *(1,) * len(shape))
+        exact = n_d * ratio
+        n_p = np.maximum(np.stack([np.floor(exact), np.ceil(exact)], 1), 1.0)  # [sizes, 2, *shape]
+        n_d = n_d[:, None]
+        n_p = np.minimum(n_p, np.maximum((budget - n_d * decode_gpus) // prefill_gpus, 1.0))
+        unit = n_p * prefill_gpus + n_d * decode_gpus
+        copies = budget // unit
+        p_rate, d_rate = n_p * prefill_rate, n_d * decode_rate
+        slower = np.minimum(p_rate, d_rate)
+        off = np.maximum(p_rate, d_rate) / slower - 1.0
+        fits = copies >= 1 if tolerance is None else (copies >= 1) & (off <= tolerance)
+        rate = np.where(fits, copies * slower, 0.0)
+        near = fits & (rate >= np.max(rate, (0, 1)) * (1 - 1e-9))
+        gpus = np.where(near, copies * unit, np.inf)
+        first = np.argmin(gpus.reshape(-1, *shape), 0)[None]
+
+        def taken(values: NDArray[np.float64], first: NDArray[np.int64] = first) -> NDArray[np.float64]:
+            flat = np.broadcast_to(values, (*values.shape[:1], 2, *shape)).reshape(-1, *shape)
+            return np.asarray(np.take_along_axis(flat, first, 0)[0])
+
+        found, used = taken(rate), taken(gpus)
+        better = (found > best_rate * (1 + 1e-9)) | ((found >= best_rate * (1 - 1e-9)) & (used < best_gpus))
+        best_rate, best_gpus = np.where(better, found, best_rate), np.where(better, used, best_gpus)
+        best_p = np.where(better, taken(copies * n_p), best_p).astype(np.int64)
+        best_d = np.where(better, taken(copies * n_d), best_d).astype(np.int64)
+        imbalance = np.where(better, taken(off), imbalance)
     return Matches(best_p, best_d, best_rate, imbalance)
