@@ -185,16 +185,23 @@ class Searched:
         return _fastest(priced, (priced.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)) & (priced.gpus < budget))
 
     def match(self, prefill_rows: NDArray[np.int64], decode: Priced, budget: int, tolerance: float | None) -> Matches:
-        """Best pools for every (prefill candidate, decode point); axes: prefill, decode."""
+        """Best pools for every (prefill candidate, decode point); axes: prefill, decode. Points of one size go together: the
+        larger an instance, the fewer numbers of them there are to try."""
         prefill = self.priced["prefill"].take(prefill_rows)
-        return fill_budget(
-            prefill.requests_per_s[:, None],
-            decode.requests_per_s[None, :],
-            prefill.gpus[:, None],
-            decode.gpus[None, :],
-            budget=budget,
-            tolerance=tolerance,
-        )
+        columns = [np.flatnonzero(decode.gpus == size) for size in np.unique(decode.gpus)]
+        found = [
+            fill_budget(
+                prefill.requests_per_s[:, None],
+                decode.requests_per_s[None, same],
+                prefill.gpus[:, None],
+                decode.gpus[None, same],
+                budget=budget,
+                tolerance=tolerance,
+            )
+            for same in columns
+        ]
+        back = np.argsort(np.concatenate(columns))
+        return Matches(*(np.concatenate(parts, axis=1)[:, back] for parts in zip(*found, strict=True)))
 
     def disaggregated(self, slo: Slo, budget: int) -> Choice | None:
         """The pair of pools with the most requests/s in the budget, balanced within TOLERANCE where that is possible.
