@@ -237,7 +237,7 @@ def train_across(folder: Path) -> None:
         if any(run.wait(900) for run in runs):
             raise SystemExit(f"training on {label} failed")
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        losses[label] = [row["loss"] for row in rows if "loss" in row]
+        losses[label] = [row["loss"] for row in rows if isinstance(row.get("loss"), float)]
         if label == "one":
             shutil.copytree(out / "data", data)
     apart = max(abs(a / b - 1) for a, b in zip(losses["one"], losses["two"], strict=True))
