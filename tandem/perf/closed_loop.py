@@ -16,11 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tandem.perf.backend import PASS_TOKENS
-from tandem.perf.costs import Layout
+from tandem.perf.host import ONE
 from tandem.perf.phases import PerfModel
 from tandem.spec.workload import Workload
 
-ONE = Layout(1.0, 1.0, 1.0, 1.0, 1.0)
 STEP_TOKENS = 512
 """As tandem.engine.config has it."""
 PER_PLACE = 8

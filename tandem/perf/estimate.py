@@ -190,14 +190,14 @@ def _colocated(
     perf: PerfModel, it: Instances, workload: Workload, mode: str, memory: dict[str, float], max_batch: int, waiting: int
 ) -> EstimateResult:
     batch = np.array([float(it.batch)])
-    if mode == "piggybacked":
+    if mode == "colocated" and perf.on_host and not waiting:
+        loop = Loop.of(perf, round(workload.mean_isl), round(workload.mean_osl), it.batch)
+        ttft_s, tpot_s, rate = (np.array([value]) for value in engine_loop(loop))
+        served = ServeTime(ttft_s, tpot_s, rate, np.array([True]))
+    elif mode == "piggybacked":
         served = perf.piggybacked(it.layout, batch, workload, np.array([float(max(PIGGYBACK_TOKENS, 2 * it.batch))]))
     else:
         served = perf.colocated(it.layout, batch, workload, closed_loop=True, waiting=float(waiting))
-        if perf.on_host and not waiting:
-            loop = Loop.of(perf, round(workload.mean_isl), round(workload.mean_osl), it.batch)
-            ttft_s, tpot_s, rate = (np.array([value]) for value in engine_loop(loop))
-            served = ServeTime(ttft_s, tpot_s, rate, served.feasible)
     load = perf.decode_load(it.layout, batch, workload)
     per_gpu = float(served.requests_per_s[0]) / it.parallelism.gpus * workload.mean_osl
     basis = perf.basis(it.layout, load, as_measured=mode == "colocated")
@@ -282,13 +282,14 @@ def estimate_disaggregated(
         served = open_loop_pools(perf, prompts, decoding, np.array([rate]), workload)
         batch, waiting = _requests(served, rate), 0
     else:
-        served = split_times(perf, prompts, decoding, workload, np.array([float(asked)]))
         if perf.on_host:
             loop = pools_loop(
                 Loop.of(perf, isl, osl, asked), prefill=prefill.replicas, decode=decode.replicas, batch_limit=limit
             )
             decoded = loop.requests_per_s * loop.tpot_s * (osl - 1.0) / decode.replicas
             served = SplitTime(*(np.array([value]) for value in (*loop, decoded)))
+        else:
+            served = split_times(perf, prompts, decoding, workload, np.array([float(asked)]))
         rate, batch = float(served.requests_per_s[0]), max(1, round(float(served.batch[0])))
         waiting = max(0, asked - limit * decode.replicas)
     basis = pools_basis(perf, prompts, decode.layout, served.batch, workload, as_measured=requests_per_s is None)

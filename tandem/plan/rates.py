@@ -8,6 +8,7 @@ the balance (facts: paper B, Appendix B and section 1.9).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -79,8 +80,8 @@ def match_rates(
     return Infeasible(f"no whole numbers of instances within {budget} GPUs balance better than {closest:.1%}")
 
 
-_SIZES = 256
-"""Decode pool sizes that are tried at once."""
+_CELLS = 1 << 15
+"""Pairs times decode pool sizes that are tried at once: few enough for a cache, whatever the pairs."""
 
 
 class Matches(NamedTuple):
@@ -113,8 +114,9 @@ def fill_budget(
     ratio = decode_rate / prefill_rate
     limit = MAX_UNIT if tolerance is not None else budget
     top = int(min(limit, (budget - np.min(prefill_gpus)) // np.min(decode_gpus)))
-    for begin in range(1, top + 1, _SIZES):
-        n_d = np.arange(begin, min(begin + _SIZES, top + 1), dtype=np.float64).reshape(-1, *(1,) * len(shape))
+    sizes = max(1, _CELLS // max(1, math.prod(shape)))
+    for begin in range(1, top + 1, sizes):
+        n_d = np.arange(begin, min(begin + sizes, top + 1), dtype=np.float64).reshape(-1, *(1,) * len(shape))
         exact = n_d * ratio
         n_p = np.maximum(np.stack([np.floor(exact), np.ceil(exact)], 1), 1.0)  # [sizes, 2, *shape]
         n_d = n_d[:, None]
