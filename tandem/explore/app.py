@@ -51,6 +51,7 @@ def router(*, prefix: str = "", client_of: Callable[..., Any] = _anybody, live: 
         ttft_s: float | None = None,
         tpot_s: float | None = None,
         backend: str = Query("vllm", max_length=20),
+        rough: bool = False,
     ) -> JSONResponse:
         """A plan for where the sliders stand; 400 with one line where none can be."""
         for name, value, known in (("model", model, model_names()), ("hardware", hardware, hardware_choices())):
@@ -58,8 +59,9 @@ def router(*, prefix: str = "", client_of: Callable[..., Any] = _anybody, live: 
                 return JSONResponse({"error": f"{name}={value[:80]!r}: not in the catalogue"}, 400)
         try:
             asked = Asked(
-                model=model, hardware=hardware, gpus=gpus, isl=isl, osl=osl, ttft_s=ttft_s, tpot_s=tpot_s, backend=backend
-            )
+                model=model, hardware=hardware, gpus=gpus, isl=isl, osl=osl, ttft_s=ttft_s, tpot_s=tpot_s, backend=backend,
+                rough=rough,
+            )  # fmt: skip
         except SpecError as wrong:
             return JSONResponse({"error": str(wrong)}, 400)
         found = answer(asked)

@@ -306,12 +306,25 @@ class PerfModel:
         """Seconds of a decode step, what a chunk of a prompt adds to it, and the chunks of a mean prompt: `chunk_tokens`
         less the decoding sequences' tokens in each."""
         load = self.decode_load(layout, batch, workload)
-        chunks = np.maximum(workload.mean_isl / np.maximum(chunk_tokens - load.decode_seqs, 1.0), 1.0)
+        chunks = self._chunks(load.decode_seqs, workload, chunk_tokens)
         mixed = load._replace(prefill_seqs=np.ones_like(chunks), isl=workload.mean_isl, chunks=chunks, cached_up=cached_up)
         pure_s = self._host_s(load.decode_seqs) + self._step_s(layout, load)
         alone, together = self.pricer.kernels(layout, load), self.pricer.kernels(layout, mixed)
         extra_s = self.prompt_cost * np.maximum(self._prompt_s(together) - self._prompt_s(alone), 0.0)
         return pure_s, extra_s, chunks
+
+    def keeps_up(
+        self, layout: Layout, batch: Array, workload: Workload, chunk_tokens: Array
+    ) -> tuple[Result, NDArray[np.bool_]]:
+        """The share of steps that would have to carry a chunk, and whether chunks take prompts in as fast as they come."""
+        seqs = self.decode_load(layout, batch, workload).decode_seqs
+        chunks = self._chunks(seqs, workload, chunk_tokens)
+        carrying = np.asarray(seqs / max((workload.mean_osl - 1.0) / self.tokens_per_step, 1.0) * chunks)
+        return carrying, (carrying <= 1.0) & (chunk_tokens > seqs)
+
+    def _chunks(self, decode_seqs: Array, workload: Workload, chunk_tokens: Array) -> Result:
+        """Chunks of a mean prompt where the decoding sequences' tokens leave room for it in each step."""
+        return np.maximum(workload.mean_isl / np.maximum(chunk_tokens - decode_seqs, 1.0), 1.0)
 
     def piggybacked(
         self,
@@ -330,16 +343,16 @@ class PerfModel:
         """
         load = self.decode_load(layout, batch, workload)
         osl, fit = workload.mean_osl, self.backend_fit
+        carrying, feasible = self.keeps_up(layout, batch, workload, chunk_tokens)
         room = np.maximum(chunk_tokens - load.decode_seqs, 1.0)
         pure_s, extra_s, chunks = self.chunk_step_s(layout, batch, workload, chunk_tokens, cached_up=cached_up)
-        carrying = load.decode_seqs / max((osl - 1.0) / self.tokens_per_step, 1.0) * chunks
         tpot = (pure_s + np.minimum(carrying, 1.0) * extra_s) / self.tokens_per_step
         points = by_isl(workload)
         isl_at = points[_percentile_index([w for _, w in points], percentile)][0]
         ttft = fit.host_s + np.maximum(np.ceil(isl_at / room), 1.0) * (pure_s + extra_s)
         prompt_s = chunks * (pure_s + extra_s)
         rate = np.minimum(batch / (prompt_s + tpot * (osl - 1.0)), layout.dp * layout.pp / prompt_s)
-        return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, (carrying <= 1.0) & (chunk_tokens > load.decode_seqs)))
+        return ServeTime(*np.broadcast_arrays(ttft, tpot, rate, feasible))
 
 
 def by_isl(workload: Workload) -> list[tuple[float, float]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tandem.perf.backend import KERNELS_ONLY, BackendFit
 from tandem.perf.costs import Item, LayerCosts, Layout, StepLoad
@@ -52,6 +54,32 @@ class KernelTime(NamedTuple):
     work_s: Array
 
 
+WORTH_JOINING = 0.75
+"""Runs of alike points are priced once where they are at most this share of the points: more are no gain."""
+
+
+def _runs(layout: Layout, load: StepLoad) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """First rows and lengths of the runs of neighbours alike in layout and load; None where joining them is no gain."""
+    if any(np.ndim(reach) for reach in (load.decode_window_context or {}).values()):
+        return None
+    varying = [part for part in (*layout, *load) if isinstance(part, np.ndarray) and part.ndim]
+    if not varying or any(part.shape != varying[0].shape or part.ndim > 1 for part in varying):
+        return None
+    new = np.zeros(len(varying[0]), dtype=bool)
+    new[:1] = True
+    for part in varying:
+        new[1:] |= part[1:] != part[:-1]
+    first = np.flatnonzero(new)
+    if len(first) > WORTH_JOINING * len(new):
+        return None
+    return first, np.diff(first, append=len(new))
+
+
+def _at(parts: Iterable[Any], rows: NDArray[np.int64]) -> list[Any]:
+    """Each part at these rows; what is the same for all points stays."""
+    return [part[rows] if isinstance(part, np.ndarray) and part.ndim else part for part in parts]
+
+
 @dataclass(frozen=True)
 class StepPricer:
     """Times engine steps of one model at one precision on one kind of GPU."""
@@ -91,7 +119,18 @@ class StepPricer:
         return [("moe", whole - compute), ("moe_compute", compute)]
 
     def kernels(self, layout: Layout, load: StepLoad, shown: BackendFit = KERNELS_ONLY) -> KernelTime:
-        """Kernel and network time of one pass through all layers, for every design point, as a backend shows its classes."""
+        """Kernel and network time of one pass through all layers, for every design point, as a backend shows its classes.
+
+        Neighbours that are alike in all that this depends on are priced once: the same numbers to the bit.
+        """
+        runs = _runs(layout, load)
+        if runs is None:
+            return self._kernels(layout, load, shown)
+        first, lengths = runs
+        found = self._kernels(Layout(*_at(layout, first)), StepLoad(*_at(load, first)), shown)
+        return KernelTime(*(np.repeat(np.broadcast_to(seconds, first.shape), lengths) for seconds in found))
+
+    def _kernels(self, layout: Layout, load: StepLoad, shown: BackendFit) -> KernelTime:
         launch: Array = np.zeros(())
         work: Array = np.zeros(())
         scales: dict[str, Array] = {kind: getattr(shown, kind) for kind in WORK_CLASSES}

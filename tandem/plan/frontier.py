@@ -16,7 +16,9 @@ MAX_POINTS = 40
 
 def pareto_rows(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
     """Rows that no other row beats on both x and y, by falling x; of equal rows the first is kept."""
-    order = np.lexsort((-y, -x))
+    falling = np.argsort(-x)
+    rows = np.sort(falling[y[falling] >= np.maximum.accumulate(y[falling])])  # few, and all of the frontier among them
+    order = rows[np.lexsort((-y[rows], -x[rows]))]
     best = np.maximum.accumulate(y[order])
     first = np.concatenate([[True], best[1:] > best[:-1]]) if len(order) else np.zeros(0, dtype=bool)
     return np.asarray(order[first], dtype=np.int64)

@@ -12,6 +12,7 @@ from tandem.perf.phases import PerfModel
 from tandem.plan.frontier import frontier_choices
 from tandem.plan.option import MODES, Option, OptionMaker
 from tandem.plan.search import Choice, Searched
+from tandem.plan.space import BATCHES
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import BACKENDS, Deployment, Mode, Precision
 from tandem.spec.errors import SpecError
@@ -117,18 +118,20 @@ def find_plan(
     precision: str | Precision | None = None,
     backend: str = "vllm",
     fits: ServingFits | None = None,
+    batch_stride: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """The best deployment of `model` on `gpus` x `hardware` for this traffic under the SLO.
 
     Precision defaults to the format of the model's published weights, `fits` to the shipped ones. Throughput
-    counts output tokens over all GPUs of the deployment. Raises SpecError on impossible values and NoPlanError when no
-    deployment can meet the request.
+    counts output tokens over all GPUs of the deployment. A `batch_stride` of n prices every n-th batch size only: a first
+    look. Raises SpecError on impossible values and NoPlanError when no deployment can meet the request.
     """
     started = time.perf_counter()
     spec = load_spec(model) if isinstance(model, str) else model
     gpu = load_hardware(hardware) if isinstance(hardware, str) else hardware
     require_int("gpus", gpus, high=16384)
+    require_int("batch_stride", batch_stride, high=len(BATCHES))
     if backend not in BACKENDS:
         raise SpecError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if workload.mean_osl < 2:
@@ -137,7 +140,7 @@ def find_plan(
     if not isinstance(precision, Precision):
         precision = Precision.parse(precision, native=spec.native_precision)
     perf = PerfModel(spec, gpu, precision, backend, fits=fits)
-    searched = Searched(perf, workload, gpus, objective.percentile).price_all(progress)
+    searched = Searched(perf, workload, gpus, objective.percentile, batch_stride).price_all(progress)
     progress("choosing")
     choices = searched.select(objective, gpus)
     if not choices:

@@ -5,9 +5,7 @@ Selection under another SLO or budget prices nothing again, so "what would chang
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -41,23 +39,36 @@ Array = NDArray[np.float64]
 Price = Callable[[Points], tuple[Array | float, ...]]
 
 
-class Priced(NamedTuple):
-    """Feasible points of one mode: seconds, and requests/s of one instance. Prefill has no TPOT, decode no TTFT."""
+@dataclass(frozen=True)
+class Priced:
+    """Feasible points of one mode: seconds, and requests/s and GPUs of one instance. Prefill has no TPOT, decode no TTFT."""
 
     points: Points
     ttft_s: Array
     tpot_s: Array
     requests_per_s: Array
     max_batch: Array
+    gpus: Array
 
-    @property
-    def gpus(self) -> Array:
-        """GPUs of one instance."""
-        return np.asarray(self.points.layout.gpus)
+    @cached_property
+    def _by_size(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows by size and falling rate, and where each size begins among them."""
+        order = np.lexsort((-self.requests_per_s, self.gpus))
+        return order, np.flatnonzero(np.diff(self.gpus[order], prepend=-1.0) > 0)
+
+    def fastest(self, ok: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Rows of the fastest instance of each GPU count among the allowed ones."""
+        order, begins = self._by_size
+        if not len(order):
+            return order
+        rank = np.where(ok[order], np.arange(len(order)), len(order))
+        first = np.minimum.reduceat(rank, begins)
+        return np.asarray(order[first[first < len(order)]], dtype=np.int64)
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Priced:
         """These rows only."""
-        return Priced(self.points.take(rows), *(a[rows] for a in self[1:]))
+        columns = self.ttft_s, self.tpot_s, self.requests_per_s, self.max_batch, self.gpus
+        return Priced(self.points.take(rows), *(column[rows] for column in columns))
 
 
 class Choice(NamedTuple):
@@ -74,11 +85,11 @@ class Choice(NamedTuple):
 
 
 def price_blocks(price: Price, points: Points) -> tuple[Array, ...]:
-    """Price points block by block on all cores and join the results; NumPy leaves the interpreter lock while it works."""
+    """Price points block by block and join the results. On one core: a block's arrays are so small that threads lose more to
+    the interpreter's lock than they gain, measured on two cores."""
     starts = range(0, max(len(points), 1), BLOCK)
     blocks = [points.take(slice(start, start + BLOCK)) for start in starts]
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        results = list(pool.map(price, blocks))
+    results = [price(block) for block in blocks]
     return tuple(np.concatenate([np.broadcast_to(r[i], b.batch.shape) for r, b in zip(results, blocks, strict=True)])
                  for i in range(len(results[0])))  # fmt: skip
 
@@ -91,6 +102,8 @@ class Searched:
     workload: Workload
     budget: int
     percentile: float
+    batch_stride: int = 1
+    """Of the batch sizes every n-th is priced: more than 1 is a first look, coarser than the balance of pools."""
     priced: dict[str, Priced] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
     points_evaluated: int = 0
@@ -99,12 +112,13 @@ class Searched:
         """Price co-located, piggybacked, prefill and decode points."""
         model = self.perf.model
         layouts = parallelisms(model, self.budget, phase="decode")
+        batches = BATCHES[:: self.batch_stride]
         progress("co-located")
-        self._add("colocated", grid(layouts, BATCHES, np.array([np.inf])), self._colocated)
+        self._add("colocated", grid(layouts, batches, np.array([np.inf])), self._colocated)
         progress("piggybacked")
-        self._add("piggybacked", grid(layouts, BATCHES[::2], PIGGYBACK_CHUNKS), self._piggybacked)
+        self._add("piggybacked", grid(layouts, batches[::2], PIGGYBACK_CHUNKS), self._piggybacked)
         progress("decode")
-        self._add("decode", grid(layouts, BATCHES, np.array([np.inf])), self._decode)
+        self._add("decode", grid(layouts, batches, np.array([np.inf])), self._decode)
         progress("prefill")
         chunked = grid(parallelisms(model, self.budget, phase="prefill"), PREFILL_BATCHES, PREFILL_CHUNKS)
         self._add("prefill", chunked, self._prefill)
@@ -116,13 +130,12 @@ class Searched:
         fits = points.batch <= max_batch
         self._refuse(f"{mode}: does not fit in memory", int(np.sum(~fits)))
         points, max_batch = points.take(fits), max_batch[fits]
-        if len(points) == 0:
-            self.priced[mode] = Priced(points, *(np.zeros(0) for _ in range(4)))
-            return
-        ttft, tpot, rate = price_blocks(price, points)
-        alive = np.isfinite(rate) & (rate > 0)
-        self._refuse(f"{mode}: prompts arrive faster than the chunks take them in", int(np.sum(~alive)))
-        self.priced[mode] = Priced(points, ttft, tpot, rate, max_batch).take(alive)
+        if mode == "piggybacked":
+            in_time = self.perf.keeps_up(points.layout, points.batch, self.workload, points.chunk_tokens)[1]
+            self._refuse(f"{mode}: prompts arrive faster than the chunks take them in", int(np.sum(~in_time)))
+            points, max_batch = points.take(in_time), max_batch[in_time]
+        ttft, tpot, rate = price_blocks(price, points) if len(points) else (np.zeros(0),) * 3
+        self.priced[mode] = Priced(points, ttft, tpot, rate, max_batch, np.asarray(points.layout.gpus))
 
     def _refuse(self, reason: str, count: int) -> None:
         if count:
@@ -147,7 +160,7 @@ class Searched:
 
     def _piggybacked(self, p: Points) -> tuple[Array, ...]:
         served = self.perf.piggybacked(p.layout, p.batch, self.workload, p.chunk_tokens, percentile=self.percentile)
-        return served.ttft_s, served.tpot_s, np.where(served.feasible, served.requests_per_s, 0.0)
+        return served.ttft_s, served.tpot_s, served.requests_per_s
 
     @cached_property
     def pools_perf(self) -> PerfModel:
@@ -168,12 +181,13 @@ class Searched:
     def shared(self, mode: Mode, slo: Slo, budget: int) -> Choice | None:
         """The co-located or piggybacked deployment with the most requests/s in the budget, fewest GPUs on a tie."""
         priced = self.priced[mode]
-        replicas = budget // priced.gpus
-        rate = np.where(self._meets(priced, slo), replicas * priced.requests_per_s, 0.0)
-        row = _best(rate, replicas * priced.gpus)
-        if row is None:
+        rows = np.sort(priced.fastest(self._meets(priced, slo)))
+        replicas = budget // priced.gpus[rows]
+        rate, gpus = replicas * priced.requests_per_s[rows], replicas * priced.gpus[rows]
+        best = _best(rate, gpus)
+        if best is None:
             return None
-        return Choice(mode, row, int(replicas[row]), None, 0, float(rate[row]), int(replicas[row] * priced.gpus[row]), 0.0)
+        return Choice(mode, int(rows[best]), int(replicas[best]), None, 0, float(rate[best]), int(gpus[best]), 0.0)
 
     def _meets(self, priced: Priced, slo: Slo) -> NDArray[np.bool_]:
         ttft_ok = priced.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)
@@ -182,7 +196,7 @@ class Searched:
     def prefill_candidates(self, slo: Slo, budget: int) -> NDArray[np.int64]:
         """Rows of the best prefill instance of each GPU count: the highest rate under the TTFT bound (Algorithm 1)."""
         priced = self.priced["prefill"]
-        return _fastest(priced, (priced.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)) & (priced.gpus < budget))
+        return priced.fastest((priced.ttft_s <= (slo.ttft_s or PAPER_TTFT_CUTOFF_S)) & (priced.gpus < budget))
 
     def match(self, prefill_rows: NDArray[np.int64], decode: Priced, budget: int, tolerance: float | None) -> Matches:
         """Best pools for every (prefill candidate, decode point); axes: prefill, decode. Points of one size go together: the
@@ -213,7 +227,7 @@ class Searched:
         """
         prefill, decode = self.priced["prefill"], self.priced["decode"]
         p_rows = self.prefill_candidates(slo, budget)
-        d_rows = _fastest(decode, (decode.tpot_s <= (slo.tpot_s or np.inf)) & (decode.gpus < budget))
+        d_rows = decode.fastest((decode.tpot_s <= (slo.tpot_s or np.inf)) & (decode.gpus < budget))
         if not len(p_rows) or not len(d_rows):
             return None
         m = self.match(p_rows, decode.take(d_rows), budget, tolerance=None)
@@ -300,14 +314,6 @@ def _best(rate: Array, gpus: Array) -> int | None:
         return None
     close = np.flatnonzero(rate >= top * 0.999)
     return int(close[np.lexsort((-rate[close], gpus[close]))[0]])
-
-
-def _fastest(priced: Priced, ok: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Rows of the fastest instance of each GPU count among the allowed ones."""
-    rows = np.flatnonzero(ok)
-    order = rows[np.lexsort((-priced.requests_per_s[rows], priced.gpus[rows]))]
-    first = np.diff(priced.gpus[order], prepend=-1.0) > 0
-    return np.asarray(order[first], dtype=np.int64)
 
 
 def _slowed(priced: Priced, row: int, ok: NDArray[np.bool_], needed: float, latency_s: Array) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +32,8 @@ def _powers(limit: int) -> list[int]:
     return [2**i for i in range(limit.bit_length()) if 2**i <= limit]
 
 
-def parallelisms(model: ModelSpec, budget: int, *, phase: str) -> list[Parallelism]:
+@lru_cache(maxsize=64)
+def parallelisms(model: ModelSpec, budget: int, *, phase: str) -> tuple[Parallelism, ...]:
     """Every valid parallelism of at most `budget` GPUs, in powers of two; cpp in prefill, dp and ep with experts only."""
     budget = min(budget, LARGEST_INSTANCE)
     has_experts = any(isinstance(m, MoE) for m, _ in model.mixers)
@@ -43,7 +46,7 @@ def parallelisms(model: ModelSpec, budget: int, *, phase: str) -> list[Paralleli
                     if phase == "prefill" and stages > 1:
                         kinds.append(Parallelism(tp=tp, dp=dp, ep=ep, cpp=stages))
                     found += [p for p in kinds if refuse_parallelism(model, p) is None]
-    return found
+    return tuple(found)
 
 
 class Points(NamedTuple):
@@ -65,7 +68,7 @@ class Points(NamedTuple):
         return Parallelism(**{axis: int(np.asarray(values)[row]) for axis, values in self.layout._asdict().items()})
 
 
-def grid(layouts: list[Parallelism], batches: NDArray[np.float64], chunks: NDArray[np.float64]) -> Points:
+def grid(layouts: Sequence[Parallelism], batches: NDArray[np.float64], chunks: NDArray[np.float64]) -> Points:
     """The product of layouts, sequences per attention group and stage, and chunk sizes."""
     axes = np.array([[p.tp, p.pp, p.ep, p.dp, p.cpp] for p in layouts], dtype=np.float64).reshape(-1, 5)
     rows, batch, chunk = np.meshgrid(np.arange(len(layouts)), batches, chunks, indexing="ij")

@@ -16,6 +16,8 @@ from tandem.explore.answers import GRID_ISL, GRID_OSL, GRID_TPOT_S, Query, answe
 from tandem.perf.backend import BackendFit, fingerprint
 from tandem.perf.efficiency import ROOFLINE
 from tandem.perf.host import HostCalibration, HostFit, ServedRow, keep_host
+from tandem.plan.planner import WORTH_SPLITTING
+from tandem.plan.rates import TOLERANCE
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import Precision
 from tandem.spec.errors import SpecError
@@ -51,6 +53,16 @@ def test_an_answer_is_the_plan() -> None:
     held = found["best"]["memory"]
     assert all(sum(v for k, v in pool.items() if k != "usable_bytes") <= pool["usable_bytes"] for pool in held.values())
     assert found["why"][0].startswith("recommended: ")
+
+
+@pytest.mark.parametrize("model", [QWEN.model, "openai/gpt-oss-120b", "nvidia/NVIDIA-Nemotron-Nano-9B-v2"])
+def test_a_rough_answer_is_near_the_whole_one_and_of_fewer_points(model: str) -> None:
+    """A batch size between two that are priced is at most one of its steps, 12 %, from the lower; the whole answer may
+    prefer a balanced pair, or one pool where two gain little, to what serves the most."""
+    whole, rough = (answer(replace(QWEN, model=model, gpus=16, rough=flag)) for flag in (False, True))
+    assert (whole["rough"], rough["rough"]) == (False, True)
+    assert rough["points"] < 0.4 * whole["points"]
+    assert 0.85 <= rough["best"]["tokens_per_s"] / whole["best"]["tokens_per_s"] <= WORTH_SPLITTING / (1 - TOLERANCE)
 
 
 def test_what_cannot_be_served_is_one_line() -> None:

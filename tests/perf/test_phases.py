@@ -43,6 +43,21 @@ def test_tpot_grows_with_batch_and_context(name: str, b: int, isl: int, osl: int
     assert here < longer
 
 
+@settings(max_examples=60, deadline=None)
+@given(names, st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 2)), min_size=1, max_size=6))
+def test_alike_neighbours_are_priced_once_and_to_the_bit(name: str, runs: list[tuple[int, int, int]]) -> None:
+    """Runs of (length, sequences, power of two GPUs): the same as one point at a time, whichever runs are joined."""
+    pricer = PERF[name].pricer
+    lengths, seqs, gpus = (np.array(column) for column in zip(*runs, strict=True))
+    tp, batch = np.repeat(2.0**gpus, lengths), np.repeat(seqs.astype(float), lengths)
+    load = StepLoad(decode_seqs=batch, context=1000.0, prefill_seqs=np.ones_like(batch), isl=512.0)
+    together = pricer.kernels(Layout(tp, 1.0, 1.0, 1.0, np.ones_like(tp)), load)
+    for row, (t, b) in enumerate(zip(tp, batch, strict=True)):
+        alone = pricer.kernels(Layout(one(t), 1.0, 1.0, 1.0, one(1)), load._replace(decode_seqs=one(b), prefill_seqs=one(1)))
+        for joined, single in zip(together, alone, strict=True):
+            assert np.broadcast_to(joined, tp.shape)[row] == np.broadcast_to(single, (1,))[0]
+
+
 def test_decode_time_of_recurrent_layers_does_not_depend_on_context() -> None:
     """What a hybrid is for: only its four attention layers notice that the context grew 128-fold."""
     pricer = PERF[NANO].pricer

@@ -53,6 +53,10 @@ const SLIDERS: Slider[] = [
 ];
 
 let asking = new AbortController();
+/** Seconds that a model's last whole answer took: a slow one gets a rough one first, so that sliders are followed. */
+const took = new Map<string, number>();
+const SLOW_S = 0.08;
+const REST_MS = 150;
 
 function select(id: string): HTMLSelectElement {
   return byId<HTMLSelectElement>(id);
@@ -122,15 +126,26 @@ async function ask(): Promise<void> {
   const other = select("other").value;
   const began = performance.now();
   remember(asked);
-  try {
-    const beside = other && other !== asked.model && !inside ? from.answer({ ...asked, model: other }, signal) : null;
-    const answer = await from.answer(asked, signal);
+  const once = async (rough: boolean): Promise<void> => {
+    const how = rough ? { rough } : {};
+    const beside = other && other !== asked.model && !inside ? from.answer({ ...asked, ...how, model: other }, signal) : null;
+    const answer = await from.answer({ ...asked, ...how }, signal);
     const second = beside ? await beside.catch(() => null) : null;
     if (signal.aborted) return;
     show(answer, second, asked, other);
+    if (!answer.error && !rough) took.set(asked.model, answer.seconds);
+    const more = rough ? " A first look, at every fourth batch size: the whole answer follows." : "";
     byId("took").textContent = answer.error
       ? ""
-      : `${count(answer.points)} design points, priced in ${ms(answer.seconds)}; this page waited ${ms((performance.now() - began) / 1e3)}.`;
+      : `${count(answer.points)} design points, priced in ${ms(answer.seconds)}; this page waited ${ms((performance.now() - began) / 1e3)}.${more}`;
+  };
+  try {
+    if ((took.get(asked.model) ?? 0) > SLOW_S && !inside) {
+      await once(true);
+      await new Promise((resolve) => setTimeout(resolve, REST_MS));
+      if (signal.aborted) return;
+    }
+    await once(false);
   } catch (wrong) {
     if (!signal.aborted) refuse(wrong instanceof Error ? wrong.message : String(wrong));
   }

@@ -31,6 +31,7 @@ export interface Best {
 
 export interface Answer {
   error?: string;
+  rough: boolean;
   recommended: Record<string, unknown>;
   gain: number | null;
   best: Best;
@@ -108,6 +109,7 @@ export interface Query {
   ttft_s: number | null;
   tpot_s: number | null;
   backend: string;
+  rough?: boolean;
 }
 
 export interface Exported {
