@@ -19,6 +19,7 @@ class Recent:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._began_s = clock()
         self._ended: deque[tuple[float, Request]] = deque(maxlen=_KEPT)
 
     def on_finish(self, life: Request) -> None:
@@ -32,15 +33,18 @@ class Recent:
         """It counts when it ends."""
 
     def to_json(self) -> dict[str, Any]:
-        """Requests that ended within the window: how many, output tokens a second, percentiles of TTFT and TPOT (seconds)."""
-        since_s = self._clock() - WINDOW_S
+        """Requests that ended within `window_s`, which is WINDOW_S or as long as the server runs: how many, output tokens a
+        second, percentiles of TTFT and TPOT (seconds)."""
+        now_s = self._clock()
+        since_s = now_s - WINDOW_S
         while self._ended and self._ended[0][0] < since_s:
             self._ended.popleft()
         lives = [life for _, life in self._ended]
+        window_s = max(1.0, now_s - max(since_s, self._ended[0][0] if len(lives) == _KEPT else self._began_s))
         return {
-            "window_s": WINDOW_S,
+            "window_s": window_s,
             "requests": len(lives),
-            "tokens_per_s": sum(life.osl for life in lives) / WINDOW_S,
+            "tokens_per_s": sum(life.osl for life in lives) / window_s,
             "ttft_s": _percentiles([s for life in lives if (s := ttft_s(life)) is not None]),
             "tpot_s": _percentiles([s for life in lives if (s := tpot_s(life)) is not None]),
         }

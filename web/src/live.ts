@@ -41,7 +41,7 @@ function show(pools: Pools): void {
   byId("recent").replaceChildren(
     time("to the first token", recent.ttft_s),
     time("per output token", recent.tpot_s),
-    card(count(recent.tokens_per_s), "output tokens/s", `${count(recent.requests)} requests ended in ${recent.window_s} s`),
+    card(count(recent.tokens_per_s), "output tokens/s", `${count(recent.requests)} requests ended in ${count(recent.window_s)} s`),
   );
   byId("workers").replaceChildren(...pools.workers.map(row));
   const last = pools.decisions.length - 1;

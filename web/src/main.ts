@@ -124,9 +124,9 @@ async function ask(): Promise<void> {
   const { signal } = asking;
   const asked = query();
   const other = select("other").value;
-  const began = performance.now();
   remember(asked);
   const once = async (rough: boolean): Promise<void> => {
+    const began = performance.now();
     const how = rough ? { rough } : {};
     const beside = other && other !== asked.model && !inside ? from.answer({ ...asked, ...how, model: other }, signal) : null;
     const answer = await from.answer({ ...asked, ...how }, signal);
