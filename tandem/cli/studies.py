@@ -16,7 +16,11 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the HTML report and c
 def study_paper_a(
     reruns: Annotated[
         list[Path] | None,
-        typer.Option("--with", help="claims.json of `study pretraining`, `alignment` or `compression`; repeat it for several."),
+        typer.Option(
+            "--with",
+            help="claims.json of `study pretraining`, `alignment` or `compression`, or what benchmarks/headline.py wrote; "
+            "repeat it for several.",
+        ),
     ] = None,
     out: Out = None,
     json_out: Json = False,

@@ -115,14 +115,6 @@ def alignment_sentences(data: Mapping[str, Any]) -> list[str]:
 
 def alignment_study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     """The whole study from its JSON object."""
-    claims = data["claims"]
-    hours = sum(run["seconds"] for run in data["findings"]["runs"]) / 3600
-    heads = [
-        (f"{sum(bool(c['holds']) for c in claims)} of {len(claims)}", "claims hold"),
-        (f"{sum(c['holds'] is None for c in claims)}", "undecided"),
-        (f"{data['points_evaluated']}", "runs"),
-        (f"{hours:.1f} h", "of alignment"),
-    ]
     tables = [
         "<h2>Runs</h2><p class='note'>Right answers of the last model to held-out questions; means over seeds.</p>",
         html_table(run_columns(data), run_rows(data)),
@@ -133,4 +125,4 @@ def alignment_study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     tables += ["<h2>What each stage changed</h2>", f"<p class='note'>{note}</p>"]
     for variant, rows in change_rows(data).items():
         tables += [f"<h3>{escape(variant)}</h3>", html_table(change_columns(data), rows)]
-    return runs_page(title, lead, data, heads, tables)
+    return runs_page(title, lead, data, "of alignment", tables)

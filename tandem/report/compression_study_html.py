@@ -82,14 +82,6 @@ def compression_table(data: Mapping[str, Any]) -> Table:
 
 def compression_study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     """The whole study from its JSON object."""
-    claims = data["claims"]
-    hours = sum(run["seconds"] for run in data["findings"]["runs"]) / 3600
-    heads = [
-        (f"{sum(bool(c['holds']) for c in claims)} of {len(claims)}", "claims hold"),
-        (f"{sum(c['holds'] is None for c in claims)}", "undecided"),
-        (f"{data['points_evaluated']}", "runs"),
-        (f"{hours:.1f} h", "of compression"),
-    ]
     tables = [
         "<h2>Runs</h2><p class='note'>Means over seeds. KL from the teacher and loss of the next token are nats a token of "
         "held-out text; bytes are a share of the teacher's.</p>",
@@ -100,4 +92,4 @@ def compression_study_page(title: str, lead: str, data: Mapping[str, Any]) -> st
         tables += [f"<h2>Pairs</h2><p class='note'>{note}</p>", html_table(PAIRS, pair_rows(data))]
     if data["findings"]["throughput"]:
         tables += ["<h2>Throughput</h2><p class='note'>Means over rounds.</p>", html_table(RATES, rate_rows(data))]
-    return runs_page(title, lead, data, heads, tables)
+    return runs_page(title, lead, data, "of compression", tables)

@@ -63,13 +63,5 @@ def pretraining_sentences(data: Mapping[str, Any]) -> list[str]:
 
 def pretraining_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     """The whole study from its JSON object."""
-    held = sum(bool(c["holds"]) for c in data["claims"])
-    hours = sum(run["seconds"] for run in data["findings"]["runs"]) / 3600
-    heads = [
-        (f"{held} of {len(data['claims'])}", "claims hold"),
-        (f"{data['points_evaluated']}", "runs"),
-        (f"{data['points_considered'] / 1e6:.1f} M", "tokens trained"),
-        (f"{hours:.1f} h", "of training"),
-    ]
     runs = ["<h2>Runs</h2><p class='note'>Means over seeds.</p>", html_table(COLUMNS, variant_rows(data))]
-    return runs_page(title, lead, data, heads, runs)
+    return runs_page(title, lead, data, "of training", runs)

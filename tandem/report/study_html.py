@@ -135,8 +135,16 @@ def study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     return page(title, "".join(body))
 
 
-def runs_page(title: str, lead: str, data: Mapping[str, Any], heads: Sequence[tuple[str, str]], tables: Sequence[str]) -> str:
-    """A study of finished runs from its JSON object: headline numbers, claims, its own tables (HTML), figures, assumptions."""
+def runs_page(title: str, lead: str, data: Mapping[str, Any], work: str, tables: Sequence[str]) -> str:
+    """A study of finished runs from its JSON object: headline numbers, claims, its own tables (HTML), figures, assumptions.
+    `work` is what the runs' hours went into."""
+    claims, undecided = data["claims"], sum(c["holds"] is None for c in data["claims"])
+    heads = [
+        (f"{sum(bool(c['holds']) for c in claims)} of {len(claims)}", "claims hold"),
+        *([(f"{undecided}", "undecided")] if undecided else []),
+        (f"{data['points_evaluated']}", "runs"),
+        (f"{sum(run['seconds'] for run in data['findings']['runs']) / 3600:.1f} h", work),
+    ]
     return page(
         title,
         "".join(
@@ -144,7 +152,7 @@ def runs_page(title: str, lead: str, data: Mapping[str, Any], heads: Sequence[tu
                 f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
                 cards(heads),
                 "<h2>Claims</h2>",
-                claims_table(data["claims"], list(data["backends"])),
+                claims_table(claims, list(data["backends"])),
                 *tables,
                 *charts(data["figures"]),
                 "<h2>Assumptions</h2>",
