@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 from itertools import product
 from statistics import median
@@ -23,7 +22,7 @@ from tandem.perf.closed_loop import PER_PLACE
 from tandem.perf.estimate import EstimateResult, Instances, estimate, estimate_disaggregated
 from tandem.spec.catalog import find_weights, load_spec
 from tandem.spec.design import Parallelism
-from tandem.spec.local import host_name
+from tandem.spec.local import host_name, usable_cores
 from tandem.spec.model import ModelSpec
 
 LENGTHS = {False: (64, 256, 640), True: (192, 384, 640)}
@@ -44,7 +43,7 @@ def predicted(spec: ModelSpec, split: bool, isl: int, osl: int, concurrency: int
     }
     if not split:
         return estimate(hardware="host", **common)
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     one = Instances(parallelism=Parallelism(), batch=1)
     decode = Instances(parallelism=Parallelism(), batch=concurrency)
     return estimate_disaggregated(hardware=host_name(max(1, cores // 2), cores), prefill=one, decode=decode, **common)
@@ -52,7 +51,7 @@ def predicted(spec: ModelSpec, split: bool, isl: int, osl: int, concurrency: int
 
 def points(model: str, requests: int, split: bool) -> list[dict[str, Any]]:
     """One row a setting: measured means, predictions, and their errors."""
-    spec, cores = load_spec(find_weights(model)), os.cpu_count() or 1
+    spec, cores = load_spec(find_weights(model)), usable_cores()
     threads = max(1, cores // 2) if split else cores
     rows = []
     grid = tuple((*point, requests) for point in product(LENGTHS[split], OSL, CONCURRENCY))

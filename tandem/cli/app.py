@@ -34,7 +34,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (SI units) on stdout.")]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="Hub id, short name, config.json or checkpoint folder.")]
 HardwareName = Annotated[str, typer.Option("--hardware", help="GPU name (`tandem hardware` lists them) or a YAML file.")]
-Backend = Annotated[str, typer.Option(help="vllm, sglang, trtllm or tandem.")]
+Backend = Annotated[
+    str | None, typer.Option(help="vllm, sglang, trtllm or tandem. Default: vllm, and tandem on a calibrated host.")
+]
 Fits = Annotated[Path | None, typer.Option(help="Your own fits, which `tandem calibrate serving --rows --out` wrote.")]
 PrecisionText = Annotated[str | None, typer.Option("--precision", help="bf16, fp8, fp8_block, fp4, mxfp4, int4 or weights/activations/kv; default: the published weights' format.")]  # fmt: skip  # noqa: E501
 
@@ -188,7 +190,7 @@ def estimate(
     dp: Annotated[int, typer.Option(help="Attention data parallelism.")] = 1,
     cpp: Annotated[int, typer.Option(help="Chunked pipeline parallelism (prefill).")] = 1,
     precision: PrecisionText = None,
-    backend: Backend = "vllm",
+    backend: Backend = None,
     mode: Annotated[str, typer.Option(help="colocated or piggybacked.")] = "colocated",
     draft_tokens: Annotated[int, typer.Option(help="Tokens that multi-token prediction proposes in each step.")] = 0,
     acceptance: Annotated[float, typer.Option(help="Probability that a proposed token holds.")] = 0.7,
@@ -254,7 +256,7 @@ def plan(
     tpot: Annotated[float | None, typer.Option(help="Largest time per output token, seconds.")] = None,
     percentile: Annotated[float, typer.Option(help="Share of prompts that TTFT must hold for, percent.")] = 50.0,
     precision: PrecisionText = None,
-    backend: Backend = "vllm",
+    backend: Backend = None,
     fits: Fits = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
     export: Annotated[Path | None, typer.Option(help="Write runnable deployments and a benchmark into this folder.")] = None,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.cli.app import emit
 from tandem.cli.needed import need
 from tandem.spec.errors import SpecError
-from tandem.spec.local import host_name
+from tandem.spec.local import host_name, usable_cores
 from tandem.spec.units import require_int
 
 if TYPE_CHECKING:
@@ -44,13 +43,14 @@ def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_ou
     import torch
 
     from tandem.engine.host import calibrate_host
+    from tandem.engine.host_rates import handoff_bytes_per_s
     from tandem.model.load import load_model
-    from tandem.perf.host import keep_host
+    from tandem.perf.host import keep_host, known_host
     from tandem.report import text
 
     if dtype not in DTYPES:
         raise SpecError(f"--dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     wanted = threads or sorted({cores, max(1, cores // 2)}, reverse=True)
     for count in wanted:
         require_int("threads", count, high=cores)
@@ -58,12 +58,16 @@ def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_ou
     names = models or list(MODELS)
     decoders = [load_model(name, dtype=getattr(torch, dtype)) for name in names]
     with text.progress("calibrating this machine") as step:
+        step("hand-off")
+        handoff = handoff_bytes_per_s(decoders[0].spec)
         found = {}
         for count in wanted:
             name = host_name(count, cores)
             tell = partial(_told, step, name)
-            engine = calibrate_host(decoders, threads=count, name=name, tell=tell)
-            found[name] = with_server(engine, names, [d.spec for d in decoders], dtype, tell) if can_serve() else engine
+            known = known_host(name) if models else None  # a model is added to what is known; without one all is measured anew
+            engine = calibrate_host(decoders, threads=count, name=name, handoff_bytes_per_s=handoff, tell=tell, known=known)
+            served = with_server(engine, names, [d.spec for d in decoders], dtype, tell) if can_serve() else engine
+            found[name] = served.beside(known)
     path = keep_host(found)
     seconds = time.perf_counter() - started
     fits = [
@@ -75,7 +79,7 @@ def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_ou
     if json_out:
         error = {key: max((fit[key] for fit in fits if fit[key] is not None), default=None) for key in ERRORS}
         machines = {
-            name: one.hardware.to_json() | {"handoff_bytes_per_s": one.handoff_bytes_per_s} for name, one in found.items()
+            name: one.hardware.to_json() | {"products": [asdict(rate) for rate in one.products]} for name, one in found.items()
         }
         return emit({"fits": fits, "error": error, "hardware": machines, "file": str(path), "seconds": seconds})
     _show(found, fits)
@@ -146,8 +150,15 @@ def _show(found: dict[str, Any], fits: list[dict[str, Any]]) -> None:
     t = text.table("This machine", "!", ">threads", ">workers", ">memory GB/s", ">fp32 GFLOP/s", ">hand-off GB/s")
     for name, one in found.items():
         h = one.hardware
-        rates = (h.memory_bytes_per_s, h.peak("fp32"), one.handoff_bytes_per_s)
+        rates = (h.memory_bytes_per_s, h.peak("fp32"), h.scale_out_bytes_per_s)
         t.add_row(name, str(one.threads), str(h.scale_up_gpus), *(f"{rate / 1e9:.1f}" for rate in rates))
+    text.console().print(t)
+    rows = sorted({rate.rows for one in found.values() for rate in one.products})
+    t = text.table("Products, GFLOP/s by rows", "!", "weights", *(f">{count}" for count in rows))
+    for name, one in found.items():
+        for weights in dict.fromkeys(rate.weights for rate in one.products):
+            by = {rate.rows: rate.flops_per_s for rate in one.products if rate.weights == weights}
+            t.add_row(name, weights, *(f"{by[count] / 1e9:.1f}" for count in rows))
     text.console().print(t)
     t = text.table(
         "The engine on it", "!", "model", "weights", ">step", ">a sequence", ">matmul", ">attention", ">other", ">prompt",

@@ -12,6 +12,7 @@ import typer
 
 from tandem.cli.assessing import assess
 from tandem.cli.needed import need
+from tandem.spec.errors import SpecError
 from tandem.spec.files import require_folder, write_whole
 from tandem.spec.units import require_number
 
@@ -27,6 +28,10 @@ def compress(
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="fixed-batch or cluster: which of the recipe's objectives candidates are judged by.")
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="GPU that deployments are predicted on instead of the recipe's; `host` is this machine."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; one that is there is gone on with. Default: out/compress/RECIPE.")
@@ -47,11 +52,15 @@ def compress(
     require_folder("report", report)
     if recipe is None:
         return _list([load_recipe(name) for name in recipe_names()], json_out)
-    chosen = load_recipe(recipe, [*(changes or ()), *([f"objective.kind={objective}"] if objective is not None else ())])
+    settings = [*(changes or ()), *([f"objective.kind={objective}"] if objective is not None else ())]
+    chosen = load_recipe(recipe, settings)
+    if hardware is not None:
+        settings += _on(chosen, hardware)
+        chosen = load_recipe(recipe, settings)
     if memory is not None:
         chosen = replace(chosen, memory_bytes=round(require_number("memory", memory, high=1e6) * 2**30))
     if not plan:
-        return _run(chosen, out, shlex.join(["tandem", "compress", recipe, *(changes or ())]), report, json_out)
+        return _run(chosen, out, shlex.join(["tandem", "compress", recipe, *settings]), report, json_out)
     with text.progress("searching") as step:
         found = plan_json(chosen, search_recipe(chosen, progress=step))
     if report is not None:
@@ -63,6 +72,14 @@ def compress(
     from tandem.report.compress_text import compress_plan_text
 
     return text.console().print(compress_plan_text(found))
+
+
+def _on(recipe: CompressRecipe, hardware: str) -> list[str]:
+    """The settings that predict a recipe's objectives on other hardware."""
+    if recipe.objective is None:
+        raise SpecError(f"--hardware={hardware!r}: {recipe.name} has no objective that would be predicted on it")
+    parts = ("fixed_batch", "cluster")
+    return [f"objective.{part}.hardware={hardware}" for part in parts if getattr(recipe.objective, part) is not None]
 
 
 def _run(recipe: CompressRecipe, out: Path | None, command: str, report: Path | None, json_out: bool) -> None:

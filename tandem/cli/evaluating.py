@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 from tandem.cli.needed import need
 from tandem.spec.errors import SpecError
 from tandem.spec.files import require_folder, write_whole
+from tandem.spec.local import usable_cores
 from tandem.spec.units import require_int
 
 
@@ -74,7 +74,7 @@ def evaluate(
     if threads is not None:
         import torch
 
-        torch.set_num_threads(require_int("threads", threads, high=os.cpu_count() or 1))
+        torch.set_num_threads(require_int("threads", threads, high=usable_cores()))
     data = _run(models, settings, dtype, device, answers)
     if report is not None:
         from tandem.report.evaluation_html import evaluation_page

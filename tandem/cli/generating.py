@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tandem.spec.errors import SpecError
+from tandem.spec.local import usable_cores
 from tandem.spec.units import require_int
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _summary(data: dict[str, Any]) -> str:
 def _require_extra(threads: int | None) -> None:
     """One line that says what to install where a package of the extra is missing; else torch gets its threads."""
     if threads is not None:  # beyond the cores they only wait, and some thousands crash torch's OpenMP
-        require_int("threads", threads, high=os.cpu_count() or 1)
+        require_int("threads", threads, high=usable_cores())
     try:
         import jaxtyping  # noqa: F401
         import jinja2  # noqa: F401

@@ -34,7 +34,7 @@ def run(
     workload: Workload,
     bounds: tuple[float | None, float | None, float],
     precision: str | None,
-    backend: str,
+    backend: str | None,
     fits: Path | None,
     report: Path | None,
     export: Path | None,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-from tandem.perf.estimate import estimate
+from tandem.perf.estimate import estimate, perf_model
 from tandem.plan.planner import find_plan
 from tandem.spec.catalog import load_hardware
 from tandem.spec.design import BACKENDS, Deployment, Estimate, Parallelism, Pool, Precision
@@ -47,7 +47,8 @@ class FixedBatch:
     osl: int
     precision: str | None = None
     """Number formats; None: the model's own."""
-    backend: str = "vllm"
+    backend: str | None = None
+    """None: vLLM, and Tandem's engine on a calibrated host."""
 
     def __post_init__(self) -> None:
         require_int("objective.batch", self.batch)
@@ -63,16 +64,16 @@ class FixedBatch:
         gpu = load_hardware(self.hardware)
 
         def predict(model: ModelSpec) -> Prediction | Infeasible:
-            precision = Precision.parse(self.precision, native=model.native_precision)
             try:
+                perf = perf_model(model, gpu, self.precision, self.backend)
                 found = estimate(
                     model=model,
                     hardware=gpu,
                     isl=self.isl,
                     osl=self.osl,
                     batch=self.batch,
-                    precision=precision,
-                    backend=self.backend,
+                    precision=perf.precision,
+                    backend=perf.backend,
                 )
             except SpecError as refused:
                 return Infeasible(str(refused))
@@ -82,7 +83,7 @@ class FixedBatch:
                 ttft_s=found.ttft_s,
                 tpot_s=found.tpot_s,
                 deployment=Deployment(
-                    model=model.name, hardware=gpu.name, backend=self.backend, precision=precision, colocated=pool
+                    model=model.name, hardware=gpu.name, backend=perf.backend, precision=perf.precision, colocated=pool
                 ),
             )
 
@@ -103,7 +104,7 @@ class Cluster:
     tpot_s: float | None = None
     percentile: float = 50.0
     precision: str | None = None
-    backend: str = "vllm"
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         require_int("objective.gpus", self.gpus)
@@ -188,8 +189,8 @@ def _times(rate: Estimate, factor: float) -> Estimate:
     return Estimate(value=rate.value * factor, low=rate.low * factor, high=rate.high * factor, evidence=rate.evidence)
 
 
-def _check(precision: str | None, backend: str) -> None:
+def _check(precision: str | None, backend: str | None) -> None:
     if precision is not None:
         Precision.parse(precision)
-    if backend not in BACKENDS:
+    if backend is not None and backend not in BACKENDS:
         raise SpecError(f"objective.backend={backend!r}: must be one of {', '.join(BACKENDS)}")

@@ -6,39 +6,31 @@ measures steps of the engine too, for predictions that can be trusted (tandem.pe
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
 from tandem.engine.config import EngineConfig, free_memory_bytes
 from tandem.engine.engine import Engine
+from tandem.engine.host_rates import FORMATS, peak_rates, product_rates
 from tandem.engine.types import EngineRequest, SamplingParams
-from tandem.model import native
 from tandem.model.hybrid import Decoder
-from tandem.model.linear import Linear
-from tandem.model.native.int8 import Int8Linear
 from tandem.model.precision import compute_dtype
 from tandem.perf.efficiency import ROOFLINE, find_fit
 from tandem.perf.host import HostCalibration, StepRow, fit_steps
 from tandem.spec.design import Precision
 from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
-
-_FORMATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "int8"}
-_ROWS, _COLS = 4096, 2048
-_SHARE_S = 0.25
-"""Seconds that each of the measurements may take."""
+from tandem.spec.local import usable_cores
 
 
 def host_precision(weights: torch.dtype) -> Precision:
     """Formats of a model whose linear weights are stored so: windows, keys and values are kept as activations are here."""
-    activations = _FORMATS[compute_dtype(weights, torch.device("cpu"))]
-    return Precision(weights=_FORMATS[weights], activations="bf16", kv=activations)
+    activations = FORMATS[compute_dtype(weights, torch.device("cpu"))]
+    return Precision(weights=FORMATS[weights], activations="bf16", kv=activations)
 
 
 def measure_host(weights: torch.dtype = torch.float32) -> HardwareSpec:
@@ -47,43 +39,49 @@ def measure_host(weights: torch.dtype = torch.float32) -> HardwareSpec:
     The peak is written so that the reference GPU's efficiency, which an unmeasured system borrows, brings it back to what
     was measured: predictions made with it are `transferred`.
     """
-    copies = [_product(weights) for _ in range(1 + (96 << 20) // (_ROWS * _COLS * weights.itemsize))]  # more than caches hold
-    dtype = compute_dtype(weights, torch.device("cpu"))
-    one, many = torch.randn(1, _COLS), torch.randn(256, _COLS, dtype=dtype)
-    with torch.no_grad():
-        read_s = _best_s(lambda: [_row(layer, one) for layer in copies]) / len(copies)
-        compute_s = _best_s(lambda: copies[0](many))
-    nbytes, flops = _ROWS * _COLS * weights.itemsize, 2 * 256 * _ROWS * _COLS
+    bytes_per_s, flops = peak_rates(weights)
     efficiency = find_fit(_spec(1.0, 1.0), "gemm", "bf16")[0].compute_efficiency
-    return _spec(nbytes / read_s, flops / compute_s / efficiency)
+    return _spec(bytes_per_s, flops / efficiency)
 
 
-def calibrate_host(models: Sequence[Decoder], *, threads: int, name: str, tell: Callable[[str], None]) -> HostCalibration:
-    """Peaks of this machine with so many threads, and coefficients of the engine for each model.
+def calibrate_host(
+    models: Sequence[Decoder],
+    *,
+    threads: int,
+    name: str,
+    handoff_bytes_per_s: float,
+    tell: Callable[[str], None],
+    known: HostCalibration | None = None,
+) -> HostCalibration:
+    """Peaks of this machine with so many threads, or those that are `known`, and coefficients of the engine for each model.
 
     Raises SpecError for a model whose context leaves no room to measure at.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        tell("memory and products")
-        quick = measure_host(torch.float32)
-        flops = quick.peak("bf16") * find_fit(quick, "gemm", "bf16")[0].compute_efficiency  # `_spec` has divided by it
-        hardware = replace(
-            quick,
-            name=name,
-            title=f"this machine, {threads} of {os.cpu_count()} threads a worker",
-            fits_from=ROOFLINE,
-            peak_flops={"bf16": flops, "fp16": flops, "fp32": flops, "int8": flops},
-            scale_up_gpus=max(1, (os.cpu_count() or 1) // threads),
-        )
+        if known is None:
+            tell("memory and products")
+            bytes_per_s, flops = peak_rates(torch.float32)
+            cores = usable_cores()
+            hardware = replace(
+                _spec(bytes_per_s, flops),
+                name=name,
+                title=f"this machine, {threads} of {cores} threads a worker",
+                fits_from=ROOFLINE,
+                peak_flops=dict.fromkeys(FORMATS.values(), flops),
+                scale_up_gpus=max(1, cores // threads),
+                scale_out_bytes_per_s=handoff_bytes_per_s,
+            )
+            products = tuple(product_rates())
+        else:
+            hardware, products = known.hardware, known.products
         fits = []
         for model in models:
             tell(f"steps of {model.spec.name}")
             weights = next(p.dtype for n, p in model.named_parameters() if n.endswith("_proj.weight"))
             fits.append(fit_steps(model.spec, hardware, host_precision(weights), measure_steps(model)))
-        tell("hand-off")
-        return HostCalibration(hardware=hardware, threads=threads, handoff_bytes_per_s=_handoff_bytes_per_s(), fits=tuple(fits))
+        return HostCalibration(hardware=hardware, threads=threads, products=products, fits=tuple(fits))
     finally:
         torch.set_num_threads(before)
 
@@ -139,43 +137,12 @@ def _request(id: str, isl: int, seed: int, *, osl: int) -> EngineRequest:
     return EngineRequest(id=id, prompt_ids=tuple(drawn), sampling=SamplingParams(max_tokens=osl, ignore_eos=True))
 
 
-def _handoff_bytes_per_s() -> float:
-    """Bytes/s of a copy between two buffers larger than caches, as a hand-off through shared memory is one to either side."""
-    source, sink = torch.ones(1 << 24), torch.empty(1 << 24)
-    return source.nbytes / _best_s(lambda: sink.copy_(source)) / 2
-
-
-def _product(weights: torch.dtype) -> nn.Module:
-    layer = Linear(_COLS, _ROWS, bias=False)
-    with torch.no_grad():
-        layer.weight.normal_()
-    return Int8Linear(layer) if weights == torch.int8 else layer.to(weights)
-
-
-def _row(layer: nn.Module, one: Tensor) -> Tensor:
-    """A product as the decode step in C does it, where there is one."""
-    if isinstance(layer, Linear) and native.available():
-        return native.linear(one, layer.weight)
-    product: Tensor = layer(one)
-    return product
-
-
-def _best_s(run: Callable[[], object]) -> float:
-    run()
-    best, end = float("inf"), time.perf_counter() + _SHARE_S
-    while time.perf_counter() < end:
-        started = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
 def _spec(bytes_per_s: float, flops: float) -> HardwareSpec:
     memory = free_memory_bytes(torch.device("cpu"))
     measured = f"measured on this machine with {torch.get_num_threads()} threads (tandem.engine.host)"
     return HardwareSpec(
         name="host",
-        title=f"this machine, {os.cpu_count()} cores",
+        title=f"this machine, {usable_cores()} cores",
         vendor="this machine",
         generation="cpu",
         memory_bytes=memory,
@@ -195,7 +162,7 @@ def _spec(bytes_per_s: float, flops: float) -> HardwareSpec:
             "peak_flops": measured,
             "scale_up_gpus": "one machine",
             "scale_up_bytes_per_s": "as memory: workers share it",
-            "scale_out_bytes_per_s": "as memory: workers share it",
+            "scale_out_bytes_per_s": "as memory, or of a measured hand-off: workers share it",
             "price_per_hour_usd": "none is known; a token price, as a specification needs one",
             "bandwidth_efficiency": "the bandwidth is a measured one",
         },

@@ -111,7 +111,7 @@ def _estimate_row(row: dict[str, str], fits: ServingFits | None) -> EstimateResu
         "isl": required_number(row, "isl"),
         "osl": required_number(row, "osl"),
         "precision": row.get("precision") or None,
-        "backend": row.get("backend") or "vllm",
+        "backend": row.get("backend") or None,
         "concurrency": whole_number(row, "concurrency"),
         "requests_per_s": _number(row, "rate"),
         "draft": Draft(

@@ -12,6 +12,8 @@ from tandem.perf.backend import ServingFits
 from tandem.perf.closed_loop import Loop, engine_loop, pools_loop
 from tandem.perf.costs import Layout, StepLoad
 from tandem.perf.divide import refuse_parallelism
+from tandem.perf.efficiency import ROOFLINE
+from tandem.perf.host import ENGINE, load_host
 from tandem.perf.memory import MemoryUse
 from tandem.perf.open_loop import OpenLoop, open_loop, open_loop_pools
 from tandem.perf.phases import ACCEPTANCE, Basis, PerfModel, ServeTime
@@ -82,17 +84,35 @@ def perf_model(
     model: str | ModelSpec,
     hardware: str | HardwareSpec,
     precision: str | Precision | None,
-    backend: str,
+    backend: str | None,
     fits: ServingFits | None = None,
 ) -> PerfModel:
-    """The performance model for names or specs; precision defaults to the model's native format, fits to the shipped ones."""
+    """The performance model for names or specs. Precision defaults to the model's native format, fits to the shipped ones, the
+    backend to vLLM; on a machine that `tandem calibrate host` measured to the format and the engine that it measured.
+
+    Raises SpecError for a backend that is none, and for another than the measured engine on such a machine.
+    """
     spec = load_spec(model) if isinstance(model, str) else model
     gpu = load_hardware(hardware) if isinstance(hardware, str) else hardware
+    measured = gpu.fits_from == ROOFLINE
+    if backend is None:
+        backend = ENGINE if measured else "vllm"
     if backend not in BACKENDS:
         raise SpecError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
+    if measured and backend != ENGINE:
+        raise SpecError(f"backend={backend!r}: {gpu.name} was measured with Tandem's engine; must be {ENGINE}")
+    if precision is None and measured:
+        precision = None if (host := load_host(gpu.name)) is None else host.precision(spec)
     if not isinstance(precision, Precision):
         precision = Precision.parse(precision, native=spec.native_precision)
     return PerfModel(spec, gpu, precision, backend, fits=fits)
+
+
+def check_workers(perf: PerfModel, gpus: int) -> None:
+    """Refuse more workers than a measured machine has room for."""
+    name, most = perf.hardware.name, perf.hardware.scale_up_gpus
+    if perf.hardware.fits_from == ROOFLINE and gpus > most:
+        raise SpecError(f"gpus={gpus}: {name} is one machine, where {most} worker{'s' * (most > 1)} fit; use {most}")
 
 
 def estimate(
@@ -106,7 +126,7 @@ def estimate(
     parallelism: Parallelism | None = None,
     requests_per_s: float | None = None,
     precision: str | Precision | None = None,
-    backend: str = "vllm",
+    backend: str | None = None,
     mode: str = "colocated",
     gpus: int | None = None,
     draft: Draft = NO_DRAFT,
@@ -126,6 +146,7 @@ def estimate(
     if p.cpp > 1:
         raise SpecError(f"cpp={p.cpp}: chunked pipeline parallelism is for prefill pools; use pp here")
     replicas = _replicas(p, gpus)
+    check_workers(perf, replicas * p.gpus)
     given = {"concurrency": concurrency, "batch": batch, "requests_per_s": requests_per_s}
     if sum(value is not None for value in given.values()) != 1:
         raise SpecError(
@@ -242,7 +263,7 @@ def estimate_disaggregated(
     concurrency: int | None = None,
     requests_per_s: float | None = None,
     precision: str | Precision | None = None,
-    backend: str = "vllm",
+    backend: str | None = None,
     draft: Draft = NO_DRAFT,
     fits: ServingFits | None = None,
 ) -> EstimateResult:
@@ -276,6 +297,7 @@ def estimate_disaggregated(
     limit = min(decode.batch, max_batch)
     decoding = DecodePool(decode.layout, np.array([float(limit)]), np.array([float(decode.replicas)]))
     gpus = prefill.replicas * prefill.parallelism.gpus + decode.replicas * decode.parallelism.gpus
+    check_workers(perf, gpus)
     served: OpenLoop | SplitTime
     if requests_per_s is not None:
         rate = require_number("requests_per_s", requests_per_s)

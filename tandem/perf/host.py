@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ from tandem.spec.local import host_file
 from tandem.spec.model import ModelSpec
 
 ONE = Layout(1.0, 1.0, 1.0, 1.0, 1.0)
+ENGINE = "tandem"
+"""The backend that a host's coefficients are of."""
+MAX_BATCH = 32
+"""Sequences that the engine decodes at once unless told otherwise, as tandem.engine.config has it."""
 LEAST_SPREAD = 0.1
 """Intervals are at least so wide to either side: steps that were fitted are easier than steps that were not."""
 
@@ -67,6 +71,15 @@ class ServedRow:
     """Requests for each in flight: the fewer, the more the first ones weigh, which all start together."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProductRate:
+    """FLOP/s of a product of `rows` rows with weights stored in a format."""
+
+    weights: str
+    rows: int
+    flops_per_s: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostFit:
     """The engine's coefficients for one model in one format of weights."""
@@ -100,9 +113,9 @@ class HostCalibration:
 
     hardware: HardwareSpec
     threads: int
-    handoff_bytes_per_s: float
-    """Of a state from one process to another."""
     fits: tuple[HostFit, ...]
+    products: tuple[ProductRate, ...] = ()
+    """Of the machine, for people: fits have what a model's own products take."""
 
     def find(self, model: ModelSpec, weights: str, split: bool = False) -> tuple[BackendFit, Evidence]:
         """Coefficients for a model, in pools where `split`: `calibrated` where it was measured in this format, `transferred`
@@ -116,12 +129,25 @@ class HostCalibration:
         known = bool(own) and (pools is not None or not split)
         return pools or near[-1].fit, "calibrated" if known else "transferred"
 
+    def precision(self, model: ModelSpec) -> Precision | None:
+        """The format that a model was measured in last, else that of what was measured last; None where nothing was."""
+        own = [one for one in self.fits if one.arch == fingerprint(model)]
+        return next((one.precision for one in reversed(own or self.fits)), None)
+
+    def beside(self, known: HostCalibration | None) -> HostCalibration:
+        """With what was known of other models and formats before it: fits to the same peaks."""
+        if known is None or known.hardware != self.hardware:
+            return self
+        anew = {(fit.arch, fit.precision.weights) for fit in self.fits}
+        kept = [fit for fit in known.fits if (fit.arch, fit.precision.weights) not in anew]
+        return replace(self, fits=(*kept, *self.fits))
+
     def to_json(self) -> dict[str, Any]:
         """An object of the file."""
         return {
             "hardware": self.hardware.to_json(),
             "threads": self.threads,
-            "handoff_bytes_per_s": self.handoff_bytes_per_s,
+            "products": [asdict(one) for one in self.products],
             "fits": [one.to_json() for one in self.fits],
         }
 
@@ -204,6 +230,14 @@ def load_host(name: str) -> HostCalibration | None:
         raise SpecError(f"{path}: is no calibration of this version ({wrong}); run `tandem calibrate host` again") from None
 
 
+def known_host(name: str) -> HostCalibration | None:
+    """As `load_host`, and None where the file cannot be read: for whoever can do without."""
+    try:
+        return load_host(name)
+    except SpecError:
+        return None
+
+
 def keep_host(found: Mapping[str, HostCalibration]) -> Path:
     """Write calibrations by name into the user's file, in place of those of the same names; where it lies."""
     path = host_file()
@@ -220,7 +254,7 @@ def _calibration_from(data: Mapping[str, Any]) -> HostCalibration:
     return HostCalibration(
         hardware=read_hardware(data["hardware"]),
         threads=int(data["threads"]),
-        handoff_bytes_per_s=float(data["handoff_bytes_per_s"]),
+        products=tuple(ProductRate(**one) for one in data.get("products", ())),
         fits=tuple(_fit_from(one) for one in data["fits"]),
     )
 

@@ -101,7 +101,7 @@ def _measured_row(row: dict[str, str], side: Side) -> MeasuredRow:
     for name in ("model", "hardware"):
         if not row.get(name):
             raise SpecError(f"{name}='': must be given, in the file or as --{name}")
-    perf = perf_model(row["model"], row["hardware"], row.get("precision") or None, row.get("backend") or "vllm")
+    perf = perf_model(row["model"], row["hardware"], row.get("precision") or None, row.get("backend") or None)
     _refuse_idle_cells(row)
     common: dict[str, Any] = {
         "row_id": row["id"],

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tandem.perf.backend import ServingFits
-from tandem.perf.phases import PerfModel
+from tandem.perf.efficiency import ROOFLINE
+from tandem.perf.estimate import check_workers, perf_model
 from tandem.plan.frontier import frontier_choices
 from tandem.plan.option import MODES, Option, OptionMaker
 from tandem.plan.search import Choice, Searched
 from tandem.plan.space import BATCHES
-from tandem.spec.catalog import load_hardware, load_spec
-from tandem.spec.design import BACKENDS, Deployment, Mode, Precision
+from tandem.spec.design import Deployment, Mode, Precision
 from tandem.spec.errors import SpecError
 from tandem.spec.hardware import HardwareSpec
 from tandem.spec.model import ModelSpec
@@ -24,6 +24,9 @@ from tandem.spec.workload import Slo, Workload
 WORTH_SPLITTING = 1.05
 """Disaggregation must serve this many times as much as the best co-located deployment to be recommended: less is below what
 any prediction here can tell apart, and two pools with a transfer between them are more to run."""
+
+STEADY = "plans are for steady arrivals; what a fixed number of requests in flight feel here is told by `tandem estimate`"
+"""Of a calibrated host, where the two were measured to differ (docs/adr/0018)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,8 @@ class Plan:
         limit = self.model.max_context
         beyond = f"sequences grow to {longest:,.0f} tokens, beyond the {limit:,} that {self.model.name} is published for"
         uncounted = f"not counted: {', '.join(self.model.omitted)}"
-        return (*((beyond,) if longest > limit else ()), *((uncounted,) if self.model.omitted else ()))
+        notes = (*((beyond,) if longest > limit else ()), *((uncounted,) if self.model.omitted else ()))
+        return (*notes, *((STEADY,) if self.hardware.fits_from == ROOFLINE else ()))
 
     @property
     def colocated(self) -> Option | None:
@@ -116,30 +120,26 @@ def find_plan(
     workload: Workload,
     slo: Slo | None = None,
     precision: str | Precision | None = None,
-    backend: str = "vllm",
+    backend: str | None = None,
     fits: ServingFits | None = None,
     batch_stride: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """The best deployment of `model` on `gpus` x `hardware` for this traffic under the SLO.
 
-    Precision defaults to the format of the model's published weights, `fits` to the shipped ones. Throughput
+    Precision defaults to the format of the model's published weights, the backend to vLLM (both to what was measured on a
+    calibrated host), `fits` to the shipped ones. Throughput
     counts output tokens over all GPUs of the deployment. A `batch_stride` of n prices every n-th batch size only: a first
     look. Raises SpecError on impossible values and NoPlanError when no deployment can meet the request.
     """
     started = time.perf_counter()
-    spec = load_spec(model) if isinstance(model, str) else model
-    gpu = load_hardware(hardware) if isinstance(hardware, str) else hardware
+    perf = perf_model(model, hardware, precision, backend, fits)
     require_int("gpus", gpus, high=16384)
+    check_workers(perf, gpus)
     require_int("batch_stride", batch_stride, high=len(BATCHES))
-    if backend not in BACKENDS:
-        raise SpecError(f"backend={backend!r}: must be one of {', '.join(BACKENDS)}")
     if workload.mean_osl < 2:
         raise SpecError(f"osl={workload.mean_osl:g}: planning needs at least 2 output tokens, or there is no decode to place")
     objective = slo or Slo()
-    if not isinstance(precision, Precision):
-        precision = Precision.parse(precision, native=spec.native_precision)
-    perf = PerfModel(spec, gpu, precision, backend, fits=fits)
     searched = Searched(perf, workload, gpus, objective.percentile, batch_stride).price_all(progress)
     progress("choosing")
     choices = searched.select(objective, gpus)
@@ -150,8 +150,8 @@ def find_plan(
     best = options[_winner(choices)]
     frontier = maker.options([c for m in MODES for c in frontier_choices(searched, m, objective)])
     return Plan(
-        model=spec,
-        hardware=gpu,
+        model=perf.model,
+        hardware=perf.hardware,
         gpus=gpus,
         workload=workload,
         slo=objective,

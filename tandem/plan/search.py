@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.perf.host import MAX_BATCH
 from tandem.perf.memory import DEFAULT_STEP_TOKENS, LARGEST_STEP_TOKENS, MemoryUse, total_weight_bytes
 from tandem.perf.phases import PerfModel
 from tandem.perf.pools import exposed_transfer_s
@@ -113,6 +114,8 @@ class Searched:
         model = self.perf.model
         layouts = parallelisms(model, self.budget, phase="decode")
         batches = BATCHES[:: self.batch_stride]
+        if self.perf.on_host:
+            batches = batches[batches <= MAX_BATCH]
         progress("co-located")
         self._add("colocated", grid(layouts, batches, np.array([np.inf])), self._colocated)
         progress("piggybacked")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ from tandem.model.inputs import known_device
 from tandem.spec.design import Deployment, Parallelism, Pool
 from tandem.spec.errors import SpecError
 from tandem.spec.files import require_folder
+from tandem.spec.local import usable_cores
 from tandem.spec.units import require_int, require_number
 from tandem.spec.workload import Slo
 
@@ -106,7 +106,7 @@ class ServeOptions:
         if not self.name or not self.name.isprintable():
             raise SpecError(f"name={self.name!r}: must be a text of one line")
         if self.threads is not None:
-            require_int("threads", self.threads, high=os.cpu_count() or 1)
+            require_int("threads", self.threads, high=usable_cores())
         if self.dtype not in DTYPES:
             raise SpecError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         if self.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -140,7 +140,7 @@ class ServeOptions:
     @property
     def worker_threads(self) -> int:
         """Threads of each worker: together no more than there are cores."""
-        return self.threads or max(1, (os.cpu_count() or 1) // self.most_workers)
+        return self.threads or max(1, usable_cores() // self.most_workers)
 
 
 def as_planned(options: ServeOptions, file: Path) -> ServeOptions:

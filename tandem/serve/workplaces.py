@@ -5,7 +5,6 @@ A workplace makes workers that are not up yet; each call of `worker` gives one w
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from tandem.engine.host import host_precision, measure_host
 from tandem.model.load import load_model
 from tandem.model.tokenizer import Tokenizer, load_tokenizer
 from tandem.perf.costs import Layout
-from tandem.perf.host import load_host
+from tandem.perf.host import known_host
 from tandem.perf.phases import PerfModel
 from tandem.sched.route import Role, StepTimes
 from tandem.sched.scale_rates import PoolRates, TableRates
@@ -27,7 +26,7 @@ from tandem.serve.messages import Capacity
 from tandem.serve.options import ServeOptions
 from tandem.serve.process_host import ProcessHost
 from tandem.spec.catalog import find_weights, load_spec
-from tandem.spec.local import host_name
+from tandem.spec.local import host_name, usable_cores
 from tandem.spec.model import ModelSpec
 from tandem.spec.workload import Slo
 
@@ -146,7 +145,7 @@ def step_times(spec: ModelSpec, options: ServeOptions) -> StepTimes:
         return MeasuredTimes(prefill_s_per_token=1e-4, decode_s_per_step=2e-2)
     dtype = resolve_dtype(options.dtype, options.device)
     weights = torch.int8 if dtype == "int8" else getattr(torch, dtype)
-    known = load_host(host_name(options.worker_threads, os.cpu_count() or 1))
+    known = known_host(host_name(options.worker_threads, usable_cores()))
     hardware = measure_host(weights) if known is None else known.hardware
     perf = PerfModel(spec, hardware, host_precision(weights), backend="tandem")
     return PredictedTimes(perf, Layout(1.0, 1.0, 1.0, 1.0, 1.0), step_tokens=EngineConfig().pass_tokens)

@@ -19,6 +19,11 @@ def host_name(threads: int, cores: int) -> str:
     return "host" if threads == cores else f"host-{threads}"
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def host_file() -> Path:
     """Where the calibration of this machine is kept: TANDEM_DATA, else `tandem` in the user's data folder."""
     chosen = os.environ.get("TANDEM_DATA")

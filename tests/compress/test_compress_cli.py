@@ -53,6 +53,20 @@ def test_the_same_command_prints_the_same_bytes(run: Run) -> None:
     assert run("nano-compress", "--plan", "--json") == run("nano-compress", "--plan", "--json")
 
 
+def test_deployments_are_predicted_on_the_hardware_that_is_named(run: Run) -> None:
+    """All objectives of the recipe are moved, and it is said of the run too."""
+    words = ("12b-to-9b", "--plan", "--json", "--hardware", "l4", "objective.fixed_batch.batch=2")
+    for more, kind in (((), "fixed-batch"), (("--objective", "cluster"), "cluster")):
+        code, out, err = run(*words, *more)
+        assert (code, err) == (0, "")
+        plan = json.loads(out)
+        assert (plan["objective"]["kind"], plan["objective"]["hardware"]) == (kind, "l4")
+        assert plan["candidates"][0]["prediction"]["deployment"]["hardware"] == "l4"
+    assert run("nano-compress", "--plan", "--hardware", "host")[2].startswith(
+        "error: hardware='host': this machine was not measured"
+    )
+
+
 def test_changes_and_the_objective_are_options(run: Run) -> None:
     words = ("12b-to-9b", "select.take=1", "select.predict=taken", "objective.cluster.gpus=2", "--objective", "cluster")
     _, out, _ = run(*words, "--plan", "--json")

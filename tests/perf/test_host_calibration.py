@@ -80,7 +80,7 @@ def test_rows_that_tell_nothing_apart_are_refused() -> None:
 
 def calibration(**terms: float) -> HostCalibration:
     fit = fit_steps(MODEL, HOST, FP32, made_up(BackendFit(**terms)))
-    return HostCalibration(hardware=HOST, threads=2, handoff_bytes_per_s=1e9, fits=(fit,))
+    return HostCalibration(hardware=HOST, threads=2, fits=(fit,))
 
 
 def test_what_is_kept_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

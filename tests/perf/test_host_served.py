@@ -84,7 +84,7 @@ def test_predictions_are_those_of_the_public_functions(tmp_path: Path, monkeypat
         model=MODEL.name, arch=fingerprint(MODEL), precision=FP32, fit=ENGINE, decode_ape=0.0, prefill_ape=0.0, split=pools,
         ttft_ape=0.1, tpot_ape=0.1,
     )  # fmt: skip
-    calibration = HostCalibration(hardware=HOST, threads=1, handoff_bytes_per_s=1e9, fits=(one,))
+    calibration = HostCalibration(hardware=HOST, threads=1, fits=(one,))
     keep_host({"host": calibration})
     row = ServedRow(isl=256, osl=128, concurrency=4, ttft_s=1.0, tpot_s=1.0)
     common = {
