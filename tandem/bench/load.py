@@ -13,6 +13,9 @@ from tandem.spec.workload import Trace
 FIRST_ID, LAST_ID = 100, 256
 """Token ids of prompts lie from the first to below the last: small enough for any vocabulary, and none of them special."""
 
+MOST_TOKENS = 10**9
+"""Prompt tokens of a load, all of which are drawn before the first request is sent."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Load:
@@ -31,6 +34,11 @@ class Load:
                 raise SpecError(
                     f"concurrency={self.concurrency}: more than there are requests, {len(self.trace)}; send at least as many"
                 )
+        tokens = int(self.trace.isl.sum())
+        if tokens > MOST_TOKENS:
+            raise SpecError(
+                f"requests={len(self.trace)}: have {tokens:,} prompt tokens; at most {MOST_TOKENS:,} are drawn for a run"
+            )
 
     def prompt(self, number: int) -> list[int]:
         """Token ids of a request: other ones for each, but for prefixes that the trace says are shared."""

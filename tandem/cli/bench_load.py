@@ -32,6 +32,9 @@ def loads_of(
 ) -> list[Load]:
     """A load for each repeat, its prompts and arrivals drawn anew. Raises SpecError for options that do not go together."""
     require_int("repeats", repeats, high=1000)
+    for name, value in (("concurrency", concurrency), ("requests", requests)):
+        if value is not None:
+            require_int(name, value, high=100_000 if name == "concurrency" else 10**7)
     if concurrency is None:
         if trace is None and arrivals is None:
             raise SpecError("--concurrency: state it for a closed loop, or --arrivals or --trace for an open one")
@@ -52,9 +55,10 @@ def loads_of(
         whole = lengths.draw(seed, repeats)
         first = [each if requests is None else each.rows(np.arange(min(len(each), requests))) for each in whole]
         return [Load(trace=each, concurrency=concurrency, seed=seed_of(seed, k)) for k, each in enumerate(first)]
-    for option, value in (("--duration", duration_s), ("--trace-format", trace_format), ("--start", start_s or None)):
-        if value is not None:
-            raise refuse(option, value, "changes nothing in a closed loop without --trace; leave it out")
+    idle = {"--duration": duration_s, "--trace-format": trace_format, "--start": start_s or None}
+    for option, given in {**idle, "--scale": None if scale == 1.0 else scale}.items():
+        if given is not None:
+            raise refuse(option, given, "changes nothing in a closed loop without --trace; leave it out")
     if isl is None or osl is None:
         raise SpecError("--isl, --osl: state both, or --trace")
     fixed = fixed_trace(isl, osl, PER_PLACE * concurrency if requests is None else requests)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +60,7 @@ def bench(
     from tandem.spec.workload import Slo
 
     need("aiohttp", doing="bench")
-    from tandem.bench.learn import check_rows_file
+    from tandem.bench.learn import check_rows_file, learn_from
     from tandem.cli.bench_load import loads_of
 
     for option, path in (("--report", report), ("--learn", learn)):
@@ -73,28 +75,37 @@ def bench(
                 f"--learn={str(learn)!r}: calibration learns from a fixed length at a fixed number in flight; give --isl, "
                 "--osl and --concurrency"
             )
+        if osl is not None and osl < 2:
+            raise SpecError(f"--osl={osl}: calibration learns TPOT too; with --learn, let answers have two tokens or more")
+        if report is not None and report.resolve() == learn.resolve():
+            raise SpecError(f"--report={str(report)!r}: is the file of --learn; name another")
         check_rows_file(learn)
     slo = Slo(ttft_s=ttft, tpot_s=tpot, percentile=percentile) if ttft is not None or tpot is not None else None
     loads = loads_of(
         concurrency=concurrency, arrivals=arrivals, trace=trace, trace_format=trace_format, scale=scale, start_s=start,
         duration_s=duration, isl=isl, osl=osl, requests=requests, seed=seed, repeats=repeats,
     )  # fmt: skip
+    started = datetime.now(UTC)
     with _reached(server, options or []) as url:
-        target, runs = asyncio.run(_measure(url, model, timeout, loads, warmup))
-    if learn is not None and concurrency is not None:
-        from tandem.bench.learn import add_rows
-
-        add_rows(learn, target.model, isl or 0, osl or 0, concurrency, [run.stats() for run in runs])
+        target, runs, broken = asyncio.run(_measure(url, model, timeout, loads, warmup))
     _tell(target, loads, runs, slo, report, json_out)
+    if broken is not None:
+        raise broken
+    if learn is not None and isl is not None and osl is not None and concurrency is not None:
+        line = learn_from(learn, target.model, isl, osl, concurrency, runs, started)
+        print(line, file=sys.stderr if json_out else sys.stdout)
 
 
 @contextmanager
 def _reached(server: str, options: list[str]) -> Iterator[str]:
     """The address of a server: the one that is named, or of a model's that lives as long as this lasts."""
-    if server.startswith(("http://", "https://")):
+    scheme, mark, rest = server.partition("://")
+    if mark:
+        if scheme.lower() not in ("http", "https"):
+            raise SpecError(f"{server!r}: must be an address that begins with http:// or https://, or a model")
         if options:
             raise SpecError(f"{' '.join(options)}: options of `tandem serve` change no server that runs; leave them out")
-        yield server.rstrip("/").removesuffix("/v1")
+        yield f"{scheme.lower()}://{rest.rstrip('/').removesuffix('/v1')}"
         return
     from tandem.cli.served import served
 
@@ -104,7 +115,8 @@ def _reached(server: str, options: list[str]) -> Iterator[str]:
 
 async def _measure(
     url: str, model: str | None, timeout_s: float, loads: list[Load], warmup: int
-) -> tuple[Target, list[BenchRun]]:
+) -> tuple[Target, list[BenchRun], SpecError | None]:
+    """The server, the runs, and why there are fewer of them than loads. Raises SpecError where there would be none."""
     from dataclasses import replace
 
     from tandem.bench.client import Target, served_model, session
@@ -115,33 +127,53 @@ async def _measure(
     if model is None:
         async with session(target) as http:
             target = replace(target, model=await served_model(http, url))
-    runs = []
+    runs: list[BenchRun] = []
     with Progress() as progress:
         for number, load in enumerate(loads):
             listen = progress.run(number, len(loads), len(load.trace))
-            runs.append(await run(target, load, warmup=warmup, listen=listen))
-    return target, runs
+            try:
+                runs.append(await run(target, load, warmup=warmup, listen=listen))
+            except SpecError as wrong:
+                if not runs:
+                    raise
+                return target, runs, SpecError(f"run {number + 1} of {len(loads)} was not measured: {wrong}")
+    return target, runs, None
 
 
 def _tell(target: Target, loads: list[Load], runs: list[BenchRun], slo: Any, report: Path | None, json_out: bool) -> None:
+    """What was measured, before any file is written of it."""
     from tandem.sim.replicate import intervals
-    from tandem.spec.files import write_whole
 
     rows = [run.to_json(slo) for run in runs]
     found = intervals(rows) if len(rows) > 1 else {}
-    if report is not None:
-        from tandem.report.bench_html import bench_page
-
-        write_whole(report, bench_page(target.url, target.model, loads[0], runs, slo, found))
     if json_out:
         from tandem.cli.app import emit
 
         load = {"name": loads[0].trace.name, "requests": len(loads[0].trace), "concurrency": loads[0].concurrency}
-        return emit({"url": target.url, "model": target.model, "load": load, **rows[0], "runs": rows, "intervals": found})
+        emit({"url": target.url, "model": target.model, "load": load, **rows[0], "runs": rows, "intervals": found})
+    else:
+        _show(target, loads, runs, slo, found)
+    if report is not None:
+        from tandem.report.bench_html import bench_page
+        from tandem.spec.files import write_whole
+
+        write_whole(report, bench_page(target.url, target.model, loads[0], runs, slo, found))
+        if not json_out:
+            print(f"report: {report}")
+
+
+def _show(target: Target, loads: list[Load], runs: list[BenchRun], slo: Any, found: dict[str, Any]) -> None:
+    from rich.text import Text
+
     from tandem.report import text
     from tandem.report.bench_text import bench_lines, bench_table
 
     out = text.console()
-    out.print(bench_table(target.model, loads[0], runs[0].stats(slo), found))
-    for line in bench_lines(target.url, loads, runs, slo, report):
+    table = bench_table(target.model, loads[0], runs[0].stats(slo), found)
+    table.title = Text(str(table.title), style=table.title_style or "")  # names are no markup
+    out.print(table)
+    lines = bench_lines(target.url, loads, runs, slo, None)
+    for number, run in enumerate(runs[1:], start=2):
+        lines += [f"run {number}: {count:,} failed: {why}" for why, count in run.failures.items()]
+    for line in lines:
         out.print(line, soft_wrap=True, markup=False)

@@ -12,6 +12,10 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from tandem.bench.client import Target
+from tandem.bench.load import Load
+from tandem.bench.run import BenchRun, run
+
 
 class Stub:
     """A completions server. `hold` requests are in flight before any is answered; `answer` may write something else."""
@@ -22,12 +26,19 @@ class Stub:
         self.headers: list[str | None] = []
         self.now = self.most = 0
         self.names = ["served"]
+        self.listed: bytes | None = None  # instead of the names
         self.status = 200
         self._full = asyncio.Event()
 
     @staticmethod
     async def event(stream: web.StreamResponse, data: dict[str, Any]) -> None:
         await stream.write(f"data: {json.dumps(data)}\n\n".encode())
+
+    @staticmethod
+    async def lines(stream: web.StreamResponse, *data: bytes) -> None:
+        """Events of these bytes, whatever they are."""
+        for each in data:
+            await stream.write(b"data: " + each + b"\n\n")
 
     async def whole(self, stream: web.StreamResponse, body: dict[str, Any]) -> None:
         for _ in range(body["max_tokens"]):
@@ -54,6 +65,8 @@ class Stub:
         return stream
 
     async def models(self, request: web.Request) -> web.Response:
+        if self.listed is not None:
+            return web.Response(body=self.listed, content_type="application/json")
         return web.json_response({"data": [{"id": name} for name in self.names]})
 
     def serve(self) -> TestServer:
@@ -61,6 +74,20 @@ class Stub:
         app.router.add_post("/v1/completions", self.complete)
         app.router.add_get("/v1/models", self.models)
         return TestServer(app)
+
+
+def measured(
+    load: Load, stub: Callable[[], Stub] = Stub, *, warmup: int = 0, key: str | None = None, timeout_s: float = 30.0
+) -> tuple[BenchRun, Stub]:
+    """A load sent to a stub, and the stub."""
+
+    async def go() -> tuple[BenchRun, Stub]:
+        made = stub()
+        async with made.serve() as server:
+            target = Target(url=str(server.make_url("")).rstrip("/"), model="served", api_key=key, timeout_s=timeout_s)
+            return await run(target, load, warmup=warmup), made
+
+    return asyncio.run(go())
 
 
 @contextmanager

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,26 +14,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("aiohttp", reason="pip install tandem-lm[bench]")
 from aiohttp import web
-from bench_cases import Stub
+from bench_cases import Stub, measured
 
 from tandem.bench.client import Target, served_model, session
-from tandem.bench.learn import add_rows, check_rows_file
 from tandem.bench.load import FIRST_ID, LAST_ID, Load, fixed_trace
-from tandem.bench.run import BenchRun, run
-from tandem.perf.measurements import read_measurements
 from tandem.sched.metrics import ttft_s
 from tandem.spec.errors import SpecError
 from tandem.spec.workload import Slo, Trace, TraceRows
-
-
-def measured(load: Load, stub: Callable[[], Stub] = Stub, *, warmup: int = 0, key: str | None = None) -> tuple[BenchRun, Stub]:
-    async def go() -> tuple[BenchRun, Stub]:
-        made = stub()
-        async with made.serve() as server:
-            target = Target(url=str(server.make_url("")).rstrip("/"), model="served", api_key=key, timeout_s=30.0)
-            return await run(target, load, warmup=warmup), made
-
-    return asyncio.run(go())
 
 
 @given(st.integers(1, 300), st.integers(1, 5), st.integers(0, 2**40))
@@ -177,24 +162,3 @@ def test_nobody_there_is_one_line() -> None:
 def test_more_in_flight_than_requests_is_refused() -> None:
     with pytest.raises(SpecError, match="concurrency=5: more than there are requests, 4"):
         Load(trace=fixed_trace(5, 3, 4), concurrency=5)
-
-
-def test_learned_rows_are_read_by_calibration(tmp_path: Path) -> None:
-    """Together with what the bench does not know: the GPU and the backend."""
-    found, _ = measured(Load(trace=fixed_trace(5, 3, 4), concurrency=2))
-    stats = found.stats()
-    assert stats.ttft_s is not None
-    assert stats.tpot_s is not None
-    slow = replace(
-        stats, ttft_s=replace(stats.ttft_s, mean=0.25), tpot_s=replace(stats.tpot_s, mean=0.0125)
-    )  # of the stub they are shorter than any server's
-    file = tmp_path / "rows.csv"
-    add_rows(file, "Qwen/Qwen3-8B", 1000, 100, 8, [slow, slow])
-    check_rows_file(file)
-    add_rows(file, "Qwen/Qwen3-8B", 1000, 100, 8, [slow])
-    rows = read_measurements([file], {"hardware": "h100-sxm", "backend": "vllm", "tp": "1"}, "calibration")
-    assert [row.row_id for row in rows] == ["bench-1", "bench-2", "bench-3"]
-    assert {(row.ttft_s, row.tpot_s) for row in rows} == {(0.25, 0.0125)}
-    file.write_text("a,b\n1,2\n")
-    with pytest.raises(SpecError, match="other columns"):
-        check_rows_file(file)
