@@ -83,9 +83,7 @@ def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_ou
         }
         return emit({"fits": fits, "error": error, "hardware": machines, "file": str(path), "seconds": seconds})
     _show(found, fits)
-    text.console().print(
-        f"{path} in {seconds:.0f} s; now `--hardware host` means this machine", soft_wrap=True
-    )
+    text.console().print(f"{path} in {seconds:.0f} s; now `--hardware host` means this machine", soft_wrap=True)
 
 
 def can_serve() -> bool:

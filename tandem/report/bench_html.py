@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
-from tandem.report.bench_text import SPREADS, bench_lines, load_text
+from tandem.report.bench_text import ALL_RUNS, SPREADS, bench_lines, load_text, mean_of_runs
 from tandem.report.html import bullets, cards, chart, footer, html_table, page
 from tandem.report.text import ms
 from tandem.sched import metrics
@@ -78,14 +78,13 @@ def bench_page(
     for name, label in SPREADS.items():
         spread = getattr(stats, name)
         if spread is not None:
-            mean = intervals.get(name, {}).get("mean")
-            interval = "-" if mean is None else f"{ms(max(mean['low'], 0.0))} to {ms(mean['high'])}"
-            rows.append([label, *(ms(value) for value in (spread.mean, spread.p50, spread.p90, spread.p99)), interval])
+            cells = [ms(value) for value in (spread.mean, spread.p50, spread.p90, spread.p99)]
+            rows.append([label, *cells, mean_of_runs(intervals.get(name, {}).get("mean"))])
     bounds = {} if slo is None else {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
     body = [
         f"<h1>{escape(model)}, measured</h1><p class='lead'>{escape(load_text(load))}</p>",
         cards(heads),
-        html_table(("", ">mean", ">p50", ">p90", ">p99", ">mean, 95 %"), rows),
+        html_table(("", ">mean", ">p50", ">p90", ">p99", f">{ALL_RUNS}"), rows),
         bullets(bench_lines(url, [load], runs, slo, None)),
     ]
     for name, label in SPREADS.items():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # they need the extra `[bench]`
     from tandem.bench.load import Load
     from tandem.bench.run import BenchRun
 
+ALL_RUNS = "mean of all runs, 95 %"
 SPREADS = {"ttft_s": "TTFT", "tpot_s": "TPOT", "e2e_s": "whole answer"}
 LATE_S = 0.01
 """A client that is later than this with its requests measures itself."""
@@ -27,18 +28,22 @@ def load_text(load: Load) -> str:
     return f"{count}, at the times of the trace" if load.concurrency is None else f"{count}, {load.concurrency} at any time"
 
 
+def mean_of_runs(found: Mapping[str, float] | None) -> str:
+    """A time's mean over runs and its interval; - where there is none."""
+    return "-" if found is None else f"{ms(found['mean'])} ({ms(max(found['low'], 0.0))} to {ms(found['high'])})"
+
+
 def bench_table(model: str, load: Load, stats: RunStats, intervals: Mapping[str, Any]) -> Table:
-    """Times of the first run's completed requests; with repeats, the interval of each mean."""
-    columns = ["!", ">mean", ">p50", ">p90", ">p99"] + ([">!mean, 95 %"] if intervals else [])
-    found = table(f"{model}: {load_text(load)}", *columns)
+    """Times of the first run's completed requests; with repeats, the mean of all runs with its interval."""
+    columns = ["!", ">mean", ">p50", ">p90", ">p99"] + ([f">!{ALL_RUNS}"] if intervals else [])
+    found = table(f"{model}: {load_text(load)}{'; the first run' if intervals else ''}", *columns)
     for name, label in SPREADS.items():
         spread: Spread | None = getattr(stats, name)
         if spread is None:
             continue
         cells = [ms(value) for value in (spread.mean, spread.p50, spread.p90, spread.p99)]
         if intervals:
-            mean = intervals.get(name, {}).get("mean")
-            cells.append(f"{ms(max(mean['low'], 0.0))} to {ms(mean['high'])}" if mean else "-")
+            cells.append(mean_of_runs(intervals.get(name, {}).get("mean")))
         found.add_row(label, *cells)
     return found
 
