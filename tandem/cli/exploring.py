@@ -20,7 +20,10 @@ def explore(
     hardware: Annotated[str, typer.Option(help="Of the exported page.")] = "h100-sxm",
     gpus: Annotated[int, typer.Option(help="Of the exported page.")] = 8,
     ttft: Annotated[float | None, typer.Option(help="Largest time to first token of the exported page, seconds.")] = 2.0,
-    backend: Annotated[str, typer.Option(help="Of the exported page: vllm, sglang, trtllm or tandem.")] = "vllm",
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Of the exported page: vllm (default), sglang, trtllm, tandem (default of a calibrated host)."),
+    ] = None,
     json_out: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout when it is ready.")] = False,
 ) -> None:
     """Explore deployments on a page: model, GPU, traffic and bounds as controls, answered by the planner (extra [explore])."""
@@ -35,12 +38,10 @@ def explore(
         from tandem.spec.catalog import load_hardware, load_spec
 
         require_folder("--export", export)
-        asked = Query(
-            model=load_spec(model).name, hardware=load_hardware(hardware).name, gpus=gpus, isl=1024, osl=128, ttft_s=ttft,
-            backend=backend,
-        )  # fmt: skip
+        spec, gpu = load_spec(model), load_hardware(hardware)
+        asked = Query(model=spec.name, hardware=gpu.name, gpus=gpus, isl=1024, osl=128, ttft_s=ttft, backend=backend)
         with text.progress("pricing"):
-            found = exported(asked)
+            found = exported(asked, model=spec, hardware=gpu)
         write_whole(export, exported_page(found))
         answered = sum("error" not in each for each in found["answers"].values())
         if json_out:

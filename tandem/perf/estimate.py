@@ -112,7 +112,8 @@ def check_workers(perf: PerfModel, gpus: int) -> None:
     """Refuse more workers than a measured machine has room for."""
     name, most = perf.hardware.name, perf.hardware.scale_up_gpus
     if perf.hardware.fits_from == ROOFLINE and gpus > most:
-        raise SpecError(f"gpus={gpus}: {name} is one machine, where {most} worker{'s' * (most > 1)} fit; use {most}")
+        fit = "1 worker fits" if most == 1 else f"{most} workers fit"
+        raise SpecError(f"gpus={gpus}: {name} is one machine, where {fit}; use {most}")
 
 
 def estimate(

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
+from hosts import keep_a_host
 
 import tandem
 from tandem.explore import page as pages
 from tandem.explore.answers import GRID_ISL, GRID_OSL, GRID_TPOT_S, Query, answer, catalogue, exported
-from tandem.perf.backend import BackendFit, fingerprint
-from tandem.perf.efficiency import ROOFLINE
-from tandem.perf.host import HostCalibration, HostFit, ServedRow, keep_host
 from tandem.plan.planner import WORTH_SPLITTING
 from tandem.plan.rates import TOLERANCE
-from tandem.spec.catalog import load_hardware, load_spec
-from tandem.spec.design import Precision
+from tandem.spec.catalog import hardware_names, model_names, released_names
+from tandem.spec.design import BACKENDS
 from tandem.spec.errors import SpecError
 from tandem.spec.workload import Slo, Workload
 
@@ -27,10 +28,11 @@ pytest.importorskip("fastapi", reason="pip install tandem-lm[explore]")
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
+from tandem.explore import app as explorer
 from tandem.explore.app import create_app, router
 
 QWEN = Query(model="Qwen/Qwen3-8B", hardware="h100-sxm", gpus=4, isl=1024, osl=128, ttft_s=1.0, tpot_s=0.02)
-PARAMS = {name: getattr(QWEN, name) for name in QWEN.__dataclass_fields__}
+PARAMS = {name: getattr(QWEN, name) for name in QWEN.__dataclass_fields__ if getattr(QWEN, name) is not None}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,91 @@ def test_the_catalogue_can_be_chosen_from() -> None:
     found = catalogue()
     assert {"Qwen/Qwen3-8B", "nvidia/NVIDIA-Nemotron-Nano-9B-v2"} <= {row["name"] for row in found["models"]}
     assert "h100-sxm" in {row["name"] for row in found["hardware"]}
+    assert [row["name"] for row in found["models"]] == [*model_names(), *released_names()]
+    assert {tuple(row["backends"]) for row in found["hardware"]} == {BACKENDS}
     json.dumps(found, allow_nan=False)
+
+
+def test_a_model_that_was_trained_here_can_be_chosen(client: TestClient) -> None:
+    assert "nano-hybrid" in released_names()
+    done = client.get("/api/plan", params={**PARAMS, "model": "nano-hybrid", "hardware": "a10g", "gpus": 1})
+    assert done.status_code == 200
+    assert (done.json()["model"], done.json()["hardware"]) == ("nano-hybrid", "a10g")
+
+
+def test_this_machine_can_be_chosen_where_it_was_measured(
+    client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its own engine, and no more workers than it has; a price nobody knows, so no budget."""
+    monkeypatch.setenv("TANDEM_DATA", str(tmp_path))
+    assert [row["name"] for row in catalogue()["hardware"]] == [*hardware_names()]
+    keep_a_host()
+    keep_a_host("host-1")
+    rows = {row["name"]: row for row in catalogue()["hardware"]}
+    assert list(rows) == [*hardware_names(), "host", "host-1"]
+    assert (rows["host-1"]["backends"], rows["host-1"]["price_per_hour_usd"]) == (["tandem"], None)
+    asked: dict[str, Any] = {"model": "nano-hybrid", "hardware": "host", "gpus": 1, "isl": 64, "osl": 64}
+    found = client.get("/api/plan", params=asked).json()
+    assert (found["recommended"]["backend"], found["price_per_hour_usd"]) == ("tandem", None)
+    for changes, told in (
+        ({"gpus": 2}, "gpus=2"),
+        ({"backend": "vllm"}, "backend='vllm'"),
+        ({"budget_usd_per_hour": 5}, "host has no price"),
+        ({"hardware": "host-3"}, "not in the catalogue"),
+    ):
+        refused = client.get("/api/plan", params={**asked, **changes})
+        assert refused.status_code == 400
+        assert told in refused.json()["error"]
+        assert "\n" not in refused.json()["error"]
+    (tmp_path / "host.json").write_text('{"host": {}}')
+    assert [row["name"] for row in catalogue()["hardware"]] == [*hardware_names()]
+    assert list(client.get("/api/plan", params=asked).json()) == ["error"]
+
+
+@pytest.mark.parametrize(("budget", "paid"), [(6.88, 1), (3 * 6.88, 3), (27.0, 3), (1000.0, 145)])
+def test_a_budget_pays_for_so_many_gpus(budget: float, paid: int) -> None:
+    found = answer(replace(QWEN, budget_usd_per_hour=budget))
+    within = answer(replace(QWEN, gpus=min(4, paid)))
+    assert (found["paid_gpus"], found["gpus"]) == (paid, min(4, paid))
+    assert found["recommended"] == within["recommended"]
+    assert found["price_per_hour_usd"] <= budget * (1 + 1e-9)
+    assert found["why"][1].endswith(f"pay for {paid} x h100-sxm at 6.88: planned within {min(4, paid)} of 4 GPUs")
+    assert within["paid_gpus"] is None
+
+
+def test_a_budget_below_one_gpu_is_refused(client: TestClient) -> None:
+    for budget, told in (("6.87", "one h100-sxm costs 6.88 USD an hour"), ("-1", "above 0"), ("nan", "above 0")):
+        refused = client.get("/api/plan", params={**PARAMS, "budget_usd_per_hour": budget})
+        assert refused.status_code == 400
+        assert refused.json()["error"].startswith("budget_usd_per_hour=")
+        assert told in refused.json()["error"]
+
+
+def test_a_question_that_its_page_has_moved_on_from_is_not_planned(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, free, planned = Event(), Event(), []
+
+    def slowly(query: Query) -> dict[str, Any]:
+        planned.append(query.gpus)
+        begun.set()
+        assert free.wait(30)
+        return answer(query)
+
+    monkeypatch.setattr(explorer, "answer", slowly)
+
+    def ask(visit: str, move: int, gpus: int) -> int:
+        return client.get("/api/plan", params={**PARAMS, "gpus": gpus, "visit": visit, "move": move}).status_code
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(ask, "one", 1, 1)
+        assert begun.wait(30)
+        second, third = pool.submit(ask, "one", 2, 2), pool.submit(ask, "one", 3, 3)
+        other = pool.submit(ask, "another", 1, 4)
+        assert second.result(30) == 204
+        free.set()
+        assert [each.result(30) for each in (first, third, other)] == [200] * 3
+    assert sorted(planned) == [1, 3, 4]
+    assert client.get("/api/plan", params={**PARAMS, "visit": "x" * 65}).status_code == 422
+    assert client.get("/api/plan", params={**PARAMS, "move": -1}).status_code == 422
 
 
 def test_the_api_answers_and_refuses(client: TestClient) -> None:
@@ -132,15 +218,7 @@ def test_predictions_stand_beside_what_was_measured_here(
     """Loops of this machine are priced by the fit that is kept; what another version wrote is left out."""
     monkeypatch.setenv("TANDEM_DATA", str(tmp_path))
     gpus = list(client.get("/api/measured").json().get("rows", ()))
-    loops = tuple(ServedRow(isl=isl, osl=64, concurrency=4, ttft_s=0.1, tpot_s=0.01) for isl in (64, 256))
-    model = load_spec("Qwen/Qwen3-8B")
-    fit = HostFit(
-        model=model.name, arch=fingerprint(model), precision=Precision(weights="fp32", kv="fp32"), fit=BackendFit(launch=0.0),
-        decode_ape=0.0, prefill_ape=0.0, loops=loops, split=BackendFit(launch=0.0), split_loops=loops[:1],
-    )  # fmt: skip
-    peaks = {"bf16": 1e13, "fp32": 1e13}
-    machine = replace(load_hardware("a10g"), name="host", fits_from=ROOFLINE, peak_flops=peaks, memory_bytes=2**38)
-    keep_host({"host": HostCalibration(hardware=machine, threads=2, handoff_bytes_per_s=1e9, fits=(fit,))})
+    model = keep_a_host()
     rows = client.get("/api/measured").json()["rows"][len(gpus) :]
     groups = ["this machine"] * 4 + ["this machine, two pools"] * 2
     assert [row["group"] for row in rows] == groups

@@ -1,79 +1,125 @@
-"""The explorer's page in a real browser, where one is installed: it draws the answers that it carries."""
+"""The explorer's page in a real browser, where one is installed: it draws answers that it carries, and a server's workers."""
 
 from __future__ import annotations
 
 import copy
-import re
-import shutil
-import subprocess
-from html import unescape
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browser import Browser, Tab
 
 from tandem.cli.served import served
 from tandem.explore.answers import Query, answer, exported
 from tandem.explore.page import exported_page
+from tandem.spec.catalog import load_hardware, load_spec
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-BROWSING = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--virtual-time-budget=10000"]
 ASKED = Query(model="Qwen/Qwen3-8B", hardware="h100-sxm", gpus=4, isl=1024, osl=128, ttft_s=2.0)
+KEY = "a key of this test"
+EMULATED = ["--emulate", "h100-sxm", "--prefill", "1", "--decode", "2", "--scale", "fixed", "--ttft", "1", "--explore"]
+SWITCH = "document.getElementById('pause')"
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_an_exported_page_draws_its_answer(tmp_path: Path) -> None:
+@pytest.fixture
+def server(browser: Browser) -> Iterator[str]:
+    """One of this project's with emulated workers and a controller, whose name is no HTML."""
+    with served("qwen3-8b", [*EMULATED, "--name", "<b>q</b>"]) as ready:
+        yield f"{ready['url']}/explore/"
+
+
+@pytest.fixture
+def server_with_keys(browser: Browser, tmp_path: Path) -> Iterator[str]:
+    keys = tmp_path / "keys"
+    keys.write_text(f"tests:{hashlib.sha256(KEY.encode()).hexdigest()}\n")
+    with served("qwen3-8b", [*EMULATED, "--api-keys", str(keys)]) as ready:
+        yield f"{ready['url']}/explore/"
+
+
+def shown(tab: Tab, selector: str) -> list[str]:
+    """Texts of elements."""
+    return list(tab.value(f"[...document.querySelectorAll({selector!r})].map((e) => e.textContent)"))
+
+
+def open_page(browser: Browser, found: dict[str, Any], folder: Path) -> Tab:
+    page = folder / "page.html"
+    page.write_text(exported_page(found), encoding="utf-8")
+    tab = browser.open(page.as_uri())
+    tab.until("document.getElementById('took').textContent")
+    return tab
+
+
+def test_an_exported_page_draws_its_answer(browser: Browser, tmp_path: Path) -> None:
     found = copy.deepcopy(exported(ASKED))
     name = "<img src=x onerror=document.title='broken'>"
-    found["answers"]["2048/512/0.02"]["why"][1] = name  # whatever a sentence holds, it is text
-    page = tmp_path / "page.html"
-    page.write_text(exported_page(found), encoding="utf-8")
-    command = [str(BROWSER), *BROWSING, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    shown = found["answers"]["2048/512/0.02"]
-    assert shown["recommended"] == answer(Query(**{**vars_of(ASKED), "isl": 2048, "osl": 512, "tpot_s": 0.02}))["recommended"]
-    headline = re.search(r'id="headline"[^>]*>(.*?)</p>', dom, re.DOTALL)
-    assert headline is not None
-    assert unescape(headline[1]) == f"Qwen3-8B on {shown['best']['gpus']} x h100-sxm: {shown['why'][0]}"
-    assert dom.count('class="card"') == 4
-    assert "<canvas" in dom
-    assert f"<li>{name.replace('<', '&lt;').replace('>', '&gt;')}</li>" in dom
-    assert "<title>Tandem explorer</title>" in dom
-    assert re.search(r"[\d,]+ design points, priced in", dom) is not None
-    assert dom.count('type="range"') == 5
-    assert len(re.findall(r"aria-valuetext=\"", dom)) == 5
+    best = found["answers"]["2048/512/0.02"]
+    best["why"][1] = name  # whatever a sentence holds, it is text
+    tab = open_page(browser, found, tmp_path)
+    assert best["recommended"] == answer(replace(ASKED, isl=2048, osl=512, tpot_s=0.02))["recommended"]
+    assert tab.text("#headline") == f"Qwen3-8B on {best['best']['gpus']} x h100-sxm: {best['why'][0]}"
+    assert tab.value("document.querySelectorAll('.card').length") == 4
+    assert tab.value("document.querySelectorAll('#frontier canvas').length") == 1
+    assert name in shown(tab, "#why li")
+    assert tab.value("document.title") == "Tandem explorer"
+    assert "design points, priced in" in tab.text("#took")
+    assert tab.value("document.querySelectorAll('input[type=range][aria-valuetext]').length") == 6
+    tab.focus("#osl")
+    tab.press("End")
+    longest = found["answers"]["2048/8192/0.02"]
+    told = longest.get("error") or f"Qwen3-8B on {longest['best']['gpus']} x h100-sxm: {longest['why'][0]}"
+    tab.until(f"document.getElementById('headline').textContent === {told!r}")
+    assert tab.faults == []
+    tab.close()
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_a_servers_page_shows_its_workers(tmp_path: Path) -> None:
-    """The server is one of this project's with emulated workers and a controller; the page asks it as a visitor's would."""
-    options = [
-        "--emulate",
-        "h100-sxm",
-        "--prefill",
-        "1",
-        "--decode",
-        "2",
-        "--scale",
-        "fixed",
-        "--ttft",
-        "1",
-        "--explore",
-        "--name",
-        "<b>q</b>",
-    ]
-    with served("qwen3-8b", options) as ready:
-        command = [str(BROWSER), *BROWSING, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{ready['url']}/explore/"]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    live = re.search(r'<section id="live".*?</section>', dom, re.DOTALL)
-    assert live is not None
-    assert 'hidden=""' not in live[0].partition(">")[0]
-    assert re.findall(r'<th scope="row">(.*?)</th>', live[0]) == ["prefill-0", "decode-1", "decode-2"]
-    assert "The controller scales these workers." in live[0]
-    button = re.search(r'<button id="pause".*?</button>', live[0], re.DOTALL)
-    assert button is not None
-    assert "disabled" in button[0]  # nobody has a key here, so the page changes nothing
-    assert 'id="keys" hidden' in dom
+def test_an_exported_page_names_what_it_was_asked_of(browser: Browser, tmp_path: Path) -> None:
+    """A model and a GPU of files, the one with a name of the catalogue's in part, the other in whole."""
+    model = replace(load_spec("meta-llama/Meta-Llama-3.1-70B"), name="qwen3-8b")
+    gpu = replace(load_hardware("b200-sxm"), name="a10g", title="Our own box")
+    found = exported(replace(ASKED, model=model.name, hardware=gpu.name), model=model, hardware=gpu)
+    tab = open_page(browser, found, tmp_path)
+    assert tab.text("#headline").startswith("qwen3-8b on ")
+    assert " x a10g: " in tab.text("#headline")
+    assert shown(tab, "#model option:checked") == ["qwen3-8b (70.6 B)"]
+    assert shown(tab, "#hardware option:checked")[0].startswith("Our own box (")
+    assert shown(tab, "#backend option:checked") == ["vllm"]
+    assert tab.value("[...document.querySelectorAll('#controls select')].every((each) => each.disabled)")
+    tab.close()
 
 
-def vars_of(query: Query) -> dict[str, object]:
-    return {name: getattr(query, name) for name in query.__dataclass_fields__}
+def test_a_servers_page_shows_its_workers_and_turns_no_switch_without_keys(browser: Browser, server: str) -> None:
+    tab = browser.open(server, width=360)
+    tab.until("document.querySelectorAll('#workers th').length")
+    assert shown(tab, "#workers th") == ["prefill-0", "decode-1", "decode-2"]
+    tab.until("document.getElementById('took').textContent")
+    assert tab.value("document.documentElement.scrollWidth <= document.documentElement.clientWidth && innerWidth === 360")
+    assert tab.text("#live-state") == "The controller scales these workers."
+    assert tab.value(f"{SWITCH}.disabled")  # nobody has a key here, so the page changes nothing
+    assert "The switch is for servers with --api-keys" in tab.text("#pause-why")
+    tab.click("#pause")
+    assert tab.value("fetch('../pools').then((told) => told.json()).then((pools) => pools.mode)") == "running"
+    assert tab.value("document.getElementById('keys').hidden")
+    assert tab.faults == []
+    tab.close()
+
+
+def test_with_a_key_the_page_pauses_the_controller(browser: Browser, server_with_keys: str) -> None:
+    tab = browser.open(server_with_keys)
+    for key, told in (("none of theirs", "That key is not known here."), (KEY, None)):
+        tab.until("document.activeElement.id === 'key'")
+        tab.value("document.getElementById('key').select()")
+        tab.write(key)
+        tab.press("Enter")
+        if told is not None:
+            tab.until(f"document.getElementById('headline').textContent === {told!r}")
+    tab.until(f"!{SWITCH}.hidden && !{SWITCH}.disabled && document.getElementById('took').textContent")
+    for told, state in (("Pause the controller", "is paused"), ("Let the controller go on", "scales these workers")):
+        assert tab.text("#pause") == told
+        tab.focus("#pause")
+        tab.press("Enter")
+        tab.until(f"document.getElementById('live-state').textContent.includes({state!r})")
+    assert KEY not in tab.value("document.documentElement.outerHTML + location.href + JSON.stringify(localStorage)")
+    assert tab.faults == []
+    tab.close()

@@ -64,7 +64,7 @@ def test_another_backend_and_more_workers_than_fit_are_refused() -> None:
     with pytest.raises(SpecError, match="backend='vllm': host was measured with Tandem's engine; must be tandem"):
         perf_model(MODEL, "host", None, "vllm")
     workload = Workload.fixed(256, 64)
-    with pytest.raises(SpecError, match="gpus=64: host is one machine, where 1 worker fit; use 1"):
+    with pytest.raises(SpecError, match="gpus=64: host is one machine, where 1 worker fits; use 1"):
         tandem.find_plan(model=MODEL, hardware="host", gpus=64, workload=workload)
     with pytest.raises(SpecError, match="gpus=3: host-1 is one machine, where 2 workers fit; use 2"):
         tandem.estimate(model=MODEL, hardware="host-1", isl=256, osl=64, concurrency=4, gpus=3)

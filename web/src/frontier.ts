@@ -156,8 +156,18 @@ export function drawFrontier(answer: Answer, other: Answer | null, names: [strin
   const data = [null, ...shown.map((l) => [l.points.map((p) => p.user), l.points.map((p) => p.gpu)])];
   chart?.destroy();
   chart = new uPlot(options(box.clientWidth), data as unknown as uPlot.AlignedData, box);
+  byId("point").textContent = "";
   box.setAttribute("role", "img");
   box.setAttribute("aria-label", shown.map((l) => `${l.name}, ${l.points.length} points`).join("; "));
+}
+
+/** No answer, no chart. */
+export function clearFrontier(): void {
+  chart?.destroy();
+  chart = null;
+  shown = [];
+  for (const name of ["role", "aria-label"]) byId("frontier").removeAttribute(name);
+  byId("point").textContent = "";
 }
 
 export function resizeFrontier(): void {

@@ -5,12 +5,17 @@ import type { Answer, Catalogue, Exported, Measured, Query } from "./types";
 export interface Source {
   readonly exported: Exported | null;
   catalogue(): Promise<Catalogue>;
-  answer(query: Query, signal: AbortSignal): Promise<Answer>;
+  /** The number of a move: what a later one of this page overtakes need not be answered. */
+  move(): number;
+  answer(query: Query, move: number, signal: AbortSignal): Promise<Answer>;
   measured(): Promise<Measured>;
 }
 
 /** A server said 401: it wants a key, or another one. */
 export class WantsKey extends Error {}
+
+/** A later move of this page was asked before the turn of this one had come. */
+export class Overtaken extends Error {}
 
 let key = "";
 
@@ -31,11 +36,23 @@ async function asked<T>(path: string): Promise<T> {
   return (await response.json()) as T;
 }
 
+/** What a body says that is no answer: the message of an error object such as OpenAI's. */
+function reason(body: unknown): string {
+  const told = (body as { error?: { message?: unknown } } | null)?.error?.message;
+  return typeof told === "string" ? `: ${told}` : "";
+}
+
 const KEPT = 200;
 
 class Server implements Source {
   readonly exported = null;
   private readonly kept = new Map<string, Answer>();
+  private readonly visit = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  private moves = 0;
+
+  move(): number {
+    return ++this.moves;
+  }
 
   catalogue(): Promise<Catalogue> {
     return asked("api/catalogue");
@@ -45,15 +62,17 @@ class Server implements Source {
     return asked("api/measured");
   }
 
-  async answer(query: Query, signal: AbortSignal): Promise<Answer> {
+  async answer(query: Query, move: number, signal: AbortSignal): Promise<Answer> {
     const params = new URLSearchParams();
     for (const [name, value] of Object.entries(query)) if (value !== null) params.set(name, String(value));
     const place = params.toString();
     const known = this.kept.get(place);
     if (known) return known;
-    const response = await ask(`api/plan?${place}`, { signal });
-    const found = (await response.json()) as Answer;
-    if (!response.ok && !found.error) throw new Error(`the server answered ${response.status}`);
+    const response = await ask(`api/plan?${place}&visit=${this.visit}&move=${move}`, { signal });
+    if (response.status === 204) throw new Overtaken();
+    const found = (await response.json().catch(() => null)) as Answer | null;
+    const answered = response.status === 200 || (response.status === 400 && typeof found?.error === "string");
+    if (!found || !answered) throw new Error(`the server answered ${response.status}${reason(found)}`);
     if (this.kept.size >= KEPT) this.kept.delete(this.kept.keys().next().value as string);
     this.kept.set(place, found);
     return found;
@@ -69,6 +88,10 @@ class Inside implements Source {
 
   measured(): Promise<Measured> {
     return Promise.resolve(this.exported.measured);
+  }
+
+  move(): number {
+    return 0;
   }
 
   answer(query: Query): Promise<Answer> {

@@ -15,7 +15,7 @@ export function gib(bytes: number): string {
 }
 
 export function billions(parameters: number): string {
-  return parameters >= 1e9 ? `${(parameters / 1e9).toFixed(1)} B` : `${(parameters / 1e6).toFixed(0)} M`;
+  return parameters >= 1e9 ? `${(parameters / 1e9).toFixed(1)} B` : `${(parameters / 1e6).toFixed(parameters < 1e7 ? 1 : 0)} M`;
 }
 
 export function short(name: string): string {

@@ -31,12 +31,17 @@ export interface Best {
 
 export interface Answer {
   error?: string;
+  model: string;
+  hardware: string;
+  /** GPUs that it was planned within: those asked, or fewer where the budget pays for fewer. */
+  gpus: number;
+  paid_gpus: number | null;
   rough: boolean;
   recommended: Record<string, unknown>;
   gain: number | null;
   best: Best;
   usable_bytes: number;
-  price_per_hour_usd: number;
+  price_per_hour_usd: number | null;
   frontier: Point[];
   why: string[];
   changes: string[];
@@ -55,13 +60,13 @@ export interface Hardware {
   name: string;
   title: string;
   memory_bytes: number;
-  price_per_hour_usd: number;
+  price_per_hour_usd: number | null;
+  backends: string[];
 }
 
 export interface Catalogue {
   models: Model[];
   hardware: Hardware[];
-  backends: string[];
   /** Where a server tells of its workers, seen from this page. */
   live?: string | null;
 }
@@ -108,6 +113,7 @@ export interface Query {
   osl: number;
   ttft_s: number | null;
   tpot_s: number | null;
+  budget_usd_per_hour: number | null;
   backend: string;
   rough?: boolean;
 }
