@@ -1,14 +1,16 @@
 """Paper A's headline, live on this machine: a hybrid beside a Transformer of its size under one memory cap, and a teacher
 beside what compression made of it.
 
-    tandem calibrate host                                        # for the predictions
+    tandem calibrate host                                        # for the predictions of the hybrid and the Transformer
+    tandem calibrate host -m nano-compress                       # for the compressed model's
     python benchmarks/headline.py --out headline.json            # about four minutes, on a quiet machine
     tandem study paper-a --with headline.json
 
 The cap stands to the Transformer's weights as an A10G's usable memory to Qwen3-8B's, and lengths are scaled so that one of its
 sequences takes the share of its weights that one of Qwen3-8B's takes at 8k + 16k (1k + 8k) tokens. Each side runs as many
 sequences at once as its cache holds at full length, four rounds of them, in our engine, in turns in one process; every answer
-has the full length. `--compressed FOLDER` names the compressed model, `--rounds` how often each side runs.
+has the full length. Judged apart are whether it is faster at all and whether by as much as is printed. `--compressed FOLDER`
+names the compressed model, `--rounds` how often each side runs.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from tandem.model.hybrid import Decoder
 from tandem.model.load import load_model
 from tandem.perf.costs import Layout
 from tandem.perf.estimate import estimate
+from tandem.perf.host import load_host
 from tandem.perf.memory import MemoryModel
 from tandem.spec.catalog import find_weights, load_hardware, load_spec
 from tandem.spec.design import Precision
@@ -50,6 +53,7 @@ PAPER = {"8k + 16k": (8192, 16384, 6.3), "1k + 8k": (1024, 8192, 3.3)}
 DRIVER_SHARE = 0.95
 """Of an A10G's memory that an engine takes (facts of paper A: the budget of its search)."""
 WAVES = 4
+HOST, PRECISION = "host", "fp32/bf16/fp32"
 ONE = Layout(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
@@ -137,27 +141,44 @@ def compare(names: tuple[str, str], at: Setting, models: dict[str, Decoder], rou
     }
 
 
-def predicted(names: tuple[str, str], at: Setting, batches: dict[str, int]) -> float | None:
-    """The same ratio by the performance model on the calibrated host; None where it was not calibrated."""
+def predicted(names: tuple[str, str], at: Setting, batches: dict[str, int]) -> dict[str, Any] | None:
+    """The same ratio by the performance model on the calibrated host, and whose coefficients are another model's, because
+    their own were not calibrated. None where the host was not."""
+    specs = {name: load_spec(find_weights(name)) for name in names}
     try:
         rates = [
             estimate(
-                model=load_spec(find_weights(name)), hardware="host", isl=at.isl, osl=at.osl, batch=batches[name],
-                precision="fp32/bf16/fp32", backend="tandem",
+                model=specs[name], hardware=HOST, isl=at.isl, osl=at.osl, batch=batches[name], precision=PRECISION,
+                backend="tandem",
             ).tokens_per_s_per_gpu.value
             for name in names
         ]  # fmt: skip
+        host = load_host(HOST)
     except TandemError:
         return None
-    return rates[0] / rates[1]
+    weights = PRECISION.partition("/")[0]
+    borrowed = [name for name in names if host is None or host.find(specs[name], weights)[1] != "calibrated"]
+    return {"value": rates[0] / rates[1], "borrowed": borrowed}
+
+
+def told(prediction: dict[str, Any] | None, ratio: dict[str, float]) -> str:
+    """A prediction in words: on what it rests, and whether the measured interval holds it."""
+    if prediction is None:
+        return "not calibrated"
+    borrowed = ", ".join(prediction["borrowed"])
+    inside = ratio["low"] <= prediction["value"] <= ratio["high"]
+    return (
+        f"{prediction['value']:.2f}x"
+        + (f" with another model's coefficients for {borrowed}" if borrowed else "")
+        + ("" if inside else ", outside the interval")
+    )
 
 
 def claim(id: str, title: str, printed: str | None, found: dict[str, Any], holds: bool | None) -> Claim:
     """As `tandem study paper-a --with` reads it."""
     a, b = found["names"]
-    ratio, guess = found["ratio"], found["predicted"]
+    ratio, alone = found["ratio"], found["ratio_alone"]["value"]
     ours = f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    told = "not calibrated" if guess is None else f"{guess:.2f}x"
     return Claim(
         id=id,
         title=title,
@@ -166,11 +187,42 @@ def claim(id: str, title: str, printed: str | None, found: dict[str, Any], holds
         holds=holds,
         holds_engine=None,
         why=f"batch {found['batch'][a]} beside {found['batch'][b]} under {found['cap_bytes'] / 1e6:.1f} MB at {found['isl']} + "
-        f"{found['osl']} tokens; predicted {told}; {found['ratio_alone']['value']:.2f}x at one sequence each",
+        f"{found['osl']} tokens; predicted {told(found['predicted'], ratio)}; {alone:.2f}x at one sequence each",
         source="benchmarks/headline.py",
         ours_by={"engine": ours},
         values=found,
     )
+
+
+def faster(ratio: dict[str, float]) -> bool:
+    """Whether the interval lies above 1."""
+    return ratio["low"] > 1
+
+
+def as_much(ratio: dict[str, float], factor: float) -> bool:
+    """Whether the interval reaches the printed factor."""
+    return ratio["high"] >= factor
+
+
+def against_paper(number: int, lengths: str, factor: float, found: dict[str, Any]) -> list[Claim]:
+    """Two questions, since a small gain may be sure and far below what is printed: faster at all, and by as much."""
+    where = f"live, in the proportions of {lengths} on an A10G"
+    return [
+        claim(
+            f"H{number}",
+            f"a hybrid generates faster than a Transformer of its size, {where}",
+            "faster",
+            found,
+            faster(found["ratio"]),
+        ),
+        claim(
+            f"H{number}b",
+            f"and by as much as the paper prints, {where}",
+            f"{factor}x",
+            found,
+            as_much(found["ratio"], factor),
+        ),
+    ]
 
 
 def main() -> None:
@@ -185,13 +237,13 @@ def main() -> None:
         raise SystemExit(f"rounds={options.rounds}: two or more have an interval")
     names = (options.hybrid, options.transformer, options.compressed)
     models = {name: load_model(find_weights(name), dtype=torch.float32) for name in names}
-    claims = []
+    claims: list[Claim] = []
     for number, (lengths, (_, _, factor)) in enumerate(PAPER.items()):
         at = setting(lengths, models[options.transformer])
         found = compare((options.hybrid, options.transformer), at, models, options.rounds)
-        title = f"a hybrid generates faster than a Transformer of its size, live, in the proportions of {lengths} on an A10G"
-        claims.append(claim(f"H{number + 1}", title, f"{factor}x", found, found["ratio"]["low"] > 1))
-        print(f"{title}: {claims[-1].ours}; {claims[-1].why}", flush=True)
+        claims += against_paper(number + 1, lengths, factor, found)
+        for one in claims[-2:]:
+            print(f"{one.title}: {'yes' if one.holds else 'no'}, {one.ours}; {one.why}", flush=True)
     at = setting("8k + 16k", models[options.transformer])
     found = compare((options.compressed, options.hybrid), at, models, options.rounds)
     claims.append(
@@ -200,7 +252,7 @@ def main() -> None:
             "the compressed hybrid generates faster than its teacher under the same cap",
             None,
             found,
-            found["ratio"]["low"] > 1,
+            faster(found["ratio"]),
         )
     )
     print(f"{claims[-1].title}: {claims[-1].ours}; {claims[-1].why}", flush=True)

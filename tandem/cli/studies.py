@@ -44,13 +44,19 @@ def study_paper_b(
 
 @study.command("joint")
 def study_joint(
+    gpus: Annotated[int, typer.Option(help="GPU budget of every deployment.")] = 16,
+    hardware: Annotated[str, typer.Option(help="GPU name (`tandem hardware` lists them) or a YAML file.")] = "h100-sxm",
+    ttft: Annotated[float, typer.Option(help="Largest time to first token, seconds.")] = 4.0,
+    load: Annotated[float, typer.Option(help="Requests/s that GPUs are counted for.")] = 50.0,
     out: Out = None,
     json_out: Json = False,
 ) -> None:
     """Which model, deployed how: paper A's compression candidates with paper B's best deployment of each; elastic on top."""
     from tandem.cli import studying
+    from tandem.study.joint_space import Setting
 
-    studying.run_joint(out, json_out)
+    setting = Setting(gpus=gpus, hardware=hardware, ttft_s=ttft, load_rps=load)
+    studying.run_joint(setting, out, json_out)
 
 
 @study.command("hybrids")

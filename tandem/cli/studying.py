@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from tandem.cli.app import emit
@@ -14,7 +16,9 @@ from tandem.spec.errors import SpecError
 from tandem.spec.files import write_whole
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
+
+    from tandem.study.joint_space import Setting
 
 PAPER_A_TITLE = "Nemotron Nano 2, re-derived"
 PAPER_A_LEAD = (
@@ -31,7 +35,8 @@ PAPER_B_LEAD = (
 JOINT_TITLE = "Which model, deployed how?"
 JOINT_LEAD = (
     "Paper A searches for a smaller model, paper B for a deployment. Here every shape of paper A's search has the best "
-    "deployment of its own, under traffic and bounds: what the two decisions do to each other, which neither paper asks."
+    "deployment of its own, under traffic and bounds: what the two decisions do to each other, which neither paper asks; where "
+    "a hybrid turns the decision to split, what the moved state changes, and what elastic scaling adds."
 )
 
 HYBRIDS_TITLE = "Hybrids: should prefill and decode be split?"
@@ -74,7 +79,7 @@ def run_paper_a(reruns: list[Path], out: Path | None, json_out: bool) -> None:
     """Run the study of paper A; the exit code does not depend on which claims hold."""
     from tandem.study.paper_a import study_paper_a
 
-    _require_new_folder(out)
+    _require_writable(out, "paper-a")
     with text.progress("studying") as step:
         data = study_paper_a(reruns, progress=step).to_json()
     _finish("paper-a", PAPER_A_TITLE, PAPER_A_LEAD, data, out, json_out)
@@ -84,27 +89,28 @@ def run_paper_b(out: Path | None, json_out: bool) -> None:
     """Run the study of paper B; the exit code does not depend on which claims hold."""
     from tandem.study.paper_b import study_paper_b
 
-    _require_new_folder(out)
+    _require_writable(out, "paper-b")
     with text.progress("studying") as step:
         data = study_paper_b(progress=step).to_json()
     _finish("paper-b", PAPER_B_TITLE, PAPER_B_LEAD, data, out, json_out)
 
 
-def run_joint(out: Path | None, json_out: bool) -> None:
+def run_joint(setting: Setting, out: Path | None, json_out: bool) -> None:
     """Run the joint study; the exit code does not depend on which claims hold."""
+    from tandem.report.joint_html import joint_page, joint_tables
     from tandem.study.joint import study_joint
 
-    _require_new_folder(out)
+    _require_writable(out, "joint")
     with text.progress("studying") as step:
-        data = study_joint(progress=step).to_json()
-    _finish("joint", JOINT_TITLE, JOINT_LEAD, data, out, json_out)
+        data = study_joint(setting, progress=step).to_json()
+    _finish("joint", JOINT_TITLE, JOINT_LEAD, data, out, json_out, page=joint_page, also=joint_tables)
 
 
 def run_hybrids(out: Path | None, json_out: bool) -> None:
     """Run the study of hybrids; the exit code does not depend on which claims hold."""
     from tandem.study.hybrids import study_hybrids
 
-    _require_new_folder(out)
+    _require_writable(out, "hybrids")
     with text.progress("studying") as step:
         data = study_hybrids(progress=step).to_json()
     _finish("hybrids", HYBRIDS_TITLE, HYBRIDS_LEAD, data, out, json_out)
@@ -115,7 +121,7 @@ def run_elastic(out: Path | None, quick: bool, json_out: bool) -> None:
     from tandem.report.elastic_html import elastic_page, elastic_sentences, policies_table
     from tandem.study.elastic import study_elastic
 
-    _require_new_folder(out)
+    _require_writable(out, "elastic")
     with text.progress("simulating") as step:
         data = study_elastic(progress=step, quick=quick).to_json()
     _finish(
@@ -136,7 +142,7 @@ def run_pretraining(runs: Path, out: Path | None, json_out: bool) -> None:
     from tandem.report.pretraining_html import pretraining_page, pretraining_sentences, variants_table
     from tandem.study.pretraining import study_pretraining
 
-    _require_new_folder(out)
+    _require_writable(out, "pretraining")
     data = study_pretraining(runs).to_json()
     _finish(
         "pretraining",
@@ -156,7 +162,7 @@ def run_alignment(runs: Path, out: Path | None, json_out: bool) -> None:
     from tandem.report.alignment_html import alignment_sentences, alignment_study_page, alignment_table
     from tandem.study.alignment import study_alignment
 
-    _require_new_folder(out)
+    _require_writable(out, "alignment")
     data = study_alignment(runs).to_json()
     _finish(
         "alignment",
@@ -177,7 +183,7 @@ def run_compression(runs: Path, out: Path | None, json_out: bool) -> None:
     from tandem.report.compression_study_html import compression_study_page, compression_table
     from tandem.study.compression import study_compression
 
-    _require_new_folder(out)
+    _require_writable(out, "compression")
     data = study_compression(runs).to_json()
     _finish(
         "compression",
@@ -192,9 +198,34 @@ def run_compression(runs: Path, out: Path | None, json_out: bool) -> None:
     )
 
 
-def _require_new_folder(out: Path | None) -> None:
-    if out is not None and out.exists() and not out.is_dir():
-        raise SpecError(f"--out {out}: is a file; give a folder")
+def _require_writable(out: Path | None, name: str) -> None:
+    """Refuse a folder that cannot be made or written into before any work is done for it; nothing of the trial stays."""
+    if out is None:
+        return
+    made: list[Path] = []
+    try:
+        if out.exists() and not out.is_dir():
+            raise SpecError(f"--out {out}: is a file; give a folder")
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as wrong:
+        raise SpecError(
+            f"--out {out}: cannot be written into ({wrong.strerror}); give a folder that you may write to"
+        ) from None
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+    for file in _files(out, name):
+        if file.is_dir():
+            raise SpecError(f"--out {out}: {file.name} in it is a folder; remove it or give another one")
+
+
+def _files(out: Path, name: str) -> tuple[Path, Path]:
+    """The page and the numbers of a study."""
+    return out / f"study-{name}.html", out / "claims.json"
 
 
 def _finish(
@@ -205,7 +236,7 @@ def _finish(
     out: Path | None,
     json_out: bool,
     page: Callable[[str, str, dict[str, Any]], str] | None = None,
-    also: Callable[[dict[str, Any]], Table] | None = None,
+    also: Callable[[dict[str, Any]], RenderableType] | None = None,
     closing: Callable[[dict[str, Any]], list[str]] = study_sentences,
 ) -> None:
     """Write the page and claims.json, then print; `page`, `also`, `closing`: a study's own page, table and last lines."""
@@ -214,9 +245,9 @@ def _finish(
         from tandem.report.study_html import study_page
 
         out.mkdir(parents=True, exist_ok=True)
-        target = out / f"study-{name}.html"
+        target, numbers = _files(out, name)
         write_whole(target, (page or study_page)(title, lead, data))
-        write_whole(out / "claims.json", json.dumps(data, allow_nan=False, indent=1) + "\n")
+        write_whole(numbers, json.dumps(data, allow_nan=False, indent=1) + "\n")
     if json_out:
         return emit(data)
     console = text.console()
