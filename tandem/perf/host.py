@@ -101,6 +101,8 @@ class HostFit:
     loops: tuple[ServedRow, ...] = ()
     """What was measured of a server with one worker, and `split_loops` of one with two."""
     split_loops: tuple[ServedRow, ...] = ()
+    kinds: tuple[str, ...] = ()
+    """Of layers, as `kinds_of` tells them: the likest model lends its coefficients to one that was not measured."""
 
     def to_json(self) -> dict[str, Any]:
         """What `_fit_from` reads."""
@@ -119,20 +121,22 @@ class HostCalibration:
 
     def find(self, model: ModelSpec, weights: str, split: bool = False) -> tuple[BackendFit, Evidence]:
         """Coefficients for a model, in pools where `split`: `calibrated` where it was measured in this format, `transferred`
-        from what was measured last in it, else from any; KERNELS_ONLY and `roofline` where nothing was. Pools that were not
-        measured take what one worker does."""
+        from the likest that was measured in it, else from the likest of any; KERNELS_ONLY and `roofline` where nothing was.
+        Pools that were not measured take what one worker does."""
         own = [one for one in self.fits if (one.arch, one.precision.weights) == (fingerprint(model), weights)]
         near = own or [one for one in self.fits if one.precision.weights == weights] or list(self.fits)
         if not near:
             return KERNELS_ONLY, "roofline"
+        near.sort(key=lambda one: _alike(one.kinds, kinds_of(model)))  # of equally like ones the last
         pools = near[-1].split if split else None
         known = bool(own) and (pools is not None or not split)
         return pools or near[-1].fit, "calibrated" if known else "transferred"
 
     def precision(self, model: ModelSpec) -> Precision | None:
-        """The format that a model was measured in last, else that of what was measured last; None where nothing was."""
+        """The format that a model was measured in last, else that of the likest that was; None where nothing was."""
         own = [one for one in self.fits if one.arch == fingerprint(model)]
-        return next((one.precision for one in reversed(own or self.fits)), None)
+        near = own or sorted(self.fits, key=lambda one: _alike(one.kinds, kinds_of(model)))
+        return near[-1].precision if near else None
 
     def beside(self, known: HostCalibration | None) -> HostCalibration:
         """With what was known of other models and formats before it: fits to the same peaks."""
@@ -150,6 +154,16 @@ class HostCalibration:
             "products": [asdict(one) for one in self.products],
             "fits": [one.to_json() for one in self.fits],
         }
+
+
+def kinds_of(model: ModelSpec) -> tuple[str, ...]:
+    """The kinds of layers of a model, each once."""
+    return tuple(sorted({type(mixer).__name__ for mixer, _ in model.mixers}))
+
+
+def _alike(some: Sequence[str], others: Sequence[str]) -> float:
+    """Share of the kinds of two models that both have."""
+    return len({*some} & {*others}) / max(1, len({*some} | {*others}))
 
 
 def fit_steps(model: ModelSpec, hardware: HardwareSpec, precision: Precision, rows: Sequence[StepRow]) -> HostFit:
@@ -191,6 +205,7 @@ def fit_steps(model: ModelSpec, hardware: HardwareSpec, precision: Precision, ro
     return HostFit(
         model=model.name,
         arch=fingerprint(model),
+        kinds=kinds_of(model),
         precision=precision,
         fit=BackendFit(
             step_s=step_s,
@@ -272,6 +287,7 @@ def _fit_from(data: Mapping[str, Any]) -> HostFit:
         tpot_ape=data.get("tpot_ape"),
         loops=tuple(ServedRow(**row) for row in data.get("loops", ())),
         split_loops=tuple(ServedRow(**row) for row in data.get("split_loops", ())),
+        kinds=tuple(data.get("kinds", ())),
     )
 
 

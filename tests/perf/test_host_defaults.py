@@ -12,7 +12,7 @@ from tandem.perf.backend import BackendFit, fingerprint
 from tandem.perf.closed_loop import STEP_TOKENS
 from tandem.perf.efficiency import ROOFLINE
 from tandem.perf.estimate import Instances, estimate_disaggregated, perf_model
-from tandem.perf.host import ENGINE, MAX_BATCH, HostCalibration, HostFit, keep_host, known_host
+from tandem.perf.host import ENGINE, MAX_BATCH, HostCalibration, HostFit, keep_host, kinds_of, known_host
 from tandem.plan.planner import STEADY
 from tandem.spec.catalog import load_hardware, load_spec
 from tandem.spec.design import Parallelism, Precision
@@ -36,7 +36,15 @@ def machine(name: str, workers: int) -> HardwareSpec:
 
 
 def fitted(model: tandem.ModelSpec, precision: Precision) -> HostFit:
-    return HostFit(model=model.name, arch=fingerprint(model), precision=precision, fit=FIT, decode_ape=0.0, prefill_ape=0.0)
+    return HostFit(
+        model=model.name,
+        arch=fingerprint(model),
+        kinds=kinds_of(model),
+        precision=precision,
+        fit=FIT,
+        decode_ape=0.0,
+        prefill_ape=0.0,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +57,8 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_backend_and_format_are_those_that_were_measured() -> None:
     assert [perf_model(m, "host", None, None).precision for m in (OTHER, MODEL)] == [FP32, INT8]
     unmeasured = perf_model("meta-llama/Llama-3.1-8B", "host", None, None)
-    assert (unmeasured.backend, unmeasured.precision) == (ENGINE, INT8)  # as what was measured last
+    assert (unmeasured.backend, unmeasured.precision) == (ENGINE, FP32)  # as the other Transformer
+    assert perf_model("nvidia/NVIDIA-Nemotron-Nano-12B-v2", "host", None, None).precision == INT8  # as the other hybrid
     assert perf_model(MODEL, "host", "fp32/bf16/fp32", None).precision.weights == "fp32"
     assert perf_model(MODEL, "a10g", None, None).backend == "vllm"
     found = tandem.estimate(model=MODEL, hardware="host", isl=256, osl=64, concurrency=4)
@@ -58,6 +67,21 @@ def test_backend_and_format_are_those_that_were_measured() -> None:
     )
     assert found == named
     assert found.evidence == "calibrated"
+
+
+def test_the_likest_model_lends_its_coefficients() -> None:
+    """A model that was not measured is priced as one of its kind, whichever was measured last."""
+    known = known_host("host")
+    assert known is not None
+    fits = [
+        replace(one, precision=FP32, fit=replace(FIT, step_s=step_s))
+        for one, step_s in zip(known.fits, (1.0, 2.0), strict=True)
+    ]
+    for order in (fits, fits[::-1]):
+        both = replace(known, fits=tuple(order))
+        for name, step_s in (("meta-llama/Llama-3.1-8B", 1.0), ("nvidia/NVIDIA-Nemotron-Nano-12B-v2", 2.0)):
+            fit, evidence = both.find(load_spec(name), "fp32")
+            assert (fit.step_s, evidence) == (step_s, "transferred")
 
 
 def test_another_backend_and_more_workers_than_fit_are_refused() -> None:
@@ -74,9 +98,7 @@ def test_another_backend_and_more_workers_than_fit_are_refused() -> None:
 
 
 def test_a_plan_is_of_batches_that_the_engine_takes_and_says_what_it_is_for() -> None:
-    plan = tandem.find_plan(
-        model=MODEL, hardware="host-1", gpus=2, workload=Workload.fixed(256, 64), slo=tandem.Slo(ttft_s=60)
-    )
+    plan = tandem.find_plan(model=MODEL, hardware="host-1", gpus=2, workload=Workload.fixed(256, 64), slo=tandem.Slo(ttft_s=60))
     assert plan.recommended.backend == ENGINE
     assert all(pool.batch <= MAX_BATCH for option in plan.frontier for pool in option.deployment.pools)
     assert STEADY in plan.notes
