@@ -17,14 +17,13 @@ Point = tuple[int, int, int, int]
 
 
 def measure_grid(target: Target, points: Sequence[Point], *, seed: int = 0) -> list[ServedRow]:
-    """Each point as a closed loop. The last one's first requests are sent before all others too, and not counted: a server
-    that has just started is slower.
+    """Each point as a closed loop. The last one is run before all others too, and not counted: a server that has just started
+    is slower.
 
     Raises SpecError where a request of a point fails, or gets other tokens than it asked for, or all of them at once.
     """
     rows = []
-    first = (*points[-1][:3], 1)
-    for number, (isl, osl, concurrency, per_place) in enumerate([first, *points]):
+    for number, (isl, osl, concurrency, per_place) in enumerate([points[-1], *points]):
         trace = fixed_trace(isl, osl, per_place * concurrency)
         load = Load(trace=trace, concurrency=concurrency, seed=seed + number)
         done = asyncio.run(run(target, load))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MODELS = ("nano-hybrid", "nano-transformer")
 DTYPES = ("float32", "float16", "bfloat16")
 TERMS = ("step_s", "sequence_s", "gemm", "attention", "other", "prompt", "prompt_s", "host_s")
+SCALES = {"matmul": "gemm", "attention": "attention", "other": "other", "prompt": "prompt"}
+"""Of a plain roofline's times, as a table heads them and as a fit names them."""
 ERRORS = ("decode_ape", "prefill_ape", "ttft_ape", "tpot_ape")
 GRID = {
     split: tuple(
@@ -33,7 +35,9 @@ GRID = {
     )
     for split, lengths in ((False, (96, 256, 512)), (True, (160, 256, 512)))
 }
-"""The loops that a server is measured with, between pools or not."""
+GRID[True] += ((160, 128, 12, 2),)
+"""The loops that a server is measured with, between pools or not. The last one waits for its decode worker, the other full ones
+between pools for the worker that reads: both have to show what they take."""
 
 
 def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_out: bool) -> None:
@@ -158,14 +162,12 @@ def _show(found: dict[str, Any], fits: list[dict[str, Any]]) -> None:
             by = {rate.rows: rate.flops_per_s for rate in one.products if rate.weights == weights}
             t.add_row(name, weights, *(f"{by[count] / 1e9:.1f}" for count in rows))
     text.console().print(t)
-    t = text.table(
-        "The engine on it", "!", "model", "weights", ">step", ">a sequence", ">matmul", ">attention", ">other", ">prompt",
-        ">error, steps", ">prompts", ">TTFT served", ">TPOT served",
-    )  # fmt: skip
+    t = text.table("The engine on it", "!", "model", "weights", ">step", ">a sequence", *(f">{name}" for name in SCALES))
+    near = text.table("Median errors of the fits", "!", "model", ">steps", ">prompts", ">TTFT, served", ">TPOT, served")
     for fit in fits:
-        t.add_row(
-            fit["hardware"], fit["model"], fit["weights"], f"{fit['step_s'] * 1e3:.2f} ms", f"{fit['sequence_s'] * 1e6:.0f} us",
-            *(f"{fit[name]:.2f}x" for name in ("gemm", "attention", "other", "prompt")),
-            *("-" if fit[name] is None else f"{fit[name]:.1%}" for name in ERRORS),
-        )  # fmt: skip
+        times = f"{fit['step_s'] * 1e3:.2f} ms", f"{fit['sequence_s'] * 1e6:.0f} us"
+        t.add_row(fit["hardware"], fit["model"], fit["weights"], *times, *(f"{fit[name]:.2f}x" for name in SCALES.values()))
+        errors = ("-" if fit[name] is None else f"{fit[name]:.1%}" for name in ERRORS)
+        near.add_row(fit["hardware"], fit["model"], *errors)
     text.console().print(t)
+    text.console().print(near)
