@@ -32,7 +32,7 @@ def bounds_text(run: SimRun) -> str:
         return "no latency bound"
     sides = (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s))
     bounds = ", ".join(f"{label} <= {ms(value)}" for label, value in sides if value is not None)
-    return f"{bounds or 'no latency bound'} for {slo.percentile:g} % of requests"
+    return f"{bounds or 'no latency bound'}, asked of {slo.percentile:g} % of requests"
 
 
 def latency_table(run: SimRun, intervals: Mapping[str, Any] | None = None) -> Table:
@@ -61,16 +61,21 @@ def variants_table(variants: Sequence[Variant]) -> Table:
         times = [ms(value) for s in (stats.ttft_s, stats.tpot_s) if s is not None for value in (s.p50, s.p99)]
         times += ["-"] * (4 - len(times))
         t.add_row(
-            name, str(run.deployment.gpus), *times, _rate(stats.goodput), _share(stats.attainment), f"{run.gpu_hours:,.2f}",
-            f"{run.price_usd:,.2f}",
+            _label(name, run), str(run.deployment.gpus), *times, _rate(stats.goodput), _share(stats.attainment),
+            f"{run.gpu_hours:,.2f}", f"{run.price_usd:,.2f}",
         )  # fmt: skip
     return t
 
 
+def _label(name: str, run: SimRun) -> str:
+    """A variant with its policy, which is its name where it differs from the first in nothing else."""
+    return name if name == run.policy else f"{name}, {run.policy}"
+
+
 def difference_sentences(variants: Sequence[Variant]) -> list[str]:
     """Each variant against the first, with intervals where there are replications."""
-    first, lines = variants[0][0], []
-    for name, _, against in variants[1:]:
+    first, lines = _label(*variants[0][:2]), []
+    for name, run, against in variants[1:]:
         found = against or {}
         parts = [
             _difference("mean TTFT", found.get("ttft_s", {}).get("mean"), ms),
@@ -78,7 +83,7 @@ def difference_sentences(variants: Sequence[Variant]) -> list[str]:
             _difference("attained", found.get("attainment"), lambda v: f"{v:.1%}"),
             _difference("GPU hours", found.get("gpu_hours"), lambda v: f"{v:,.2f}"),
         ]
-        lines.append(f"{name} against {first}: " + "; ".join(part for part in parts if part))
+        lines.append(f"{_label(name, run)} against {first}: " + "; ".join(part for part in parts if part))
     return lines
 
 
@@ -114,7 +119,8 @@ def sentences(run: SimRun) -> list[str]:
         met = "met" if s.slo_met else "missed"
         lines.append(f"objective {met}: {s.attainment:.1%} within {bounds_text(run)}; goodput {_rate(s.goodput)} requests/s")
     cost = f"{run.gpu_hours:,.2f} GPU hours, {run.price_usd:,.2f} USD"
-    lines.append(f"{cost}; {len(run.decisions)} decisions of the policy {run.policy}" if run.decisions else cost)
+    made = f"{len(run.decisions)} decision{'s' * (len(run.decisions) > 1)}"
+    lines.append(f"{cost}; {made} of the policy {run.policy}" if run.decisions else cost)
     lines.append(bottleneck(run))
     if run.trace.note:
         lines.append(run.trace.note)

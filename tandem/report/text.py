@@ -212,9 +212,10 @@ def plan_sentences(plan: Plan) -> list[str]:
         )
     if plan.workload.requests_per_s is not None:
         load = plan.workload.requests_per_s
+        needed = best.gpus_for(load)
         lines.append(
             f"this deployment carries {best.requests_per_s:,.0f} requests/s; the trace brings {load:,.2f} on average, "
-            f"for which {best.gpus_for(load)} GPUs with the same instances would do"
+            f"for which {needed} GPU{'s' * (needed > 1)} with the same instances would do"
         )
     evidence = best.tpot_s.evidence
     lines.append(f"evidence: {evidence}, {EVIDENCE_TEXT[evidence]}; the interval holds 80 % of measured rows of its kind")
