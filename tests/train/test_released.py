@@ -21,7 +21,7 @@ from tandem.train.data.procedural import evaluation_problems
 from tandem.train.evaluate import task_accuracy
 from tandem.train.recipe_files import recipe_names
 
-NAMES = ("nano-hybrid", "nano-long", "nano-transformer")
+NAMES = ("nano-hybrid", "nano-hybrid-fp8", "nano-long", "nano-transformer")
 ALIGNED = tuple(name for name in released_names() if name in align_recipes.recipe_names())
 
 
