@@ -67,7 +67,7 @@ def test_the_readme_shows_what_the_command_prints(line: str, output: str, tmp_pa
     done = run([sys.executable, "-m", "tandem.cli", *shlex.split(line)[1:]], tmp_path)
     printed = " ".join(done.stdout.split())
     for row in filter(None, (" ".join(row.split()) for row in output.splitlines())):
-        assert row in printed, row
+        assert row in printed or row == "...", row
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from tandem.report.html import bullets, cards, chart, footer, html_table, page
-from tandem.report.simulate_text import SPREADS, Variant, bounds_text, difference_sentences, sentences
+from tandem.report.simulate_text import SPREADS, Variant, bounds_text, difference_sentences, sentences, variant_label
 from tandem.report.text import ms, short
 from tandem.sim.api import SimRun
 
@@ -70,7 +70,7 @@ def distribution_figure(variants: Sequence[Variant], name: str, bound_s: float |
         values = values[~np.isnan(values)]
         if values.size:
             x = np.percentile(values, QUANTILES) * 1e3
-            _line(figure, x, QUANTILES, label, VARIANT_COLOURS[i % len(VARIANT_COLOURS)])
+            _line(figure, x, QUANTILES, variant_label(label, run), VARIANT_COLOURS[i % len(VARIANT_COLOURS)])
     if bound_s is not None:
         line = {"dash": "dash", "color": "#c23b62", "width": 1.5}
         figure.add_shape(type="line", x0=bound_s * 1e3, x1=bound_s * 1e3, y0=0, y1=1, yref="paper", line=line)
@@ -114,7 +114,7 @@ def simulate_page(variants: Sequence[Variant], found: Mapping[str, Any] | None =
     name, run, _ = variants[0]
     stats, trace, d = run.stats, run.trace, run.deployment
     title = f"{short(d.model)} on {d.gpus} {d.hardware}, simulated"
-    lead = f"{name}, {run.policy}: {len(trace):,} requests of {trace.name}; {bounds_text(run)}"
+    lead = f"{variant_label(name, run)}: {len(trace):,} requests of {trace.name}; {bounds_text(run)}"
     heads = [(f"{stats.completed:,} of {stats.arrived:,}", "requests completed")]
     heads += [(ms(s.p90), f"{label} p90") for s, label in ((stats.ttft_s, "TTFT"), (stats.tpot_s, "TPOT")) if s is not None]
     if stats.attainment is not None:
@@ -144,5 +144,14 @@ def _variants_table(variants: Sequence[Variant]) -> str:
     for name, run, _ in variants:
         times = [ms(s.p90) if s else "-" for s in (run.ttft_s, run.tpot_s)]
         share = "-" if run.attainment is None else f"{run.attainment:.1%}"
-        rows.append([name, str(run.deployment.gpus), *times, share, f"{run.gpu_hours:,.2f}", f"{run.price_usd:,.2f}"])
+        rows.append(
+            [
+                variant_label(name, run),
+                str(run.deployment.gpus),
+                *times,
+                share,
+                f"{run.gpu_hours:,.2f}",
+                f"{run.price_usd:,.2f}",
+            ]
+        )
     return html_table(("", ">GPUs", ">TTFT p90", ">TPOT p90", ">attained", ">GPU hours", ">USD"), rows)

@@ -32,7 +32,7 @@ def bounds_text(run: SimRun) -> str:
         return "no latency bound"
     sides = (("TTFT", slo.ttft_s), ("TPOT", slo.tpot_s))
     bounds = ", ".join(f"{label} <= {ms(value)}" for label, value in sides if value is not None)
-    return f"{bounds or 'no latency bound'}, asked of {slo.percentile:g} % of requests"
+    return f"{bounds or 'no latency bound'}, asked of at least {slo.percentile:g} % of requests (--percentile)"
 
 
 def latency_table(run: SimRun, intervals: Mapping[str, Any] | None = None) -> Table:
@@ -61,20 +61,20 @@ def variants_table(variants: Sequence[Variant]) -> Table:
         times = [ms(value) for s in (stats.ttft_s, stats.tpot_s) if s is not None for value in (s.p50, s.p99)]
         times += ["-"] * (4 - len(times))
         t.add_row(
-            _label(name, run), str(run.deployment.gpus), *times, _rate(stats.goodput), _share(stats.attainment),
+            variant_label(name, run), str(run.deployment.gpus), *times, _rate(stats.goodput), _share(stats.attainment),
             f"{run.gpu_hours:,.2f}", f"{run.price_usd:,.2f}",
         )  # fmt: skip
     return t
 
 
-def _label(name: str, run: SimRun) -> str:
+def variant_label(name: str, run: SimRun) -> str:
     """A variant with its policy, which is its name where it differs from the first in nothing else."""
     return name if name == run.policy else f"{name}, {run.policy}"
 
 
 def difference_sentences(variants: Sequence[Variant]) -> list[str]:
     """Each variant against the first, with intervals where there are replications."""
-    first, lines = _label(*variants[0][:2]), []
+    first, lines = variant_label(*variants[0][:2]), []
     for name, run, against in variants[1:]:
         found = against or {}
         parts = [
@@ -83,7 +83,7 @@ def difference_sentences(variants: Sequence[Variant]) -> list[str]:
             _difference("attained", found.get("attainment"), lambda v: f"{v:.1%}"),
             _difference("GPU hours", found.get("gpu_hours"), lambda v: f"{v:,.2f}"),
         ]
-        lines.append(f"{_label(name, run)} against {first}: " + "; ".join(part for part in parts if part))
+        lines.append(f"{variant_label(name, run)} against {first}: " + "; ".join(part for part in parts if part))
     return lines
 
 

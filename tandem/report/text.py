@@ -41,6 +41,11 @@ def bandwidth(bytes_per_s: float) -> str:
     return f"{bytes_per_s / 1e9:,.2f} GB/s"
 
 
+def parameters(count: int) -> str:
+    """A number of parameters in billions, or in millions below a tenth of one."""
+    return f"{count / 1e9:,.2f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M"
+
+
 def span(e: Estimate, unit: str = "") -> str:
     """A rate with its interval."""
     digits = 0 if e.value >= 100 else 1
@@ -103,7 +108,7 @@ def models_table(specs: list[ModelSpec]) -> Table:
     )  # fmt: skip
     for s in specs:
         t.add_row(
-            short(s.name), s.family, str(len(s.layers)), f"{s.parameters / 1e9:,.2f} B", f"{s.active_parameters / 1e9:,.2f} B",
+            short(s.name), s.family, str(len(s.layers)), parameters(s.parameters), parameters(s.active_parameters),
             f"{s.kv_bytes_per_token():,}", f"{s.state_bytes_per_sequence() / 2**20:,.1f}",
             ", ".join(_SHORT.get(part, part) for part in s.omitted),
         )  # fmt: skip

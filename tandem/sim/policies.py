@@ -27,7 +27,8 @@ def make_policy(name: PolicyName, config: SimConfig, slo: Slo | None, max_gpus: 
     if prefill.gpus != decode.gpus:
         raise SpecError(
             f"policy={name!r}: needs workers of as many GPUs in either pool, so that they can change their roles; "
-            f"the deployment has {prefill.gpus} to prefill and {decode.gpus} to decode; use one of equal sizes, or static"
+            f"the deployment has {prefill.gpus} to prefill and {decode.gpus} to decode; "
+            "plan with other GPUs or bounds until both are alike, or leave the policy static"
         )
     limits = ScaleLimits(
         max_gpus=max_gpus,

@@ -63,7 +63,8 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
         return _read_model_file(Path(path))
     hub = (*model_names(), *SIBLINGS, *_PACKAGED, *released_names())
     known = (*hub, *NICKNAMES, *(_bare(n) for n in hub))
-    raise _unknown("model", text, known, "`tandem models` lists all; released weights lie in the repository's released/")
+    hint = "`tandem models` lists all; released weights lie in the repository's released/: give a path, or `pip install -e .`"
+    raise _unknown("model", text, known, hint)
 
 
 def find_weights(name_or_path: str | Path) -> Path:
