@@ -205,12 +205,16 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "tandem.cli", "bench", url, *LOOP, "--warmup", "0", *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits that it is ignored
         ) as bench,
     ):  # fmt: skip
         until = time.monotonic() + 60
         while len(stub.bodies) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         bench.send_signal(signal.SIGINT)
-        out, err = bench.communicate(timeout=60)
+        try:
+            out, err = bench.communicate(timeout=60)
+        finally:
+            bench.kill()  # or leaving the block would wait for it
     assert (bench.returncode, out, err) == (130, "", "")
     assert list(tmp_path.iterdir()) == []
