@@ -205,7 +205,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "tandem.cli", "bench", url, *LOOP, "--warmup", "0", *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env={**os.environ, "NO_COLOR": "1"},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits that it is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
         ) as bench,
     ):  # fmt: skip
         until = time.monotonic() + 60
