@@ -47,17 +47,33 @@ def _bf16_multiplication() -> Iterator[None]:
 def multiply_bf16(a: Float[Tensor, "m k"], b: Float[Tensor, "k n"], *, rounded: bool = False) -> Float[Tensor, "m n"]:
     """a b with both rounded to bf16 (to nearest, ties to even), added up and returned in fp32.
 
-    `rounded` says that the numbers are bf16 already. GPUs and CPUs with bf16 arithmetic multiply in hardware; elsewhere the
+    `rounded` says that the numbers are bf16 already. GPUs and CPUs that do it multiply in hardware; elsewhere the
     rounded numbers are multiplied in fp32. Results differ by the order of fp32 additions only, that is by some 1e-7 of the
     sum of magnitudes.
     """
     if a.device.type == "cuda":
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
     compiling = torch.compiler.is_compiling()
-    if not compiling and a.device.type == "cpu" and min(*a.shape, b.shape[1]) > NARROW and cpu_has_fast_bf16():
+    if (
+        not compiling
+        and a.device.type == "cpu"
+        and min(*a.shape, b.shape[1]) > NARROW
+        and cpu_has_fast_bf16()
+        and _mode_rounds()
+    ):
         with _bf16_multiplication():
             return a @ b
     return a @ b if rounded else _as_bf16(a) @ _as_bf16(b)
+
+
+@cache
+def _mode_rounds() -> bool:
+    """Whether oneDNN's bf16 mode rounds operands here. With AVX512-BF16 and no AMX it multiplies them as they are."""
+    a = torch.linspace(1.0, 2.0, 64 * 64).view(64, 64)
+    with _bf16_multiplication():
+        found = a @ a
+    whole, rounded = a.double() @ a.double(), a.bfloat16().double() @ a.bfloat16().double()
+    return bool((found - rounded).norm() < (found - whole).norm())
 
 
 def _as_bf16(x: Tensor) -> Tensor:

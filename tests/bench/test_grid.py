@@ -21,14 +21,14 @@ def test_each_point_is_a_row() -> None:
     with in_thread(Stub) as (url, stub):
         rows = measure_grid(Target(url=url, model="served"), POINTS)
     assert [(row.isl, row.osl, row.concurrency, row.per_place) for row in rows] == POINTS
-    assert len(stub.bodies) == (1 + 2) + (1 + 2) + (1 + 4)  # the last point's first requests once more, and warm-ups
+    assert len(stub.bodies) == (1 + 4) + (1 + 2) + (1 + 4)  # the last point once more, and warm-ups
     assert all(0 < row.tpot_s < 1 for row in rows)
 
 
 def test_a_request_that_fails_is_not_left_out_of_the_fit_in_silence() -> None:
     def failing() -> Stub:
         async def answer(stream: web.StreamResponse, body: dict[str, Any]) -> None:
-            if len(stub.bodies) == 5:
+            if len(stub.bodies) == 7:
                 await Stub.lines(stream, b'{"error": "worker died"}')
             else:
                 await stub.whole(stream, body)
