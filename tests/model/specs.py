@@ -192,12 +192,17 @@ def tokens(spec: ModelSpec, batch: int, time: int, seed: int = 0) -> Tensor:
 def well_conditioned(model: Decoder, ids: Tensor) -> bool:
     """Whether a change of the embeddings in their last fp32 digit stays there: else no two orders of sums agree to 1e-5.
 
-    Now and then a random model amplifies it a thousandfold, by norms over few numbers that nearly cancel.
+    Now and then a random model amplifies it a thousandfold, by norms over few numbers that nearly cancel. One direction may
+    miss that, so several are tried.
     """
-    nudged = copy.deepcopy(model)
+    plain, nudged = model(ids), copy.deepcopy(model)
     weight = nudged.backbone.embeddings.weight
-    weight *= 1 + 1e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    return (model(ids) - nudged(ids)).abs().max().item() <= TOLERANCE / 4
+    kept = weight.clone()
+    for seed in range(4):
+        weight.copy_(kept * (1 + 1e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))))
+        if (plain - nudged(ids)).abs().max().item() > TOLERANCE / 4:
+            return False
+    return True
 
 
 def nemotron_h(model: Decoder, *, chunk: int = 8, clamp: tuple[float, float] = (0.0, float("inf"))) -> PreTrainedModel:
