@@ -47,7 +47,6 @@ def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_ou
     import torch
 
     from tandem.engine.host import calibrate_host
-    from tandem.engine.host_rates import handoff_bytes_per_s
     from tandem.model.load import load_model
     from tandem.perf.host import keep_host, known_host
     from tandem.report import text
@@ -62,14 +61,12 @@ def run(models: list[str] | None, dtype: str, threads: list[int] | None, json_ou
     names = models or list(MODELS)
     decoders = [load_model(name, dtype=getattr(torch, dtype)) for name in names]
     with text.progress("calibrating this machine") as step:
-        step("hand-off")
-        handoff = handoff_bytes_per_s(decoders[0].spec)
         found = {}
         for count in wanted:
             name = host_name(count, cores)
             tell = partial(_told, step, name)
             known = known_host(name) if models else None  # a model is added to what is known; without one all is measured anew
-            engine = calibrate_host(decoders, threads=count, name=name, handoff_bytes_per_s=handoff, tell=tell, known=known)
+            engine = calibrate_host(decoders, threads=count, name=name, tell=tell, known=known)
             served = with_server(engine, names, [d.spec for d in decoders], dtype, tell) if can_serve() else engine
             found[name] = served.beside(known)
     path = keep_host(found)

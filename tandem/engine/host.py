@@ -15,7 +15,7 @@ import torch
 
 from tandem.engine.config import EngineConfig, free_memory_bytes
 from tandem.engine.engine import Engine
-from tandem.engine.host_rates import FORMATS, peak_rates, product_rates
+from tandem.engine.host_rates import FORMATS, handoff_bytes_per_s, peak_rates, product_rates
 from tandem.engine.types import EngineRequest, SamplingParams
 from tandem.model.hybrid import Decoder
 from tandem.model.precision import compute_dtype
@@ -49,7 +49,6 @@ def calibrate_host(
     *,
     threads: int,
     name: str,
-    handoff_bytes_per_s: float,
     tell: Callable[[str], None],
     known: HostCalibration | None = None,
 ) -> HostCalibration:
@@ -71,8 +70,10 @@ def calibrate_host(
                 fits_from=ROOFLINE,
                 peak_flops=dict.fromkeys(FORMATS.values(), flops),
                 scale_up_gpus=max(1, cores // threads),
-                scale_out_bytes_per_s=handoff_bytes_per_s,
             )
+            if hardware.scale_up_gpus > 1:
+                tell("hand-off")
+                hardware = replace(hardware, scale_out_bytes_per_s=handoff_bytes_per_s(models[0].spec))
             products = tuple(product_rates())
         else:
             hardware, products = known.hardware, known.products

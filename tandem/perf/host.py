@@ -123,20 +123,22 @@ class HostCalibration:
         """Coefficients for a model, in pools where `split`: `calibrated` where it was measured in this format, `transferred`
         from the likest that was measured in it, else from the likest of any; KERNELS_ONLY and `roofline` where nothing was.
         Pools that were not measured take what one worker does."""
-        own = [one for one in self.fits if (one.arch, one.precision.weights) == (fingerprint(model), weights)]
-        near = own or [one for one in self.fits if one.precision.weights == weights] or list(self.fits)
-        if not near:
+        near = self._likest(model, [one for one in self.fits if one.precision.weights == weights] or self.fits)
+        if near is None:
             return KERNELS_ONLY, "roofline"
-        near.sort(key=lambda one: _alike(one.kinds, kinds_of(model)))  # of equally like ones the last
-        pools = near[-1].split if split else None
-        known = bool(own) and (pools is not None or not split)
-        return pools or near[-1].fit, "calibrated" if known else "transferred"
+        pools = near.split if split else None
+        own = (near.arch, near.precision.weights) == (fingerprint(model), weights)
+        return pools or near.fit, "calibrated" if own and (pools is not None or not split) else "transferred"
 
     def precision(self, model: ModelSpec) -> Precision | None:
         """The format that a model was measured in last, else that of the likest that was; None where nothing was."""
-        own = [one for one in self.fits if one.arch == fingerprint(model)]
-        near = own or sorted(self.fits, key=lambda one: _alike(one.kinds, kinds_of(model)))
-        return near[-1].precision if near else None
+        near = self._likest(model, self.fits)
+        return None if near is None else near.precision
+
+    def _likest(self, model: ModelSpec, fits: Sequence[HostFit]) -> HostFit | None:
+        """That of the model itself, else of the one that shares the most kinds of layers; of several the last."""
+        arch, kinds = fingerprint(model), kinds_of(model)
+        return max(reversed(fits), key=lambda one: (one.arch == arch, _alike(one.kinds, kinds)), default=None)
 
     def beside(self, known: HostCalibration | None) -> HostCalibration:
         """With what was known of other models and formats before it: fits to the same peaks."""

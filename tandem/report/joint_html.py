@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from tandem.report.html import bullets, cards, footer, html_table, page
-from tandem.report.study_html import charts, claims_table
+from tandem.report.html import bullets, footer, html_table, page
+from tandem.report.study_html import charts, opening
 from tandem.report.text import table
 from tandem.spec.units import GIB
 
@@ -76,7 +76,7 @@ def _table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table
 
 def joint_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     """The whole study from its JSON object."""
-    claims, backends, figures = data["claims"], list(data["backends"]), dict(data["figures"])
+    claims, figures = data["claims"], dict(data["figures"])
     scaling = {ELASTIC_FIGURE: figures.pop(ELASTIC_FIGURE)}
     setting = data["findings"]["setting"]
     heads = [
@@ -90,10 +90,7 @@ def joint_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
         title,
         "".join(
             [
-                f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
-                cards(heads),
-                "<h2>Claims</h2>",
-                claims_table(claims, backends),
+                *opening(title, lead, heads, data),
                 f"<h2>Model by model</h2><p class='note'>{escape(_load_note(data))}. Requests/s of the budget within the "
                 "bounds; in chunks: shared, prompts ride along with decode steps; GPUs in whole instances of what is "
                 "recommended.</p>",

@@ -110,6 +110,16 @@ def claims_table(claims: Sequence[Mapping[str, Any]], backends: Sequence[str]) -
     return f"{style}<div class='wide'><table class='claims'>{body}</table></div>"
 
 
+def opening(title: str, lead: str, heads: Sequence[tuple[str, str]], data: Mapping[str, Any]) -> list[str]:
+    """How every study's page begins: what it is, headline numbers, claims."""
+    return [
+        f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
+        cards(heads),
+        "<h2>Claims</h2>",
+        claims_table(data["claims"], list(data["backends"])),
+    ]
+
+
 def study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
     """A whole study from its JSON object."""
     claims, backends = data["claims"], list(data["backends"])
@@ -120,12 +130,7 @@ def study_page(title: str, lead: str, data: Mapping[str, Any]) -> str:
         (f"{data['points_considered']:,}", "looked at"),
         (f"{data['seconds']:.0f} s", "on this machine"),
     ]
-    body = [
-        f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
-        cards(heads),
-        "<h2>Claims</h2>",
-        claims_table(claims, backends),
-    ]
+    body = opening(title, lead, heads, data)
     if data["errata"]:
         body += ["<h2>What cannot come from the stated model</h2>", bullets(data["errata"])]
     body += charts(data["figures"])
@@ -149,10 +154,7 @@ def runs_page(title: str, lead: str, data: Mapping[str, Any], work: str, tables:
         title,
         "".join(
             [
-                f"<h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p>",
-                cards(heads),
-                "<h2>Claims</h2>",
-                claims_table(claims, list(data["backends"])),
+                *opening(title, lead, heads, data),
                 *tables,
                 *charts(data["figures"]),
                 "<h2>Assumptions</h2>",
